@@ -1,0 +1,357 @@
+"""Texts and labels: where they come from, how they are split, and which of them a KD subset draws."""
+
+import hashlib
+import random
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from peftbench.phases import DATA_SEED, DataSource
+
+SST2_TEST_SIZE = 1821
+
+
+class DataError(ValueError):
+    """The data cannot be used as they are; the message names the file or split and what to do."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """
+    Labelled sentences in a fixed order.
+
+    Attributes:
+        ids: Unique within the split; what logits are aligned by.
+        labels: 1 positive, 0 negative; a published test split may carry -1, which must never be scored.
+    """
+
+    name: str
+    ids: tuple[int, ...]
+    sentences: tuple[str, ...]
+    labels: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of ids, sentences and labels in their order."""
+        digest = hashlib.sha256()
+        for row in zip(self.ids, self.labels, self.sentences, strict=True):
+            digest.update(repr(row).encode())
+        return digest.hexdigest()
+
+    @property
+    def majority_accuracy(self) -> float:
+        """What always answering the more frequent label scores, as a fraction."""
+        return max(Counter(self.labels).values()) / len(self)
+
+    def check_labels(self) -> None:
+        """
+        Refuse to learn from or score labels that are none.
+
+        Raises:
+            DataError: If a label is outside {0, 1}, naming the split, the label and its first row.
+        """
+        for row, label in enumerate(self.labels):
+            if label not in (0, 1):
+                raise DataError(
+                    f"split {self.name!r} has label {label} (row {row + 1}, {self.labels.count(label)} times); wanted 0 or 1. "
+                    "Labels of -1 mark a test split without published answers: give labelled data or leave the file out"
+                )
+
+    def take(self, rows: Sequence[int]) -> "Split":
+        """The rows at these positions, in that order."""
+        return Split(
+            name=self.name,
+            ids=tuple(self.ids[i] for i in rows),
+            sentences=tuple(self.sentences[i] for i in rows),
+            labels=tuple(self.labels[i] for i in rows),
+        )
+
+
+@dataclass(frozen=True)
+class Splits:
+    """
+    Train, dev and test of one data set.
+
+    Attributes:
+        source: What they are and where they come from.
+        protocol: How labels and splits were made, for the record.
+        notes: Counts worth knowing, such as the number of duplicates dropped.
+    """
+
+    train: Split
+    dev: Split
+    test: Split
+    source: str
+    protocol: str
+    notes: dict[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the three splits."""
+        return hashlib.sha256("".join(s.fingerprint for s in (self.train, self.dev, self.test)).encode()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """The record's ``data``."""
+        sizes = {split.name: len(split) for split in (self.train, self.dev, self.test)}
+        return {
+            "source": self.source,
+            "sizes": sizes,
+            "fingerprint": self.fingerprint,
+            "label_protocol": self.protocol,
+            **self.notes,
+        }
+
+
+def load_splits(source: DataSource, folder: Path | None, reviews: Callable[[], Path]) -> Splits:
+    """
+    The splits of a scale.
+
+    Args:
+        source: The scale's own data.
+        folder: GLUE-style TSV files that take its place.
+        reviews: Gives the folder of the reviews asset, fetching it if need be.
+    """
+    if folder is not None:
+        return read_glue_folder(folder)
+    match source:
+        case "grammar":
+            return generate_sentences()
+        case "reviews":
+            return read_reviews(reviews() / "reviews.tsv")
+        case "glue":
+            return load_glue()
+
+
+def draw(train: Split, size: int | None) -> Split:
+    """
+    The first rows of a fixed shuffle of the train split, so that a smaller subset is the beginning of a larger one.
+
+    Raises:
+        DataError: If the size is not within 1…len(train).
+    """
+    if size is None:
+        size = len(train)
+    if not 1 <= size <= len(train):
+        raise DataError(f"a KD subset of {size} cannot be drawn from a train split of {len(train)}; allowed: 1…{len(train)}")
+    rows = list(range(len(train)))
+    random.Random(DATA_SEED).shuffle(rows)
+    return train.take(rows[:size])
+
+
+def read_reviews(path: Path, *, dev: int = 900, test: int = 900) -> Splits:
+    """
+    Movie-review sentences rated by twenty readers each (Hutto & Gilbert 2014, ICWSM); mean beyond ±0.5 gives the label.
+
+    Duplicates, compared without case and spacing, are dropped before splitting; the first one stays.
+
+    Args:
+        path: Rows of id, mean rating in -4…4 and sentence, separated by tabs, Latin-1.
+        dev: Rows of the dev split.
+        test: Rows of the test split; the rest is train.
+    """
+    seen: set[str] = set()
+    ids, sentences, labels, neutral, duplicates = [], [], [], 0, 0
+    for number, line in enumerate(path.read_bytes().decode("latin-1").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            key, mean, text = line.rstrip("\r").split("\t")
+            rating, row_id = float(mean), int(key)
+        except ValueError:
+            raise DataError(f"{path}, line {number}: wanted id, mean rating and sentence by tabs, got {line[:60]!r}") from None
+        if abs(rating) <= 0.5:
+            neutral += 1
+        elif _normal(text) in seen:
+            duplicates += 1
+        else:
+            seen.add(_normal(text))
+            ids.append(row_id)
+            sentences.append(text.strip())
+            labels.append(int(rating > 0))
+    everything = Split("all", tuple(ids), tuple(sentences), tuple(labels))
+    splits = stratify(everything, {"dev": dev, "test": test}, rest="train")
+    return Splits(
+        source="movie-review snippets of vaderSentiment 3.3.2 (Hutto & Gilbert 2014)",
+        protocol=f"label = sign of the mean of 20 ratings beyond ±0.5; duplicates dropped; stratified, seed {DATA_SEED}",
+        notes={"neutral_dropped": neutral, "duplicates_dropped": duplicates},
+        **splits,
+    )
+
+
+def stratify(everything: Split, sizes: dict[str, int], *, rest: str) -> dict[str, Split]:
+    """Disjoint splits of the given sizes with the class shares of the whole, at `DATA_SEED`; what is left becomes ``rest``."""
+    shuffler = random.Random(DATA_SEED)
+    by_label = {label: [i for i, l in enumerate(everything.labels) if l == label] for label in sorted(set(everything.labels))}
+    for rows in by_label.values():
+        shuffler.shuffle(rows)
+    splits = {}
+    for name, size in sizes.items():
+        taken: list[int] = []
+        left = sum(len(rows) for rows in by_label.values())
+        for rows in by_label.values():
+            # Shares of what is left, rounded so that the last class takes exactly what is missing.
+            share = round((size - len(taken)) * len(rows) / left) if left else 0
+            left -= len(rows)
+            taken += rows[:share]
+            del rows[:share]
+        splits[name] = sorted(taken)
+    splits[rest] = sorted(row for rows in by_label.values() for row in rows)
+    named = {name: everything.take(rows) for name, rows in splits.items()}
+    return {name: Split(name, s.ids, s.sentences, s.labels) for name, s in named.items()}
+
+
+def read_glue_folder(folder: Path) -> Splits:
+    """
+    ``train.tsv``, ``dev.tsv`` and, if it has labels, ``test.tsv`` in GLUE's format for SST-2.
+
+    Without a labelled test file as many rows as SST-2's test has, but at most a tenth, are held out of train.
+
+    Raises:
+        DataError: If a file is missing or malformed, naming file, line and what was wanted.
+    """
+    if not folder.is_dir():
+        raise DataError(f"--peft-data must be a folder with train.tsv and dev.tsv, got {folder}")
+    train, dev = (_read_tsv(folder / f"{name}.tsv", name) for name in ("train", "dev"))
+    test_path = folder / "test.tsv"
+    if test_path.exists() and _tsv_header(test_path)[-1] == "label":
+        test, protocol = _read_tsv(test_path, "test"), "labels of the files"
+    else:
+        size = min(SST2_TEST_SIZE, len(train) // 10)
+        if size < 2:
+            raise DataError(f"{folder / 'train.tsv'} has {len(train)} rows, too few to hold a test split out of it; add test.tsv")
+        held_out = stratify(train, {"test": size}, rest="train")
+        train, test = held_out["train"], held_out["test"]
+        protocol = f"labels of the files; test held out of train, stratified, seed {DATA_SEED}"
+    in_train = {_normal(s) for s in train.sentences}
+    notes = {f"{s.name}_sentences_in_train": sum(_normal(t) in in_train for t in s.sentences) for s in (dev, test)}
+    for name, count in notes.items():
+        if count:
+            split = name.split("_")[0]
+            warnings.warn(f"{count} {split} sentences of {folder} also stand in train; the record counts them", stacklevel=2)
+    return Splits(train=train, dev=dev, test=test, source=f"GLUE-style folder {folder.name}", protocol=protocol, notes=notes)
+
+
+def load_glue() -> Splits:
+    """
+    SST-2 from the Hub: GLUE's train and validation, and the labelled test of the Stanford split.
+
+    GLUE's own test labels are all -1; the labelled rows are joined to its sentences by text, so that ids are GLUE's.
+
+    Raises:
+        DataError: If a test sentence finds no partner, naming the first.
+    """
+    from datasets import load_dataset
+
+    glue = load_dataset("nyu-mll/glue", "sst2")
+    labelled = {_normal(row["text"]): int(row["label"]) for row in load_dataset("SetFit/sst2", split="test")}
+    splits = {
+        name: Split(name, tuple(rows["idx"]), tuple(rows["sentence"]), tuple(rows["label"]))
+        for name, rows in (("train", glue["train"]), ("dev", glue["validation"]), ("test", glue["test"]))
+    }
+    bare = splits["test"]
+    for sentence in bare.sentences:
+        if _normal(sentence) not in labelled:
+            raise DataError(f"GLUE's test sentence {sentence!r} is not among the labelled test sentences of SetFit/sst2")
+    labels = tuple(labelled[_normal(sentence)] for sentence in bare.sentences)
+    splits["test"] = Split("test", bare.ids, bare.sentences, labels)
+    return Splits(
+        source="SST-2: nyu-mll/glue, test labels of SetFit/sst2",
+        protocol="GLUE train and validation; test joined by text to the labelled Stanford split",
+        **splits,
+    )
+
+
+_POSITIVE = "wonderful brilliant moving funny delightful superb charming clever gripping lovely".split()
+_NEGATIVE = "dull awful boring clumsy dreadful stale tedious weak lifeless messy".split()
+_SUBJECTS = "plot acting music dialogue ending camera story cast pacing humour script scenery".split()
+_INTENSIFIERS = ("", "very ", "truly ", "rather ", "quite ")
+
+
+def generate_sentences(*, train: int = 2400, dev: int = 400, test: int = 400) -> Splits:
+    """
+    Sentences of a small grammar with sentiment, negation and contrast: no clause alone gives the label by its adjective.
+
+    A clause is "the plot is (not) very dull"; negation turns its sentiment round, and in "…, but …" the last clause decides.
+    Sentences are distinct over all splits.
+    """
+    rng = random.Random(DATA_SEED)
+    rows: dict[str, int] = {}
+    while len(rows) < train + dev + test:
+        text, label = _clause(rng)
+        if rng.random() < 0.5:
+            first = _clause(rng)
+            while first[1] == label:
+                first = _clause(rng)
+            text = f"{first[0]} , but {text}"
+        rows.setdefault(text, label)
+    everything = Split("all", tuple(range(len(rows))), tuple(rows), tuple(rows.values()))
+    return Splits(
+        source="generated sentences",
+        protocol="label of the last clause, negation included; stratified, seed 42",
+        **stratify(everything, {"dev": dev, "test": test}, rest="train"),
+    )
+
+
+def grammar_words() -> list[str]:
+    """Every word that `generate_sentences` uses, sorted."""
+    intensifiers = (word.strip() for word in _INTENSIFIERS)
+    return sorted({*_POSITIVE, *_NEGATIVE, *_SUBJECTS, *intensifiers, "the", "is", "not", "but", ","} - {""})
+
+
+def _clause(rng: random.Random) -> tuple[str, int]:
+    label, negated = rng.randrange(2), rng.random() < 0.3
+    adjective = rng.choice(_POSITIVE if label != negated else _NEGATIVE)
+    return f"the {rng.choice(_SUBJECTS)} is {'not ' * negated}{rng.choice(_INTENSIFIERS)}{adjective}", label
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _tsv_header(path: Path) -> list[str]:
+    return next(iter(_lines(path)), "").split("\t")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; wanted train.tsv and dev.tsv with the header sentence<TAB>label") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}; save it as UTF-8") from None
+    return re.split(r"\r?\n", text.removeprefix("\ufeff"))
+
+
+def _read_tsv(path: Path, name: str) -> Split:
+    lines = _lines(path)
+    if lines[0].split("\t") != ["sentence", "label"]:
+        raise DataError(f"{path}, line 1: wanted the header sentence<TAB>label, got {lines[0][:60]!r}")
+    while lines and not lines[-1]:
+        lines.pop()
+    return _parse_rows(path, name, lines[1:])
+
+
+def _parse_rows(path: Path, name: str, lines: Iterable[str]) -> Split:
+    sentences, labels = [], []
+    for number, line in enumerate(lines, start=2):
+        sentence, tab, label = line.rpartition("\t")
+        if not tab or "\t" in sentence or not sentence.strip():
+            raise DataError(f"{path}, line {number}: wanted a sentence, a tab and a label, got {line[:60]!r}")
+        if label.strip() not in ("0", "1"):
+            raise DataError(
+                f"{path}, line {number}: split {name!r} has label {label.strip()[:20]!r}; wanted 0 or 1 "
+                "(-1 marks a test split without published answers: leave that file out)"
+            )
+        sentences.append(sentence.strip())
+        labels.append(int(label))
+    if len(set(labels)) < 2:
+        raise DataError(f"{path} must have rows of both labels, got {len(labels)} rows with labels {sorted(set(labels))}")
+    return Split(name, tuple(range(len(labels))), tuple(sentences), tuple(labels))

@@ -1,0 +1,79 @@
+"""Where the arithmetic happens and in which precision."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """
+    A device with a precision policy; parameters and optimizer state stay in fp32 in any of them.
+
+    Attributes:
+        name: As torch writes it, such as ``cpu`` or ``cuda:0``.
+        precision: ``fp32``, ``bf16`` (autocast) or ``fp16`` (autocast with loss scaling).
+        why: The reason for both, for the header line.
+    """
+
+    name: str
+    precision: str
+    why: str
+
+    @classmethod
+    def choose(cls, device: str = "auto", precision: str = "auto") -> "Device":
+        """
+        Resolve the two options on this machine.
+
+        Raises:
+            ValueError: If the device is unknown or absent, or the precision is unknown or cannot run on it.
+        """
+        if device == "auto":
+            name, why = ("cuda", "CUDA is available") if torch.cuda.is_available() else ("cpu", "no CUDA here")
+        else:
+            name, why = device, "as asked"
+        try:
+            kind = torch.device(name).type
+            torch.empty(1, device=name)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+            raise ValueError(f"device must be one torch can use here, such as cpu or cuda, got {device!r}: {reason}") from error
+        if kind == "meta":
+            raise ValueError("device must be one that computes, such as cpu or cuda, got 'meta'")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        if precision == "fp16" and kind != "cuda":
+            raise ValueError(f"precision fp16 needs a CUDA device, got {name}; use bf16 or fp32")
+        if precision != "auto":
+            return cls(name=name, precision=precision, why=f"{why}; precision as asked")
+        chosen, reason = _native_precision(kind)
+        return cls(name=name, precision=chosen, why=f"{why}; {reason}")
+
+    @property
+    def kind(self) -> str:
+        """The device without its index: ``cpu``, ``cuda``."""
+        return torch.device(self.name).type
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context in which a forward pass runs."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.autocast(self.kind, dtype or torch.bfloat16, enabled=dtype is not None)
+
+    def synchronize(self) -> None:
+        """Wait until everything that was launched has run."""
+        if self.kind == "cuda":
+            torch.cuda.synchronize(self.name)
+
+
+def _native_precision(kind: str) -> tuple[str, str]:
+    if kind == "cuda":
+        if torch.cuda.get_device_capability()[0] >= 8:
+            return "bf16", "the GPU has bf16 units"
+        return "fp16", "the GPU has no bf16 units"
+    features = torch.cpu.get_capabilities() if kind == "cpu" else {}
+    if features.get("avx512_bf16") or features.get("amx_bf16"):
+        return "bf16", "the processor has bf16 instructions"
+    return "fp32", "no bf16 instructions here"

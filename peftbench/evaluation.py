@@ -1,0 +1,93 @@
+"""Logits to metrics with their uncertainty, and the latency of a single text."""
+
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import evaluate
+import torch
+from torch import Tensor, nn
+
+from peftbench.data import Split
+from peftbench.device import Device
+from peftbench.packing import Encoded, make_batch
+from peftbench.records import Predictions, SplitMetrics
+
+METRICS_VERSION = 1
+"""Raise it when the same predictions would give other figures: it is part of every case's fingerprint."""
+
+_LABELS = datasets.Features({"predictions": datasets.Value("int32"), "references": datasets.Value("int32")})
+
+
+class Accuracy(evaluate.Metric):  # type: ignore[misc]
+    """Share of predictions that equal the reference; defined here because `evaluate.load` fetches scripts from the Hub."""
+
+    def _info(self) -> Any:
+        return evaluate.MetricInfo(description="accuracy", citation="", features=_LABELS)
+
+    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
+        hits = sum(int(p) == int(r) for p, r in zip(predictions, references, strict=True))
+        return {"accuracy": hits / len(references)}
+
+
+class F1(evaluate.Metric):  # type: ignore[misc]
+    """Harmonic mean of precision and recall of label 1; 0 where there is neither a hit nor a miss."""
+
+    def _info(self) -> Any:
+        return evaluate.MetricInfo(description="f1", citation="", features=_LABELS)
+
+    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
+        pairs = [(int(p), int(r)) for p, r in zip(predictions, references, strict=True)]
+        hits, errors = pairs.count((1, 1)), pairs.count((1, 0)) + pairs.count((0, 1))
+        return {"f1": 2 * hits / (2 * hits + errors) if hits + errors else 0.0}
+
+
+def wilson_interval(hits: int, n: int, *, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson 1927), 95% by default."""
+    share, spread = hits / n, z * z / n
+    centre = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def score(logits: Tensor, split: Split) -> tuple[SplitMetrics, Predictions]:
+    """
+    Metrics of one split.
+
+    Args:
+        logits: Shape (len(split), 2).
+
+    Raises:
+        DataError: If the split has labels outside {0, 1}.
+        ValueError: If there is not one row of logits an example, or one is not finite.
+    """
+    split.check_labels()
+    if logits.shape != (len(split), 2) or not torch.isfinite(logits).all():
+        raise ValueError(f"split {split.name!r} of {len(split)} needs finite logits of shape (n, 2), got {tuple(logits.shape)}")
+    predicted = logits.argmax(dim=1).tolist()
+    with tempfile.TemporaryDirectory() as scratch:  # nothing is written there, but evaluate makes its folders
+        metrics = evaluate.combine([kind(keep_in_memory=True, cache_dir=scratch, seed=0) for kind in (Accuracy, F1)])
+        figures = metrics.compute(predictions=predicted, references=list(split.labels))
+    hits = sum(p == label for p, label in zip(predicted, split.labels, strict=True))
+    interval = wilson_interval(hits, len(split))
+    quality = SplitMetrics(accuracy=figures["accuracy"], f1=figures["f1"], n=len(split), accuracy_ci95=interval)
+    return quality, Predictions.from_labels(predicted, split.labels, split.fingerprint)
+
+
+def latency_ms(model: nn.Module, encoded: Encoded, device: Device, *, packed: bool, texts: int = 30) -> float:
+    """Median milliseconds from token ids to logits for one text alone, over texts spread evenly through the split."""
+    rows = [i * len(encoded) // texts for i in range(texts)]
+    model.eval()
+    times = []
+    with torch.inference_mode(), device.autocast():
+        for row in [*rows[:5], *rows]:  # the first few warm caches up
+            device.synchronize()
+            began = time.perf_counter()
+            model(**make_batch(encoded, [row], device.name, packed=packed).inputs).logits.cpu()
+            device.synchronize()
+            times.append((time.perf_counter() - began) * 1e3)
+    return statistics.median(times[5:])

@@ -1,0 +1,144 @@
+"""What only the machine knows: elapsed time, peak memory, what it is and what runs on it."""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftbench.device import Device
+from peftbench.sealed import fingerprint
+
+PACKAGES = ("peftbench", "torch", "transformers", "peft", "datasets", "evaluate", "tokenizers", "pytest", "pytest-benchmark")
+
+
+class Stopwatch:
+    """Seconds of wall clock between entering and leaving, the device synchronized at both ends."""
+
+    def __init__(self, device: Device, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.seconds = 0.0
+        self._device, self._clock = device, clock
+
+    def __enter__(self) -> "Stopwatch":
+        self._device.synchronize()
+        self._began = self._clock()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._device.synchronize()
+        self.seconds = self._clock() - self._began
+
+
+class PeakMemory:
+    """
+    The most memory in use since `restart`.
+
+    On CUDA what torch's allocator held; on Linux the process's resident set; elsewhere the resident set since the process
+    began, which earlier cases share. ``scope`` says which.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.scope = "process resident set since its start"
+
+    def restart(self) -> None:
+        """Forget earlier peaks."""
+        if self._device.kind == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device.name)
+            self.scope = "CUDA allocator during the case"
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.scope = "process resident set during the case"
+        except OSError:
+            pass
+
+    def read_bytes(self) -> int:
+        """The peak in bytes."""
+        if self._device.kind == "cuda":
+            return torch.cuda.max_memory_allocated(self._device.name)
+        try:
+            status = Path("/proc/self/status").read_text()
+            return int(status.split("VmHWM:")[1].split()[0]) * 1024
+        except (OSError, IndexError):
+            pass
+        try:
+            import resource
+        except ImportError:
+            import psutil  # Windows
+
+            return int(psutil.Process().memory_info().peak_wset)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def describe_machine(device: Device) -> dict[str, Any]:
+    """What the figures were measured on; ``id`` is equal where times may be compared."""
+    facts: dict[str, Any] = {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": _memory_gib(),
+        "device": device.name,
+        "accelerator": torch.cuda.get_device_name(device.name) if device.kind == "cuda" else None,
+    }
+    return {**facts, "id": fingerprint(facts)[:16]}
+
+
+def describe_versions() -> dict[str, str]:
+    """Python and the packages whose version can change a figure."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def describe_commit(folder: Path) -> dict[str, Any]:
+    """
+    The commit that is checked out.
+
+    Returns:
+        ``id`` (null without git), ``dirty``, and ``changes``: a fingerprint of what differs from the commit.
+    """
+    commit = _git(folder, "rev-parse", "HEAD")
+    if not commit:
+        return {"id": None, "dirty": None, "changes": None}
+    changes = _git(folder, "diff", "HEAD") + _git(folder, "status", "--porcelain")
+    return {"id": commit.strip(), "dirty": bool(changes), "changes": fingerprint(changes)[:16] if changes else None}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, errors="replace", timeout=20, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (ValueError, OSError, AttributeError):
+        return None

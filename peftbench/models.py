@@ -1,0 +1,206 @@
+"""Roles as loaded classifiers: weights, adapters, what trains, and how much of it there is."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import TaskType, get_peft_config, get_peft_model
+from safetensors.torch import save
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, DistilBertConfig
+from transformers import PreTrainedTokenizerFast, logging
+
+from peftbench.assets import ASSETS, Asset
+from peftbench.data import grammar_words
+from peftbench.phases import Phase, Pretrained, Untrained
+from peftbench.sealed import MANIFEST, file_sha256, fingerprint
+
+LABELS = {0: "negative", 1: "positive"}
+HEAD = ("classifier", "pre_classifier")
+"""The classification head of BERT and DistilBERT; PEFT must be told of it, or a random part of it would stay frozen."""
+
+Fetch = Callable[[Asset], Path]
+
+
+class ModelError(ValueError):
+    """A checkpoint or an adapter configuration cannot be used as asked."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """
+    Where a role's weights are, resolved to something that can be loaded.
+
+    Attributes:
+        origin: Local folder or Hub id; empty for random weights.
+        identity: Fingerprint of their content: equal ones give equal models.
+    """
+
+    source: Pretrained | Untrained
+    origin: str
+    identity: str
+
+
+def locate(source: Pretrained | Untrained, fetch: Fetch) -> Weights:
+    """Resolve a role's source, fetching an asset if need be, and fingerprint the content of its weights."""
+    if isinstance(source, Untrained):
+        facts = [source.architecture, source.layers, source.hidden_size, source.attention_heads, grammar_words()]
+        return Weights(source, "", fingerprint(facts))
+    name = source.source.removeprefix("asset:")
+    origin = fetch(ASSETS[name]) if source.source.startswith("asset:") else Path(name)
+    if not origin.is_dir():  # on the Hub, the commit is the content
+        return Weights(source, name, fingerprint([name, getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)]))
+    content = {file.name: file_sha256(file) for file in sorted(origin.glob("*")) if file.suffix in (".safetensors", ".json") and file.name != MANIFEST}
+    return Weights(source, str(origin), fingerprint([content, list(source.layers)]))
+
+
+def load_tokenizer(weights: Weights) -> Any:
+    """The tokenizer that belongs to the weights; at tiny scale one word is one token."""
+    if not isinstance(weights.source, Untrained):
+        return AutoTokenizer.from_pretrained(weights.origin)
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *grammar_words()]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def load_classifier(weights: Weights) -> nn.Module:
+    """
+    The encoder with a two-label head; what the checkpoint lacks, such as the head, is drawn from torch's global generator.
+
+    Raises:
+        ModelError: If the checkpoint has another number of labels or not the layers that were asked for.
+    """
+    labels: dict[str, Any] = {"num_labels": 2, "id2label": LABELS, "label2id": {v: k for k, v in LABELS.items()}}
+    source = weights.source
+    if isinstance(source, Untrained):
+        return AutoModelForSequenceClassification.from_config(_untrained_config(source, labels))  # type: ignore[no-any-return]
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # that the head is new is what we want, not news
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(weights.origin, use_safetensors=True, **labels)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"cannot load a two-label classifier from {weights.origin}: {str(error).strip()[:300]}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+    if source.layers:
+        stack = encoder_layers(model)
+        if max(source.layers) > len(stack):
+            raise ModelError(f"layers {source.layers} were asked for, {weights.origin} has {len(stack)}")
+        kept = nn.ModuleList(stack[i - 1] for i in source.layers)
+        _encoder(model).layer = kept
+        model.config.num_hidden_layers = len(kept)
+    return model  # type: ignore[no-any-return]
+
+
+def encoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The stack of encoder layers, bottom first, of BERT, DistilBERT or whatever names it alike."""
+    layers = getattr(_encoder(model), "layer", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ModelError(f"{type(model).__name__} has no encoder layers where BERT or DistilBERT have them")
+    return layers
+
+
+def prepare(model: nn.Module, phase: Phase) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """
+    Attach the phase's adapter and decide what trains: everything, or the adapter, the head and the top layers asked for.
+
+    Returns:
+        The model, and its trainable parameters with their learning rates as an optimizer takes them.
+
+    Raises:
+        ModelError: If the PEFT configuration is not valid, matches no module, or more layers are to be unfrozen than exist.
+    """
+    if phase.peft is None:
+        return model, [{"params": list(model.parameters()), "lr": phase.learning_rate}]
+    unfrozen: list[nn.Parameter] = []
+    if phase.unfreeze_top_layers:
+        layers = list(encoder_layers(model))
+        if phase.unfreeze_top_layers > len(layers):
+            raise ModelError(f"{phase.id}: cannot unfreeze {phase.unfreeze_top_layers} top layers, the encoder has {len(layers)}")
+        unfrozen = [p for layer in layers[-phase.unfreeze_top_layers :] for p in layer.parameters()]
+    head = [name for name, _ in model.named_children() if name in HEAD]
+    settings = {"task_type": TaskType.SEQ_CLS, "modules_to_save": head, **phase.peft}
+    try:
+        adapted = get_peft_model(model, get_peft_config(settings))  # type: ignore[arg-type]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"{phase.id}: peft cannot apply {dict(phase.peft)}: {type(error).__name__}: {error}") from error
+    for parameter in unfrozen:
+        parameter.requires_grad_(True)
+    apart = {id(p) for p in unfrozen}
+    rest = [p for p in adapted.parameters() if p.requires_grad and id(p) not in apart]
+    groups = [
+        {"params": rest, "lr": phase.learning_rate},
+        {"params": unfrozen, "lr": phase.unfrozen_learning_rate or phase.learning_rate},
+    ]
+    return adapted, [group for group in groups if group["params"]]
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Total and trainable scalars; a shared tensor counts once, and the frozen copy that PEFT keeps of the head not at all."""
+    parameters = [p for _, p in _shipped(model)]
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+def artifact_bytes(model: nn.Module) -> int:
+    """Size of what one would ship, as safetensors: the whole model, or under PEFT only what was trained."""
+    under_peft = hasattr(model, "peft_config")
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in _shipped(model)
+        if tensor.requires_grad or not under_peft
+    }
+    return len(save(tensors))
+
+
+def save_classifier(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Write a plain classifier and its tokenizer so that `load_classifier` reads them."""
+    model.save_pretrained(folder)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """Fingerprint of what the tokenizer does to text."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "tokenizer.json"
+        tokenizer.backend_tokenizer.save(str(path))
+        return file_sha256(path)
+
+
+def _encoder(model: nn.Module) -> Any:
+    body = getattr(model, "base_model", model)
+    return getattr(body, "encoder", None) or getattr(body, "transformer", None)
+
+
+def _untrained_config(source: Untrained, labels: dict[str, Any]) -> Any:
+    vocabulary = len(grammar_words()) + 4
+    if source.architecture == "bert":
+        return BertConfig(
+            vocab_size=vocabulary,
+            hidden_size=source.hidden_size,
+            num_hidden_layers=source.layers,
+            num_attention_heads=source.attention_heads,
+            intermediate_size=4 * source.hidden_size,
+            max_position_embeddings=128,
+            **labels,
+        )
+    return DistilBertConfig(
+        vocab_size=vocabulary,
+        dim=source.hidden_size,
+        n_layers=source.layers,
+        n_heads=source.attention_heads,
+        hidden_dim=4 * source.hidden_size,
+        max_position_embeddings=128,
+        **labels,
+    )
+
+
+def _shipped(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if ".original_module." not in name]

@@ -1,0 +1,202 @@
+"""
+Texts of unequal length as batches without padding.
+
+The sentences of a batch lie end to end in one row: linear layers see real tokens only, attention stays within each
+sentence, positions restart, and the classification head reads each sentence's first token. Models that cannot take
+such a row get batches padded to their longest sentence instead.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from peftbench.data import Split
+from peftbench.device import Device
+
+ATTENTION = "peftbench_packed"
+PACKABLE = ("bert", "distilbert")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """
+    A split as token ids.
+
+    Attributes:
+        tokens: One int64 tensor an example, shape (length,).
+        labels: Shape (N,), int64.
+    """
+
+    split: Split
+    tokens: Sequence[Tensor]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def from_split(cls, split: Split, tokenizer: Any, *, max_length: int) -> "Encoded":
+        """Tokenize without padding, truncated to ``max_length`` tokens."""
+        ids = tokenizer(list(split.sentences), truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
+        return cls(split, [torch.tensor(i) for i in ids], torch.tensor(split.labels))
+
+    def take(self, rows: Sequence[int]) -> "Encoded":
+        """The examples at these positions, in that order."""
+        return Encoded(self.split.take(rows), [self.tokens[i] for i in rows], self.labels[list(rows)])
+
+
+class Spans:
+    """
+    Where the sentences of a packed row begin and end.
+
+    Attributes:
+        lengths: Tokens of each sentence, shape (B,).
+        starts: Position of each sentence's first token in the row, shape (B,).
+        positions: Position of each token within its sentence, shape (T,).
+        padded: Position of each token in a (B · longest) layout, shape (T,).
+        mask: Which cells of that layout hold a token, shape (B, 1, 1, longest).
+    """
+
+    def __init__(self, lengths: Tensor) -> None:
+        ends = lengths.cumsum(0)
+        self.lengths, self.starts, self.longest = lengths, ends - lengths, int(lengths.max())
+        self.positions = torch.arange(int(ends[-1]), device=lengths.device) - self.starts.repeat_interleave(lengths)
+        row = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+        self.padded = row * self.longest + self.positions
+        self.mask = (torch.arange(self.longest, device=lengths.device) < lengths[:, None])[:, None, None, :]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """
+    The examples of one step, on the device.
+
+    Attributes:
+        rows: Their positions in the `Encoded` they come from, shape (B,).
+        labels: Shape (B,).
+        inputs: What the model's forward takes.
+        tokens: How many tokens of text go in, padding not counted.
+    """
+
+    rows: Tensor
+    labels: Tensor
+    inputs: dict[str, Any]
+    tokens: int
+
+
+def make_packable(model: nn.Module) -> bool:
+    """
+    Teach a BERT or DistilBERT classifier, plain or under PEFT, to take packed rows.
+
+    Attention is replaced through transformers' attention interface, and the encoder hands the head only each sentence's first
+    token, which is all that it reads. Padded input works as before.
+
+    Returns:
+        False if the architecture, or a PEFT method that puts virtual tokens before the text, cannot be packed.
+    """
+    config = getattr(model, "active_peft_config", None)
+    if config is not None and config.is_prompt_learning:
+        return False
+    classifier = model.get_base_model() if config is not None else model  # type: ignore[operator]
+    if not isinstance(classifier, PreTrainedModel) or classifier.config.model_type not in PACKABLE:
+        return False
+    classifier.set_attn_implementation(ATTENTION)
+    encoder = getattr(classifier.base_model, "encoder", None) or classifier.base_model.transformer
+    encoder.register_forward_hook(_keep_first_tokens, with_kwargs=True)
+    return True
+
+
+def make_batch(encoded: Encoded, rows: Sequence[int], device: str, *, packed: bool) -> Batch:
+    """The examples at these positions, packed end to end or padded to the longest."""
+    index = torch.tensor(rows)
+    tokens = [encoded.tokens[i] for i in rows]
+    lengths = torch.tensor([len(t) for t in tokens]).to(device)
+    inputs: dict[str, Any]
+    if packed:
+        spans = Spans(lengths)
+        inputs = {
+            "input_ids": torch.cat(tokens).to(device)[None],  # (1, T)
+            "position_ids": spans.positions[None],  # (1, T)
+            "spans": spans,
+        }
+    else:
+        ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(device)  # (B, longest)
+        inputs = {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()}
+    return Batch(index, encoded.labels[index].to(device), inputs, sum(len(t) for t in tokens))
+
+
+def shuffled_batches(
+    encoded: Encoded, size: int, device: str, *, packed: bool, generator: torch.Generator
+) -> Iterator[Batch]:
+    """One epoch: every example exactly once, in an order drawn from the generator; the last batch may be smaller."""
+    order = torch.randperm(len(encoded), generator=generator).tolist()
+    for start in range(0, len(order), size):
+        yield make_batch(encoded, order[start : start + size], device, packed=packed)
+
+
+def predict(model: nn.Module, encoded: Encoded, device: Device, *, packed: bool, batch_size: int = 64) -> Tensor:
+    """
+    Logits of every example without dropout, sentences of like length together.
+
+    Returns:
+        Shape (N, C), fp32, on the CPU, in the order of the examples.
+    """
+    order = sorted(range(len(encoded)), key=lambda i: (len(encoded.tokens[i]), i))
+    logits: Tensor | None = None
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), device.autocast():
+        for start in range(0, len(order), batch_size):
+            batch = make_batch(encoded, order[start : start + batch_size], device.name, packed=packed)
+            out = model(**batch.inputs).logits.float().cpu()
+            logits = out.new_empty(len(encoded), out.shape[1]) if logits is None else logits
+            logits[batch.rows] = out
+    model.train(was_training)
+    if logits is None:
+        raise ValueError(f"no examples to predict in split {encoded.split.name!r}")
+    return logits.clone()  # a plain tensor again, not an inference one
+
+
+def _attend_within_sentences(
+    module: nn.Module,
+    query: Tensor,  # (1, H, T, D); padded input: (B, H, L, D)
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    spans: Spans | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    if spans is None:
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
+        return out.transpose(1, 2), None
+    batch, longest, heads, size = len(spans.lengths), spans.longest, query.shape[1], query.shape[3]
+
+    def spread(x: Tensor) -> Tensor:  # (1, H, T, D) → (B, H, longest, D)
+        rows = x[0].transpose(0, 1).reshape(-1, heads * size)
+        cells = rows.new_zeros(batch * longest, heads * size).index_copy(0, spans.padded, rows)
+        return cells.view(batch, longest, heads, size).transpose(1, 2)
+
+    out = F.scaled_dot_product_attention(
+        spread(query), spread(key), spread(value), attn_mask=spans.mask, dropout_p=dropout, scale=scaling
+    )
+    rows = out.transpose(1, 2).reshape(batch * longest, heads * size).index_select(0, spans.padded)
+    return rows.view(1, -1, heads, size), None  # (1, T, H, D)
+
+
+def _keep_first_tokens(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    spans: Spans | None = kwargs.get("spans")
+    if spans is not None:
+        output["last_hidden_state"] = output.last_hidden_state[0, spans.starts][:, None]  # (1, T, E) → (B, 1, E)
+    return output
+
+
+AttentionInterface.register(ATTENTION, _attend_within_sentences)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -1,0 +1,209 @@
+"""What to run: phases, the scales they run at, and the checks on both. Standard library only."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+Role = Literal["teacher", "backbone", "student"]
+DataSource = Literal["grammar", "reviews", "glue"]
+
+DATA_SEED = 42
+"""The one seed of splits and KD subsets: they stay the same while a case's own seed varies."""
+
+STANDARD_KD_SUBSETS = (1000, 500)
+"""Sizes of the KD subsets that the study publishes under ``outputs/kd``."""
+
+LORA: Mapping[str, Any] = {
+    "peft_type": "LORA",
+    "r": 32,
+    "lora_alpha": 64,
+    "lora_dropout": 0.1,
+    "target_modules": ["query", "key", "value"],
+}
+"""The study's adapter, for BERT's names of the attention projections."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Distillation:
+    """
+    Loss = alpha · T² · KL(teacher ‖ student) + (1 - alpha) · cross-entropy (Hinton et al. 2015, arXiv:1503.02531).
+
+    Raises:
+        ValueError: If alpha is outside 0…1 or the temperature is not positive.
+    """
+
+    alpha: float = 0.7
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        _check_number("alpha", self.alpha, at_least=0.0, at_most=1.0)
+        _check_number("temperature", self.temperature, above=0.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Phase:
+    """
+    One method of the study as plain data.
+
+    Attributes:
+        id: Letter and name joined by a hyphen, such as ``D-hybrid``; names the case and its files.
+        role: The model that the phase trains or, with no epochs, only evaluates.
+        epochs: Passes over the training examples; 0 trains nothing.
+        learning_rate: Peak rate of AdamW.
+        subset: Number of training examples, the first of the fixed draw; None takes the whole train split.
+        peft: Any configuration of the ``peft`` library with its ``peft_type``; None trains all parameters.
+        unfreeze_top_layers: Encoder layers, counted from the top, that train beside the adapter.
+        unfrozen_learning_rate: Peak rate for those layers; None gives them ``learning_rate``.
+        distillation: Learn from the teacher's logits, too; None learns from the labels alone.
+        kd_subsets: Sizes of the KD subsets that the phase writes.
+        batch_size: Examples to an optimizer step.
+        max_length: Tokens kept of a text, special tokens included.
+        warmup_fraction: Share of the optimizer steps in which the rate rises; it falls linearly to 0 afterwards.
+        clip_norm: Largest global norm of the gradient.
+        weight_decay: AdamW's, on every trained parameter.
+        at_scale: Changes to the fields above, by the name of a scale.
+
+    Raises:
+        ValueError: If a field is out of range, or ``at_scale`` names a field that a phase does not have.
+    """
+
+    id: str
+    role: Role
+    epochs: int = 0
+    learning_rate: float = 3e-5
+    subset: int | None = None
+    peft: Mapping[str, Any] | None = None
+    unfreeze_top_layers: int = 0
+    unfrozen_learning_rate: float | None = None
+    distillation: Distillation | None = None
+    kd_subsets: tuple[int, ...] = ()
+    batch_size: int = 16
+    max_length: int = 96
+    warmup_fraction: float = 0.0
+    clip_norm: float = 1.0
+    weight_decay: float = 0.0
+    at_scale: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9]+-[A-Za-z0-9_]+", self.id):
+            raise ValueError(f"phase id must be a letter and a name joined by a hyphen, like 'E-ia3', got {self.id!r}")
+        if self.role not in get_args(Role):
+            raise ValueError(f"{self.id}: role must be one of {', '.join(get_args(Role))}, got {self.role!r}")
+        _check_count(f"{self.id}: epochs", self.epochs, at_least=0)
+        _check_count(f"{self.id}: batch_size", self.batch_size, at_least=1)
+        _check_count(f"{self.id}: max_length", self.max_length, at_least=3)
+        _check_count(f"{self.id}: unfreeze_top_layers", self.unfreeze_top_layers, at_least=0)
+        for size in (*([] if self.subset is None else [self.subset]), *self.kd_subsets):
+            _check_count(f"{self.id}: a KD subset", size, at_least=1)
+        _check_number(f"{self.id}: learning_rate", self.learning_rate, above=0.0)
+        if self.unfrozen_learning_rate is not None:
+            _check_number(f"{self.id}: unfrozen_learning_rate", self.unfrozen_learning_rate, above=0.0)
+        _check_number(f"{self.id}: warmup_fraction", self.warmup_fraction, at_least=0.0, at_most=1.0)
+        _check_number(f"{self.id}: clip_norm", self.clip_norm, above=0.0)
+        _check_number(f"{self.id}: weight_decay", self.weight_decay, at_least=0.0)
+        if self.peft is not None and not isinstance(self.peft.get("peft_type"), str):
+            raise ValueError(f"{self.id}: peft must name its peft_type, such as 'LORA', got {dict(self.peft)!r}")
+        if self.unfreeze_top_layers and self.peft is None:
+            raise ValueError(f"{self.id}: unfreeze_top_layers needs peft; without it all layers train already")
+        fields = {f.name for f in dataclasses.fields(self)} - {"id", "role", "at_scale"}
+        for scale, changes in self.at_scale.items():
+            if unknown := sorted(set(changes) - fields):
+                raise ValueError(
+                    f"{self.id}: at_scale[{scale!r}] has no field {', '.join(unknown)}; allowed: {', '.join(sorted(fields))}"
+                )
+
+    @property
+    def letter(self) -> str:
+        """The part of the id before the hyphen: ``D`` of ``D-hybrid``."""
+        return self.id.partition("-")[0]
+
+    @property
+    def name(self) -> str:
+        """The part of the id after the hyphen: ``hybrid`` of ``D-hybrid``."""
+        return self.id.partition("-")[2]
+
+    def at(self, scale: str) -> "Phase":
+        """The phase with its changes for that scale made."""
+        return dataclasses.replace(self, **self.at_scale.get(scale, {}), at_scale={})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pretrained:
+    """
+    Published weights: ``asset:<name>`` of `peftbench.assets`, a checkpoint on the Hub, or a local folder.
+
+    Attributes:
+        layers: The encoder layers to keep, counted from 1; empty keeps all.
+    """
+
+    source: str
+    layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Untrained:
+    """A small encoder with random weights, drawn with the case's seed."""
+
+    architecture: Literal["bert", "distilbert"]
+    layers: int
+    hidden_size: int
+    attention_heads: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scale:
+    """
+    Where roles and data come from and how big they are.
+
+    Attributes:
+        teacher: A published teacher, or the phase by which the backbone is tuned once to become it.
+    """
+
+    name: str
+    data: DataSource
+    backbone: Pretrained | Untrained
+    student: Pretrained | Untrained
+    teacher: Pretrained | Phase
+
+
+def _check_count(what: str, got: object, *, at_least: int) -> None:
+    if isinstance(got, bool) or not isinstance(got, int) or got < at_least:
+        raise ValueError(f"{what} must be a whole number of at least {at_least}, got {got!r}")
+
+
+def _check_number(
+    what: str, got: object, *, at_least: float = -math.inf, above: float = -math.inf, at_most: float = math.inf
+) -> None:
+    is_number = isinstance(got, int | float) and not isinstance(got, bool) and math.isfinite(got)
+    if not is_number or not (at_least <= got <= at_most and got > above):  # type: ignore[operator]
+        bounds = [f"at least {at_least}"] * (at_least > -math.inf) + [f"above {above}"] * (above > -math.inf)
+        bounds += [f"at most {at_most}"] * (at_most < math.inf)
+        raise ValueError(f"{what} must be a finite number {' and '.join(bounds)}, got {got!r}")
+
+
+SCALES: Mapping[str, Scale] = {
+    "tiny": Scale(
+        name="tiny",
+        data="grammar",
+        backbone=Untrained(architecture="bert", layers=2, hidden_size=64, attention_heads=4),
+        student=Untrained(architecture="distilbert", layers=2, hidden_size=64, attention_heads=4),
+        teacher=Phase(id="T-tune", role="backbone", epochs=3, learning_rate=1e-3, warmup_fraction=0.1),
+    ),
+    "mini": Scale(
+        name="mini",
+        data="reviews",
+        backbone=Pretrained(source="asset:encoder"),
+        student=Pretrained(source="asset:encoder", layers=(2, 4, 6)),
+        teacher=Phase(id="T-tune", role="backbone", epochs=2, learning_rate=1e-4, warmup_fraction=0.06),
+    ),
+    "thesis": Scale(
+        name="thesis",
+        data="glue",
+        backbone=Pretrained(source="google-bert/bert-large-uncased"),
+        student=Pretrained(source="distilbert/distilbert-base-uncased"),
+        teacher=Pretrained(source="yoshitomo-matsubara/bert-large-uncased-sst2"),
+    ),
+}

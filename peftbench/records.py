@@ -1,0 +1,318 @@
+"""What happened: the record of a case, JSON both ways, and the store under ``outputs/``. Standard library only."""
+
+import base64
+import dataclasses
+import json
+import math
+import re
+import secrets
+import time
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from peftbench.phases import Phase
+from peftbench.sealed import lock, write_atomically
+
+SCHEMA_VERSION = 1
+
+T = TypeVar("T")
+
+
+class RecordError(ValueError):
+    """A file is not a record that this version can read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitMetrics:
+    """Quality on one split; fractions, F1 of the positive class, the interval by Wilson's score."""
+
+    accuracy: float
+    f1: float
+    n: int
+    accuracy_ci95: tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParameterCounts:
+    """Scalars in the model, and how many of them an optimizer step may change."""
+
+    total: int
+    trainable: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Efficiency:
+    """Dev accuracy (a fraction) per million trainable parameters and per minute of training; null if nothing trained."""
+
+    accuracy_per_million_params: float | None
+    accuracy_per_minute: float | None
+
+    @classmethod
+    def from_costs(cls, *, accuracy: float, trainable: int, seconds: float) -> "Efficiency":
+        """Divide the dev accuracy by what it cost."""
+        return cls(
+            accuracy_per_million_params=accuracy / (trainable / 1e6) if trainable else None,
+            accuracy_per_minute=accuracy / (seconds / 60) if trainable and seconds > 0 else None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherCost:
+    """
+    What the teacher cost whoever first needed it: tuning, and computing the logits that this case learned from.
+
+    ``cache`` is ``hit`` where this case found both on disk; the seconds are those of the first time in either case.
+    """
+
+    training_seconds: float
+    logit_seconds: float
+    cache: Literal["hit", "miss"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predictions:
+    """
+    Predicted and gold labels of a split, one bit an example each, so that two records can be compared in pairs.
+
+    Attributes:
+        split_fingerprint: Of the split's ids, texts and labels; only equal ones may be paired.
+        predicted: Base64 of the bits, the first example in the highest bit of the first byte.
+        gold: The same for the labels.
+    """
+
+    split_fingerprint: str
+    n: int
+    predicted: str
+    gold: str
+
+    @classmethod
+    def from_labels(cls, predicted: Sequence[int], gold: Sequence[int], split_fingerprint: str) -> "Predictions":
+        """Pack labels in {0, 1}, in the split's order."""
+        return cls(
+            split_fingerprint=split_fingerprint, n=len(gold), predicted=_pack_bits(predicted), gold=_pack_bits(gold)
+        )
+
+    def correct(self) -> list[bool]:
+        """Whether each example was predicted right, in the split's order."""
+        return [p == g for p, g in zip(_unpack_bits(self.predicted, self.n), _unpack_bits(self.gold, self.n), strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """
+    Everything that one case measured; see README for the meaning and unit of each key.
+
+    A failed case has null where it did not get to measure.
+    """
+
+    run_id: str
+    phase: str
+    name: str
+    scale: str
+    seed: int
+    outcome: Literal["passed", "failed"]
+    fingerprint: str | None
+    config: Mapping[str, Any]
+    schema_version: int = SCHEMA_VERSION
+    error: str | None = None
+    checkpoint: str | None = None
+    dev: SplitMetrics | None = None
+    test: SplitMetrics | None = None
+    majority_accuracy: float | None = None
+    parameter_counts: ParameterCounts | None = None
+    train_runtime_seconds: float | None = None
+    evaluation_seconds: float | None = None
+    efficiency: Efficiency | None = None
+    kd_path: str | None = None
+    samples_per_second: float | None = None
+    tokens_per_second: float | None = None
+    optimizer_steps: int | None = None
+    learning_curve: tuple[tuple[int, float], ...] = ()
+    peak_memory_bytes: int | None = None
+    peak_memory_scope: str | None = None
+    artifact_bytes: int | None = None
+    latency_ms: float | None = None
+    batching: str | None = None
+    teacher_cost: TeacherCost | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+    predictions: Mapping[str, Predictions] = field(default_factory=dict)
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    commit: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def case(self) -> str:
+        """File name of the record without its ending; unique within a run."""
+        return f"{self.phase}-{self.name}-{self.scale}-s{self.seed}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON values."""
+        content: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
+        return content
+
+    @classmethod
+    def from_json(cls, content: object) -> "Record":
+        """
+        Read what `to_json` gave.
+
+        Raises:
+            RecordError: If it is something else, naming the first key that is wrong.
+        """
+        if not isinstance(content, dict) or "schema_version" not in content or "outcome" not in content:
+            raise RecordError("not a peftbench record: no schema_version and outcome at the top level")
+        if content["schema_version"] != SCHEMA_VERSION:
+            raise RecordError(f"schema_version must be {SCHEMA_VERSION}, got {content['schema_version']!r}")
+        record: Record = _from_json(cls, content, "record")
+        return record
+
+
+def read_record(path: Path) -> Record:
+    """
+    Read one record file.
+
+    Raises:
+        RecordError: If it cannot be read, is not JSON or not a record; the message names the file.
+    """
+    try:
+        return Record.from_json(json.loads(path.read_text("utf-8"), parse_constant=_refuse_constant))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecordError(f"{path}: {error}") from error
+
+
+def make_run_id() -> str:
+    """An id that sorts by time and does not collide: UTC to the second, and six random hexadecimal digits."""
+    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(3)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """
+    The only place that spells a path under ``outputs/``.
+
+    Args:
+        outputs: The folder that the user named.
+        scale: Tiny runs live in a tree of their own, apart from real results.
+    """
+
+    outputs: Path
+    scale: str
+
+    @property
+    def root(self) -> Path:
+        """Where this scale's tree begins."""
+        return self.outputs / "tiny" if self.scale == "tiny" else self.outputs
+
+    @property
+    def runs(self) -> Path:
+        """Append-only history: a folder per run, a file per case."""
+        return self.root / "runs"
+
+    def report_path(self, letter: str) -> Path:
+        """The latest result of a phase."""
+        return self.root / "reports" / f"phase_{letter.lower()}_metrics.json"
+
+    def kd_path(self, size: int) -> Path:
+        """A KD subset, saved with ``datasets``."""
+        return self.root / "kd" / f"kd_{size}"
+
+    def cache_path(self, kind: Literal["teachers", "logits"], key: str) -> Path:
+        """A content-keyed entry of the cache."""
+        return self.root / "cache" / kind / key
+
+    @property
+    def assets(self) -> Path:
+        """Fetched archives, unpacked; shared by all scales."""
+        return self.outputs / "cache" / "assets"
+
+    def check_writable(self) -> None:
+        """
+        Try to write before hours are spent.
+
+        Raises:
+            OSError: If the folder cannot be made or written, naming it and the option.
+        """
+        try:
+            probe = self.root / f".writable-{secrets.token_hex(4)}"
+            write_atomically(probe, "")
+            probe.unlink()
+        except OSError as error:
+            raise OSError(
+                f"cannot write to the outputs folder {self.root}: {error.strerror or error}; "
+                "give a folder that can be written with --peft-outputs DIR"
+            ) from error
+
+    def save(self, record: Record) -> Path:
+        """Add a record to the history, whole or not at all."""
+        path = self.runs / record.run_id / f"{record.case}.json"
+        write_atomically(path, json.dumps(record.to_json(), indent=1) + "\n")
+        return path
+
+    def publish(self, letter: str, report: Mapping[str, Any]) -> Path:
+        """Replace the latest result of a phase."""
+        path = self.report_path(letter)
+        with lock(path):
+            write_atomically(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+        return path
+
+    def records(self, run_id: str = "*") -> Iterator[Record | RecordError]:
+        """The history, or one run of it, by run and case; a file that cannot be read comes as its error."""
+        for path in sorted(self.runs.glob(f"{run_id}/*.json")):
+            try:
+                yield read_record(path)
+            except RecordError as error:
+                yield error
+
+
+def phase_config(phase: Phase) -> dict[str, Any]:
+    """Every hyperparameter of a phase as JSON values."""
+    return {name: value for name, value in dataclasses.asdict(phase).items() if name not in ("at_scale", "id")}
+
+
+def _pack_bits(labels: Sequence[int]) -> str:
+    bits = "".join(str(int(label)) for label in labels)
+    padded = bits.ljust(-(-len(bits) // 8) * 8, "0")
+    return base64.b64encode(bytes(int(padded[i : i + 8], 2) for i in range(0, len(padded), 8))).decode()
+
+
+def _unpack_bits(packed: str, n: int) -> list[int]:
+    bits = "".join(f"{byte:08b}" for byte in base64.b64decode(packed))
+    return [int(bit) for bit in bits[:n]]
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _from_json(kind: Any, value: Any, where: str) -> Any:
+    """Check a JSON value against a type annotation and build the dataclasses in it."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin is typing.Literal and value in args:
+        return value
+    if origin is types.UnionType:
+        if value is None and type(None) in args:
+            return None
+        return _from_json(next(a for a in args if a is not type(None)), value, where)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = typing.get_type_hints(kind)
+        if missing := [f.name for f in dataclasses.fields(kind) if f.name not in value]:
+            raise RecordError(f"{where} has no {', '.join(missing)}")
+        assert isinstance(kind, type)
+        return kind(**{name: _from_json(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+    if origin is tuple and isinstance(value, list):
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(kinds) == len(value):
+            return tuple(_from_json(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if origin is not None and issubclass(origin, Mapping) if isinstance(origin, type) else False:
+        if isinstance(value, dict):
+            return {k: _from_json(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if kind in (int, str) and type(value) is kind:
+        return value
+    raise RecordError(f"{where} must be {getattr(kind, '__name__', kind)}, got {str(value)[:80]!r}")

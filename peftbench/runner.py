@@ -1,0 +1,402 @@
+"""
+One phase, from settings to record: wires data, models, teacher, loop and evaluation together.
+
+Free of pytest and of global state: arguments and result can be pickled, so a case can run in any process.
+"""
+
+import gc
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftbench.assets import Asset, asset_path
+from peftbench.data import Split, Splits, draw, load_splits
+from peftbench.device import Device
+from peftbench.distill import TeacherKey, TeacherLogits, cached_logits, kd_loss, publish_subset, read_subset
+from peftbench.evaluation import METRICS_VERSION, latency_ms, score
+from peftbench.measure import PeakMemory, Stopwatch, describe_commit, describe_machine, describe_versions
+from peftbench.models import (
+    Weights,
+    artifact_bytes,
+    count_parameters,
+    load_classifier,
+    load_tokenizer,
+    locate,
+    prepare,
+    save_classifier,
+    tokenizer_identity,
+)
+from peftbench.packing import Batch, Encoded, make_packable, predict, shuffled_batches
+from peftbench.phases import DATA_SEED, Phase, Pretrained, Scale, Untrained
+from peftbench.records import Efficiency, ParameterCounts, Record, Store, TeacherCost, phase_config
+from peftbench.sealed import building, fingerprint, lock, unseal
+from peftbench.training import Fit, Progress, fit
+
+TEACHER_VERSION = 1
+"""Raise it when the same recipe would tune another teacher: it is part of the tuned teacher's cache key."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """
+    What a session decides for all of its cases.
+
+    Attributes:
+        outputs: Where results and caches go.
+        data: A folder of GLUE-style files in place of the scale's data.
+        device: ``auto`` or a device as torch writes it.
+        precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        run_id: The run that the records belong to.
+        project: The folder whose commit the records name.
+    """
+
+    outputs: Path
+    run_id: str
+    project: Path
+    data: Path | None = None
+    device: str = "auto"
+    precision: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Teacher:
+    """The scale's teacher, ready to load; the cost of tuning it is that of the first time."""
+
+    weights: Weights
+    training_seconds: float
+    hit: bool
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """The progress that tells nobody."""
+
+
+class Workbench:
+    """
+    What the cases of one scale share: splits, tokens, the teacher and its logits; each made at first use.
+
+    It can be left out of any call, at the price of making them again.
+    """
+
+    def __init__(self, scale: Scale, settings: Settings, progress: Progress = silent) -> None:
+        self.scale, self.settings, self.progress = scale, settings, progress
+        self.store = Store(settings.outputs, scale.name)
+        self.device = Device.choose(settings.device, settings.precision)
+        self._weights: dict[Pretrained | Untrained, Weights] = {}
+        self._encoded: dict[tuple[str, str, int], Encoded] = {}
+        self._kd: dict[tuple[int, int], TeacherLogits] = {}
+
+    @cached_property
+    def splits(self) -> Splits:
+        """Train, dev and test, with labels checked."""
+        from peftbench.assets import REVIEWS
+
+        splits = load_splits(self.scale.data, self.settings.data, lambda: self._fetch(REVIEWS))
+        for split in (splits.train, splits.dev, splits.test):
+            split.check_labels()
+        return splits
+
+    def weights(self, source: Pretrained | Untrained) -> Weights:
+        """A role's weights, located once."""
+        if source not in self._weights:
+            self._weights[source] = locate(source, self._fetch)
+        return self._weights[source]
+
+    def encoded(self, split: Split, weights: Weights, max_length: int) -> Encoded:
+        """A split as token ids."""
+        key = (split.fingerprint, weights.identity, max_length)
+        if key not in self._encoded:
+            self._encoded[key] = Encoded.from_split(split, load_tokenizer(weights), max_length=max_length)
+        return self._encoded[key]
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The published teacher, or the backbone tuned by the scale's recipe, once, and cached by content."""
+        recipe = self.scale.teacher
+        if isinstance(recipe, Pretrained):
+            return Teacher(weights=self.weights(recipe), training_seconds=0.0, hit=True)
+        folder = self.store.cache_path("teachers", self.teacher_identity)
+        with lock(folder):
+            facts = unseal(folder)
+            hit = facts is not None
+            if facts is None:
+                facts = self._tune_teacher(recipe, folder)
+        weights = locate(Pretrained(source=str(folder)), self._fetch)
+        return Teacher(weights=weights, training_seconds=float(facts["training_seconds"]), hit=hit)
+
+    @cached_property
+    def teacher_identity(self) -> str:
+        """What the teacher will be, known before it is tuned."""
+        recipe = self.scale.teacher
+        if isinstance(recipe, Pretrained):
+            return self.weights(recipe).identity
+        facts = [self.weights(self.scale.backbone).identity, phase_config(recipe), self.splits.train.fingerprint]
+        return fingerprint([*facts, self.device.precision, self.device.kind, DATA_SEED, TEACHER_VERSION])
+
+    def teacher_logits(self, size: int, max_length: int) -> TeacherLogits:
+        """The teacher's logits for the first ``size`` examples of the fixed draw, from the cache where they are in it."""
+        if (size, max_length) not in self._kd:
+            examples = draw(self.splits.train, size)
+            weights = self.teacher.weights
+            key = TeacherKey(
+                weights=weights.identity,
+                tokenizer=tokenizer_identity(load_tokenizer(weights)),
+                max_length=max_length,
+                precision=self.device.precision,
+                device_kind=self.device.kind,
+            )
+            self._kd[size, max_length] = cached_logits(
+                examples, key, lambda entry: self.store.cache_path("logits", entry), self._teach(weights, max_length)
+            )
+        return self._kd[size, max_length]
+
+    def kd_subset(self, size: int, max_length: int) -> Path:
+        """The folder of a KD subset, written or left as it is if it already says the same."""
+        return publish_subset(self.teacher_logits(size, max_length), self.store.kd_path(size))
+
+    def _fetch(self, asset: Asset) -> Path:
+        return asset_path(asset, self.store.assets)
+
+    def _teach(self, weights: Weights, max_length: int) -> Callable[[Split], Tensor]:
+        def compute(examples: Split) -> Tensor:
+            model, packed = _on_device(load_classifier(weights), self.device)
+            encoded = Encoded.from_split(examples, load_tokenizer(weights), max_length=max_length)
+            return predict(model, encoded, self.device, packed=packed)
+
+        return compute
+
+    def _tune_teacher(self, recipe: Phase, folder: Path) -> dict[str, Any]:
+        seed_everything(DATA_SEED)
+        backbone = self.weights(self.scale.backbone)
+        encoded = self.encoded(self.splits.train, backbone, recipe.max_length)
+        model, groups = prepare(load_classifier(backbone), recipe)
+        model, packed = _on_device(model, self.device)
+        run = _train(recipe, model, groups, encoded, None, packed, self, DATA_SEED, "tuning the teacher")
+        facts = {"training_seconds": run.runtime_seconds, "recipe": phase_config(recipe)}
+        with building(folder, facts) as target:
+            save_classifier(model, load_tokenizer(backbone), target)
+        return facts
+
+
+def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, workbench: Workbench | None = None) -> Record:
+    """
+    Train and evaluate one phase.
+
+    Args:
+        phase: As the study writes it; its changes for the scale are made here.
+        scale: Where roles and data come from.
+        seed: Of what the case draws: new weights, dropout, the order of batches. Splits and subsets do not depend on it.
+        settings: Of the session.
+        workbench: What earlier cases of the same scale and settings made.
+
+    Returns:
+        The record of a passed case.
+
+    Raises:
+        Exception: Whatever went wrong; `failed_record` makes a record of it.
+    """
+    bench = workbench or Workbench(scale, settings)
+    phase = phase.at(scale.name)
+    identity = case_fingerprint(phase, bench)
+    for size in phase.kd_subsets:
+        bench.kd_subset(size, phase.max_length)
+    memory = PeakMemory(bench.device)
+    memory.restart()
+    seed_everything(seed)
+
+    weights = bench.teacher.weights if phase.role == "teacher" else bench.weights(_source(phase, scale))
+    model, groups = prepare(load_classifier(weights), phase)
+    model, packed = _on_device(model, bench.device)
+    total, trainable = count_parameters(model)
+    if not phase.epochs:
+        trainable = 0
+    examples, logits, kd_path = _training_examples(phase, bench)
+    run = None
+    if phase.epochs:
+        encoded = bench.encoded(examples, weights, phase.max_length)
+        run = _train(phase, model, groups, encoded, logits.align(examples) if logits else None, packed, bench, seed, phase.id)
+
+    quality, predictions = {}, {}
+    with Stopwatch(bench.device) as evaluating:
+        for split in (bench.splits.dev, bench.splits.test):
+            encoded = bench.encoded(split, weights, phase.max_length)
+            quality[split.name], predictions[split.name] = score(predict(model, encoded, bench.device, packed=packed), split)
+    peak = memory.read_bytes()
+    record = Record(
+        run_id=settings.run_id,
+        phase=phase.letter,
+        name=phase.name,
+        scale=scale.name,
+        seed=seed,
+        outcome="passed",
+        fingerprint=identity,
+        config=phase_config(phase),
+        checkpoint=_describe_checkpoint(phase, scale),
+        dev=quality["dev"],
+        test=quality["test"],
+        majority_accuracy=bench.splits.dev.majority_accuracy,
+        parameter_counts=ParameterCounts(total=total, trainable=trainable),
+        train_runtime_seconds=run.runtime_seconds if run else 0.0,
+        evaluation_seconds=evaluating.seconds,
+        efficiency=Efficiency.from_costs(
+            accuracy=quality["dev"].accuracy, trainable=trainable, seconds=run.runtime_seconds if run else 0.0
+        ),
+        kd_path=kd_path,
+        samples_per_second=run.examples / run.runtime_seconds if run else None,
+        tokens_per_second=run.tokens / run.runtime_seconds if run else None,
+        optimizer_steps=run.steps if run else 0,
+        learning_curve=run.learning_curve if run else (),
+        peak_memory_bytes=peak,
+        peak_memory_scope=memory.scope,
+        artifact_bytes=artifact_bytes(model),
+        latency_ms=latency_ms(model, bench.encoded(bench.splits.dev, weights, phase.max_length), bench.device, packed=packed),
+        batching="packed" if packed else "padded to the longest",
+        teacher_cost=_teacher_cost(phase, bench, logits),
+        data=bench.splits.describe(),
+        predictions=predictions,
+        machine=describe_machine(bench.device),
+        versions=describe_versions(),
+        commit=describe_commit(settings.project),
+    )
+    del model, groups
+    gc.collect()
+    if bench.device.kind == "cuda":
+        torch.cuda.empty_cache()
+    return record
+
+
+def failed_record(phase: Phase, scale: Scale, seed: int, settings: Settings, error: BaseException) -> Record:
+    """The record of a case that an error ended."""
+    phase = phase.at(scale.name)
+    return Record(
+        run_id=settings.run_id,
+        phase=phase.letter,
+        name=phase.name,
+        scale=scale.name,
+        seed=seed,
+        outcome="failed",
+        fingerprint=None,
+        error=f"{type(error).__name__}: {error}"[:2000],
+        config=phase_config(phase),
+        versions=describe_versions(),
+        commit=describe_commit(settings.project),
+    )
+
+
+def case_fingerprint(phase: Phase, bench: Workbench) -> str:
+    """What the figures of a case depend on, the seed aside; equal ones may be compared, and `resume` goes by it."""
+    phase = phase.at(bench.scale.name)
+    needs_teacher = phase.role == "teacher" or phase.distillation is not None
+    model = bench.teacher_identity if phase.role == "teacher" else bench.weights(_source(phase, bench.scale)).identity
+    return fingerprint(
+        {
+            "phase": [phase.id, phase_config(phase)],
+            "scale": bench.scale.name,
+            "data": bench.splits.fingerprint,
+            "weights": model,
+            "teacher": bench.teacher_identity if needs_teacher else None,
+            "precision": bench.device.precision,
+            "metrics": METRICS_VERSION,
+        }
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every generator that torch, transformers and peft draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _source(phase: Phase, scale: Scale) -> Pretrained | Untrained:
+    return scale.student if phase.role == "student" else scale.backbone
+
+
+def _on_device(model: nn.Module, device: Device) -> tuple[nn.Module, bool]:
+    packed = make_packable(model)
+    return model.to(device.name), packed
+
+
+def _training_examples(phase: Phase, bench: Workbench) -> tuple[Split, TeacherLogits | None, str | None]:
+    """What a phase learns from: the train split or its subset and, under distillation, the logits as they are on disk."""
+    train = bench.splits.train
+    if phase.distillation is None:
+        return (train if phase.subset is None else draw(train, phase.subset)), None, None
+    examples = draw(train, phase.subset)
+    path = bench.kd_subset(len(examples), phase.max_length)
+    return examples, read_subset(path), path.as_posix()
+
+
+def _teacher_cost(phase: Phase, bench: Workbench, logits: TeacherLogits | None) -> TeacherCost | None:
+    if phase.role != "teacher" and logits is None:
+        return None
+    sizes = [*phase.kd_subsets, *([len(logits.examples)] if logits else [])]
+    used = [bench.teacher_logits(size, phase.max_length) for size in sizes]
+    hit = bench.teacher.hit and all(u.hit for u in used)
+    return TeacherCost(
+        training_seconds=bench.teacher.training_seconds,
+        logit_seconds=max((u.seconds for u in used), default=0.0),
+        cache="hit" if hit else "miss",
+    )
+
+
+def _train(
+    phase: Phase,
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    encoded: Encoded,
+    teacher: Tensor | None,
+    packed: bool,
+    bench: Workbench,
+    seed: int,
+    what: str,
+) -> Fit:
+    device = bench.device
+    targets = None if teacher is None else teacher.to(device.name)  # (N, 2)
+
+    def loss(batch: Batch) -> Tensor:
+        logits = model(**batch.inputs).logits.float()  # (B, 2)
+        if targets is None or phase.distillation is None:
+            return F.cross_entropy(logits, batch.labels)
+        return kd_loss(logits, targets[batch.rows], batch.labels, phase.distillation)
+
+    generator = torch.Generator().manual_seed(seed)
+    return fit(
+        model,
+        loss,
+        lambda: shuffled_batches(encoded, phase.batch_size, device.name, packed=packed, generator=generator),
+        groups,
+        epochs=phase.epochs,
+        steps_per_epoch=-(-len(encoded) // phase.batch_size),
+        warmup_fraction=phase.warmup_fraction,
+        clip_norm=phase.clip_norm,
+        weight_decay=phase.weight_decay,
+        device=device,
+        progress=bench.progress,
+        what=what,
+    )
+
+
+def _describe_checkpoint(phase: Phase, scale: Scale) -> str:
+    if phase.role == "teacher":
+        if isinstance(scale.teacher, Pretrained):
+            return scale.teacher.source
+        return f"tuned once from {_describe_source(scale.backbone)}"
+    return _describe_source(_source(phase, scale))
+
+
+def _describe_source(source: Pretrained | Untrained) -> str:
+    if isinstance(source, Untrained):
+        return f"random {source.architecture}, {source.layers} layers of {source.hidden_size}"
+    layers = f", layers {', '.join(map(str, source.layers))}" if source.layers else ""
+    return f"{source.source}{layers}"
+
+
