@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+from peftbench.phases import PRECISIONS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,5 @@
 """Logits to metrics with their uncertainty, and the latency of a single text."""
 
-import math
 import statistics
 import tempfile
 import time
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from peftbench.data import Split
 from peftbench.device import Device
 from peftbench.packing import Encoded, make_batch
-from peftbench.records import Predictions, SplitMetrics
+from peftbench.records import Predictions, SplitMetrics, wilson_interval
 
 METRICS_VERSION = 1
 """Raise it when the same predictions would give other figures: it is part of every case's fingerprint."""
@@ -44,14 +43,6 @@ class F1(evaluate.Metric):  # type: ignore[misc]
         pairs = [(int(p), int(r)) for p, r in zip(predictions, references, strict=True)]
         hits, errors = pairs.count((1, 1)), pairs.count((1, 0)) + pairs.count((0, 1))
         return {"f1": 2 * hits / (2 * hits + errors) if hits + errors else 0.0}
-
-
-def wilson_interval(hits: int, n: int, *, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927), 95% by default."""
-    share, spread = hits / n, z * z / n
-    centre = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def score(logits: Tensor, split: Split) -> tuple[SplitMetrics, Predictions]:

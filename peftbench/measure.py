@@ -103,12 +103,12 @@ def describe_commit(folder: Path) -> dict[str, Any]:
     The commit that is checked out.
 
     Returns:
-        ``id`` (null without git), ``dirty``, and ``changes``: a fingerprint of what differs from the commit.
+        ``id`` (null without git), ``dirty``, and ``changes``: a fingerprint of the tracked files' differences.
     """
     commit = _git(folder, "rev-parse", "HEAD")
     if not commit:
         return {"id": None, "dirty": None, "changes": None}
-    changes = _git(folder, "diff", "HEAD") + _git(folder, "status", "--porcelain")
+    changes = _git(folder, "diff", "HEAD")
     return {"id": commit.strip(), "dirty": bool(changes), "changes": fingerprint(changes)[:16] if changes else None}
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from peftbench import kernels
 from peftbench.data import Split
 from peftbench.device import Device
 
@@ -95,7 +96,8 @@ def make_packable(model: nn.Module) -> bool:
     Teach a BERT or DistilBERT classifier, plain or under PEFT, to take packed rows.
 
     Attention is replaced through transformers' attention interface, and the encoder hands the head only each sentence's first
-    token, which is all that it reads. Padded input works as before.
+    token, which is all that it reads; BERT's last layer computes nothing else past its keys and values. Padded input works as
+    before.
 
     Returns:
         False if the architecture, or a PEFT method that puts virtual tokens before the text, cannot be packed.
@@ -107,8 +109,7 @@ def make_packable(model: nn.Module) -> bool:
     if not isinstance(classifier, PreTrainedModel) or classifier.config.model_type not in PACKABLE:
         return False
     classifier.set_attn_implementation(ATTENTION)
-    encoder = getattr(classifier.base_model, "encoder", None) or classifier.base_model.transformer
-    encoder.register_forward_hook(_keep_first_tokens, with_kwargs=True)
+    _FirstTokens().attach(classifier)
     return True
 
 
@@ -163,6 +164,37 @@ def predict(model: nn.Module, encoded: Encoded, device: Device, *, packed: bool,
     return logits.clone()  # a plain tensor again, not an inference one
 
 
+class _FirstTokens:
+    """Hooks that narrow a packed row to the first token of each sentence as early as the architecture lets them."""
+
+    def __init__(self) -> None:
+        self.spans: Spans | None = None
+        self.narrowed = False
+
+    def attach(self, classifier: PreTrainedModel) -> None:
+        encoder: Any = getattr(classifier.base_model, "encoder", None) or classifier.base_model.transformer
+        encoder.register_forward_pre_hook(self._begin, with_kwargs=True)
+        encoder.register_forward_hook(self._end)
+        if classifier.config.model_type == "bert":
+            encoder.layer[-1].attention.output.register_forward_pre_hook(self._narrow)
+
+    def _begin(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.spans, self.narrowed = kwargs.get("spans"), False
+
+    def _narrow(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self.spans is None:
+            return None
+        self.narrowed = True
+        return tuple(x[:, self.spans.starts] for x in args)  # attention's output and the residual: (1, T, E) → (1, B, E)
+
+    def _end(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        if self.spans is not None:
+            hidden = output.last_hidden_state[0]  # (T, E), or (B, E) where the last layer was narrowed
+            output["last_hidden_state"] = (hidden if self.narrowed else hidden[self.spans.starts])[:, None]  # (B, 1, E)
+        self.spans = None
+        return output
+
+
 def _attend_within_sentences(
     module: nn.Module,
     query: Tensor,  # (1, H, T, D); padded input: (B, H, L, D)
@@ -175,8 +207,7 @@ def _attend_within_sentences(
     **_: Any,
 ) -> tuple[Tensor, None]:
     if spans is None:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
-        return out.transpose(1, 2), None
+        return _attend(query, key, value, attention_mask, dropout, scaling).transpose(1, 2), None
     batch, longest, heads, size = len(spans.lengths), spans.longest, query.shape[1], query.shape[3]
 
     def spread(x: Tensor) -> Tensor:  # (1, H, T, D) → (B, H, longest, D)
@@ -184,18 +215,21 @@ def _attend_within_sentences(
         cells = rows.new_zeros(batch * longest, heads * size).index_copy(0, spans.padded, rows)
         return cells.view(batch, longest, heads, size).transpose(1, 2)
 
-    out = F.scaled_dot_product_attention(
-        spread(query), spread(key), spread(value), attn_mask=spans.mask, dropout_p=dropout, scale=scaling
-    )
+    out = _attend(spread(query), spread(key), spread(value), spans.mask, dropout, scaling)
     rows = out.transpose(1, 2).reshape(batch * longest, heads * size).index_select(0, spans.padded)
     return rows.view(1, -1, heads, size), None  # (1, T, H, D)
 
 
-def _keep_first_tokens(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    spans: Spans | None = kwargs.get("spans")
-    if spans is not None:
-        output["last_hidden_state"] = output.last_hidden_state[0, spans.starts][:, None]  # (1, T, E) → (B, 1, E)
-    return output
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float | None
+) -> Tensor:
+    """Scaled dot-product attention, (B, H, L, D) → (B, H, L, D); torch's CPU kernels have no dropout, so there it is spelled out."""
+    if not dropout or query.device.type != "cpu":
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    scores = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return kernels.dropout(scores.softmax(dim=-1), dropout) @ value
 
 
 AttentionInterface.register(ATTENTION, _attend_within_sentences)

@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 Role = Literal["teacher", "backbone", "student"]
 DataSource = Literal["grammar", "reviews", "glue"]
 
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
 DATA_SEED = 42
 """The one seed of splits and KD subsets: they stay the same while a case's own seed varies."""
 

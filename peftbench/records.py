@@ -267,6 +267,14 @@ class Store:
                 yield error
 
 
+def wilson_interval(hits: float, n: int, *, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson 1927), 95% by default."""
+    share, spread = hits / n, z * z / n
+    centre = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 def phase_config(phase: Phase) -> dict[str, Any]:
     """Every hyperparameter of a phase as JSON values."""
     return {name: value for name, value in dataclasses.asdict(phase).items() if name not in ("at_scale", "id")}

@@ -22,6 +22,7 @@ from peftbench.data import Split, Splits, draw, load_splits
 from peftbench.device import Device
 from peftbench.distill import TeacherKey, TeacherLogits, cached_logits, kd_loss, publish_subset, read_subset
 from peftbench.evaluation import METRICS_VERSION, latency_ms, score
+from peftbench.kernels import economize
 from peftbench.measure import PeakMemory, Stopwatch, describe_commit, describe_machine, describe_versions
 from peftbench.models import (
     Weights,
@@ -322,6 +323,8 @@ def _source(phase: Phase, scale: Scale) -> Pretrained | Untrained:
 
 def _on_device(model: nn.Module, device: Device) -> tuple[nn.Module, bool]:
     packed = make_packable(model)
+    if device.kind == "cpu":
+        economize(model)
     return model.to(device.name), packed
 
 

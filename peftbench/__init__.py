@@ -1,0 +1,1 @@
+"""Fine-tuning, PEFT, distillation and their hybrid, compared as pytest cases."""

@@ -1,0 +1,123 @@
+"""Records to text for people; the only place that formats."""
+
+from collections.abc import Sequence
+
+from peftbench.compare import Summary, pareto_front, summarize
+from peftbench.records import Record
+
+HEADERS = (
+    "phase",
+    "dev acc % [95%]",
+    "test acc % [95%]",
+    "test F1 %",
+    "trained",
+    "params",
+    "train",
+    "acc/M",
+    "acc/min",
+    "peak",
+    "ships",
+    "front",
+)
+
+
+def render_summary(records: Sequence[Record]) -> str:
+    """
+    The table at the end of a session, one row a phase, and the lines that explain it.
+
+    Several seeds give means, with the standard deviation behind ± for accuracy.
+    """
+    from tabulate import tabulate
+
+    blocks = []
+    for scale in sorted({record.scale for record in records}):
+        summaries = summarize(record for record in records if record.scale == scale)
+        front = pareto_front(summaries)
+        rows = [_row(summary, front) for summary in summaries]
+        table = tabulate(rows, headers=HEADERS, tablefmt="simple", disable_numparse=True, colalign=("left",) + ("right",) * 11)
+        blocks.append("\n".join([table, *_notes(summaries)]))
+    return "\n\n".join(blocks)
+
+
+def render_duration(seconds: float) -> str:
+    """Seconds for people: 0.42 s, 42 s, 4:02 min, 1:04:02 h."""
+    if seconds < 10:
+        return f"{seconds:.2f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d} h"
+
+
+def render_bytes(size: float) -> str:
+    """Bytes for people, in powers of 1024."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if size >= 10 or unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def render_count(count: float) -> str:
+    """A number of parameters for people: 770, 12.3k, 4.56M."""
+    if count < 1000:
+        return f"{count:.0f}"
+    return f"{count / 1e3:.1f}k" if count < 1e6 else f"{count / 1e6:.2f}M"
+
+
+def _row(summary: Summary, front: set[str]) -> list[str]:
+    first = summary.first
+    name = f"{first.phase}-{first.name}"
+    if not summary.passed:
+        return [name, "failed", *[""] * 10]
+    counts = summary.passed[0].parameter_counts
+    assert counts is not None
+    return [
+        name + (f" ×{len(summary.passed)}" if len(summary.passed) > 1 else ""),
+        _accuracy(summary, "dev"),
+        _accuracy(summary, "test"),
+        _number(summary.mean("test.f1"), 100, 1),
+        render_count(counts.trainable),
+        render_count(counts.total),
+        render_duration(summary.mean("train_runtime_seconds") or 0.0) if counts.trainable else "-",
+        _number(summary.mean("efficiency.accuracy_per_million_params"), 1, 3),
+        _number(summary.mean("efficiency.accuracy_per_minute"), 1, 3),
+        render_bytes(summary.mean("peak_memory_bytes") or 0.0),
+        render_bytes(summary.mean("artifact_bytes") or 0.0),
+        "*" if name in front else "",
+    ]
+
+
+def _accuracy(summary: Summary, split: str) -> str:
+    mean, deviation = summary.mean(f"{split}.accuracy"), summary.deviation(f"{split}.accuracy")
+    quality = summary.passed[0].dev if split == "dev" else summary.passed[0].test
+    if mean is None or quality is None:
+        return "-"
+    if deviation is not None:
+        return f"{100 * mean:.1f} ± {100 * deviation:.1f}"
+    low, high = quality.accuracy_ci95
+    return f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _number(value: float | None, factor: float, digits: int) -> str:
+    return "-" if value is None else f"{value * factor:.{digits}f}"
+
+
+def _notes(summaries: Sequence[Summary]) -> list[str]:
+    records = [record for summary in summaries for record in summary.records]
+    passed = [record for record in records if record.outcome == "passed"]
+    lines = []
+    if passed:
+        one = passed[0]
+        sizes = ", ".join(f"{name} {size}" for name, size in sorted(one.data.get("sizes", {}).items()))
+        lines.append(f"scale {one.scale}: {one.data.get('source')} ({sizes}); majority class {100 * (one.majority_accuracy or 0):.1f}% of dev")
+        lines.append("acc/M, acc/min: dev accuracy per million trained parameters, per minute of training; trained: scalars an optimizer")
+        lines.append("step may change; ships: bytes to store; front *: no phase is at once more accurate (dev), smaller and faster to train")
+    teachers = {(c.training_seconds, c.logit_seconds, c.cache, r.phase) for r in passed if (c := r.teacher_cost)}
+    for training, logits, cache, phase in sorted(teachers, key=lambda t: t[3]):
+        spent = f"tuning {render_duration(training)}, logits {render_duration(logits)}, when first made"
+        lines.append(f"{phase} also needs the teacher: {spent}; cache {cache} here")
+    lines += [f"{r.phase}-{r.name} seed {r.seed} failed: {(r.error or '').splitlines()[0][:300]}" for r in records if r.outcome == "failed"]
+    return lines
