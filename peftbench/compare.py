@@ -1,29 +1,27 @@
 """Records to summaries: means and spread over seeds, and which phases are worth their cost."""
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from peftbench.records import Record, wilson_interval
 
-Figure = Callable[[Record], float | int | None]
-
-FIGURES: dict[str, Figure] = {
-    "dev.accuracy": lambda r: r.dev and r.dev.accuracy,
-    "dev.f1": lambda r: r.dev and r.dev.f1,
-    "test.accuracy": lambda r: r.test and r.test.accuracy,
-    "test.f1": lambda r: r.test and r.test.f1,
-    "train_runtime_seconds": lambda r: r.train_runtime_seconds,
-    "evaluation_seconds": lambda r: r.evaluation_seconds,
-    "efficiency.accuracy_per_million_params": lambda r: r.efficiency and r.efficiency.accuracy_per_million_params,
-    "efficiency.accuracy_per_minute": lambda r: r.efficiency and r.efficiency.accuracy_per_minute,
-    "samples_per_second": lambda r: r.samples_per_second,
-    "tokens_per_second": lambda r: r.tokens_per_second,
-    "peak_memory_bytes": lambda r: r.peak_memory_bytes,
-    "artifact_bytes": lambda r: r.artifact_bytes,
-    "latency_ms": lambda r: r.latency_ms,
-}
+FIGURES = (
+    "dev.accuracy",
+    "dev.f1",
+    "test.accuracy",
+    "test.f1",
+    "train_runtime_seconds",
+    "evaluation_seconds",
+    "efficiency.accuracy_per_million_params",
+    "efficiency.accuracy_per_minute",
+    "samples_per_second",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "artifact_bytes",
+    "latency_ms",
+)
 """What varies with the seed, by its place in the record."""
 
 
@@ -55,7 +53,7 @@ class Summary:
 
     def values(self, figure: str) -> list[float]:
         """The single values, by seed."""
-        return [float(v) for r in self.passed if (v := FIGURES[figure](r)) is not None]
+        return [float(value) for record in self.passed if (value := _look_up(record, figure)) is not None]
 
 
 def summarize(records: Iterable[Record]) -> list[Summary]:
@@ -109,3 +107,10 @@ def pareto_front(summaries: Iterable[Summary]) -> set[str]:
         for name, point in points.items()
         if not any(other != point and all(o <= p for o, p in zip(other, point, strict=True)) for other in points.values())
     }
+
+
+def _look_up(record: Record, figure: str) -> Any:
+    place: Any = record
+    for name in figure.split("."):
+        place = None if place is None else getattr(place, name)
+    return place

@@ -182,14 +182,16 @@ def read_reviews(path: Path, *, dev: int = 900, test: int = 900) -> Splits:
         source="movie-review snippets of vaderSentiment 3.3.2 (Hutto & Gilbert 2014)",
         protocol=f"label = sign of the mean of 20 ratings beyond ±0.5; duplicates dropped; stratified, seed {DATA_SEED}",
         notes={"neutral_dropped": neutral, "duplicates_dropped": duplicates},
-        **splits,
+        train=splits["train"],
+        dev=splits["dev"],
+        test=splits["test"],
     )
 
 
 def stratify(everything: Split, sizes: dict[str, int], *, rest: str) -> dict[str, Split]:
     """Disjoint splits of the given sizes with the class shares of the whole, at `DATA_SEED`; what is left becomes ``rest``."""
     shuffler = random.Random(DATA_SEED)
-    by_label = {label: [i for i, l in enumerate(everything.labels) if l == label] for label in sorted(set(everything.labels))}
+    by_label = {label: [i for i, own in enumerate(everything.labels) if own == label] for label in sorted(set(everything.labels))}
     for rows in by_label.values():
         shuffler.shuffle(rows)
     splits = {}
@@ -265,14 +267,16 @@ def load_glue() -> Splits:
     return Splits(
         source="SST-2: nyu-mll/glue, test labels of SetFit/sst2",
         protocol="GLUE train and validation; test joined by text to the labelled Stanford split",
-        **splits,
+        train=splits["train"],
+        dev=splits["dev"],
+        test=splits["test"],
     )
 
 
-_POSITIVE = "wonderful brilliant moving funny delightful superb charming clever gripping lovely".split()
-_NEGATIVE = "dull awful boring clumsy dreadful stale tedious weak lifeless messy".split()
-_SUBJECTS = "plot acting music dialogue ending camera story cast pacing humour script scenery".split()
-_INTENSIFIERS = ("", "very ", "truly ", "rather ", "quite ")
+_POSITIVE = ["wonderful", "brilliant", "moving", "funny", "delightful", "superb"]
+_NEGATIVE = ["dull", "awful", "boring", "clumsy", "dreadful", "stale"]
+_SUBJECTS = ["plot", "acting", "music", "dialogue", "ending", "camera", "story", "cast"]
+_INTENSIFIERS = ("", "very ", "truly ")
 
 
 def generate_sentences(*, train: int = 2400, dev: int = 400, test: int = 400) -> Splits:
@@ -293,10 +297,13 @@ def generate_sentences(*, train: int = 2400, dev: int = 400, test: int = 400) ->
             text = f"{first[0]} , but {text}"
         rows.setdefault(text, label)
     everything = Split("all", tuple(range(len(rows))), tuple(rows), tuple(rows.values()))
+    splits = stratify(everything, {"dev": dev, "test": test}, rest="train")
     return Splits(
         source="generated sentences",
-        protocol="label of the last clause, negation included; stratified, seed 42",
-        **stratify(everything, {"dev": dev, "test": test}, rest="train"),
+        protocol=f"label of the last clause, negation included; stratified, seed {DATA_SEED}",
+        train=splits["train"],
+        dev=splits["dev"],
+        test=splits["test"],
     )
 
 

@@ -128,7 +128,12 @@ def publish_subset(logits: TeacherLogits, path: Path) -> Path:
             from datasets import Dataset, Features, List, Value
 
             features = Features(
-                {"sentence": Value("string"), "label": Value("int64"), "idx": Value("int64"), "teacher_logits": List(Value("float32"))}
+                {
+                    "sentence": Value("string"),
+                    "label": Value("int64"),
+                    "idx": Value("int64"),
+                    "teacher_logits": List(Value("float32")),
+                }
             )
             columns = {
                 "sentence": list(logits.examples.sentences),
@@ -198,5 +203,3 @@ def kd_loss(student: Tensor, teacher: Tensor, labels: Tensor, distillation: Dist
     """
     soft = distillation_loss(student, teacher, temperature=distillation.temperature)
     return distillation.alpha * soft + (1 - distillation.alpha) * F.cross_entropy(student, labels)
-
-

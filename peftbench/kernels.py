@@ -41,6 +41,8 @@ class RowEmbedding(nn.Embedding):
     The buffer becomes ``weight.grad``; setting that to None, as ``zero_grad`` does, starts the next step.
     """
 
+    _used: Tensor
+
     def forward(self, ids: Tensor) -> Tensor:
         """Rows of the weight: ids of shape (…) give (…, width)."""
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
@@ -59,7 +61,8 @@ class RowEmbedding(nn.Embedding):
                 buffer = torch.zeros_like(self.weight)
             else:
                 buffer.index_fill_(0, self._used, 0.0)
-            self._buffer, self._used, self.weight.grad = buffer, ids, buffer
+            self._buffer, self.weight.grad = buffer, buffer
+            self._used = ids
         else:
             self._used = torch.cat([self._used, ids])
         self.weight.grad.index_add_(0, ids, gradient.to(self.weight.dtype))

@@ -1,5 +1,6 @@
 """Roles as loaded classifiers: weights, adapters, what trains, and how much of it there is."""
 
+import copy
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +10,15 @@ from typing import Any
 from peft import TaskType, get_peft_config, get_peft_model
 from safetensors.torch import save
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, DistilBertConfig
-from transformers import PreTrainedTokenizerFast, logging
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    DistilBertConfig,
+    PreTrainedTokenizerFast,
+    logging,
+)
 
 from peftbench.assets import ASSETS, Asset
 from peftbench.data import grammar_words
@@ -52,7 +60,11 @@ def locate(source: Pretrained | Untrained, fetch: Fetch) -> Weights:
     origin = fetch(ASSETS[name]) if source.source.startswith("asset:") else Path(name)
     if not origin.is_dir():  # on the Hub, the commit is the content
         return Weights(source, name, fingerprint([name, getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)]))
-    content = {file.name: file_sha256(file) for file in sorted(origin.glob("*")) if file.suffix in (".safetensors", ".json") and file.name != MANIFEST}
+    content = {
+        file.name: file_sha256(file)
+        for file in sorted(origin.glob("*"))
+        if file.suffix in (".safetensors", ".json") and file.name != MANIFEST
+    }
     return Weights(source, str(origin), fingerprint([content, list(source.layers)]))
 
 
@@ -127,9 +139,13 @@ def prepare(model: nn.Module, phase: Phase) -> tuple[nn.Module, list[dict[str, A
             raise ModelError(f"{phase.id}: cannot unfreeze {phase.unfreeze_top_layers} top layers, the encoder has {len(layers)}")
         unfrozen = [p for layer in layers[-phase.unfreeze_top_layers :] for p in layer.parameters()]
     head = [name for name, _ in model.named_children() if name in HEAD]
-    settings = {"task_type": TaskType.SEQ_CLS, "modules_to_save": head, **phase.peft}
+    settings = {
+        "task_type": TaskType.SEQ_CLS,
+        "modules_to_save": head,
+        **copy.deepcopy(dict(phase.peft)),
+    }  # peft extends lists in place
     try:
-        adapted = get_peft_model(model, get_peft_config(settings))  # type: ignore[arg-type]
+        adapted = get_peft_model(model, get_peft_config(settings))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{phase.id}: peft cannot apply {dict(phase.peft)}: {type(error).__name__}: {error}") from error
     for parameter in unfrozen:
@@ -153,9 +169,7 @@ def artifact_bytes(model: nn.Module) -> int:
     """Size of what one would ship, as safetensors: the whole model, or under PEFT only what was trained."""
     under_peft = hasattr(model, "peft_config")
     tensors = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in _shipped(model)
-        if tensor.requires_grad or not under_peft
+        name: tensor.detach().cpu().contiguous() for name, tensor in _shipped(model) if tensor.requires_grad or not under_peft
     }
     return len(save(tensors))
 

@@ -132,9 +132,7 @@ def make_batch(encoded: Encoded, rows: Sequence[int], device: str, *, packed: bo
     return Batch(index, encoded.labels[index].to(device), inputs, sum(len(t) for t in tokens))
 
 
-def shuffled_batches(
-    encoded: Encoded, size: int, device: str, *, packed: bool, generator: torch.Generator
-) -> Iterator[Batch]:
+def shuffled_batches(encoded: Encoded, size: int, device: str, *, packed: bool, generator: torch.Generator) -> Iterator[Batch]:
     """One epoch: every example exactly once, in an order drawn from the generator; the last batch may be smaller."""
     order = torch.randperm(len(encoded), generator=generator).tolist()
     for start in range(0, len(order), size):
@@ -220,10 +218,8 @@ def _attend_within_sentences(
     return rows.view(1, -1, heads, size), None  # (1, T, H, D)
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float | None
-) -> Tensor:
-    """Scaled dot-product attention, (B, H, L, D) → (B, H, L, D); torch's CPU kernels have no dropout, so there it is spelled out."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float | None) -> Tensor:
+    """Scaled dot-product attention, (B, H, L, D) → (B, H, L, D); torch has no CPU kernel with dropout, so it is spelled out."""
     if not dropout or query.device.type != "cpu":
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
     scores = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.transpose(-1, -2)

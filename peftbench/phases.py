@@ -18,6 +18,9 @@ DATA_SEED = 42
 STANDARD_KD_SUBSETS = (1000, 500)
 """Sizes of the KD subsets that the study publishes under ``outputs/kd``."""
 
+KD_MAX_LENGTH = 96
+"""Tokens of a text that the teacher sees for the standard KD subsets, as the phases do."""
+
 LORA: Mapping[str, Any] = {
     "peft_type": "LORA",
     "r": 32,
@@ -83,7 +86,7 @@ class Phase:
     distillation: Distillation | None = None
     kd_subsets: tuple[int, ...] = ()
     batch_size: int = 16
-    max_length: int = 96
+    max_length: int = KD_MAX_LENGTH
     warmup_fraction: float = 0.0
     clip_norm: float = 1.0
     weight_decay: float = 0.0
@@ -192,14 +195,14 @@ SCALES: Mapping[str, Scale] = {
         data="grammar",
         backbone=Untrained(architecture="bert", layers=2, hidden_size=64, attention_heads=4),
         student=Untrained(architecture="distilbert", layers=2, hidden_size=64, attention_heads=4),
-        teacher=Phase(id="T-tune", role="backbone", epochs=3, learning_rate=1e-3, warmup_fraction=0.1),
+        teacher=Phase(id="T-tune", role="backbone", epochs=4, learning_rate=1e-3, warmup_fraction=0.1),
     ),
     "mini": Scale(
         name="mini",
         data="reviews",
         backbone=Pretrained(source="asset:encoder"),
         student=Pretrained(source="asset:encoder", layers=(2, 4, 6)),
-        teacher=Phase(id="T-tune", role="backbone", epochs=2, learning_rate=1e-4, warmup_fraction=0.06),
+        teacher=Phase(id="T-tune", role="backbone", epochs=3, learning_rate=1e-4, warmup_fraction=0.1),
     ),
     "thesis": Scale(
         name="thesis",

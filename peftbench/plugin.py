@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from peftbench.compare import phase_report, summarize
-from peftbench.phases import PRECISIONS, SCALES, STANDARD_KD_SUBSETS, Phase, Scale
+from peftbench.phases import KD_MAX_LENGTH, PRECISIONS, SCALES, STANDARD_KD_SUBSETS, Phase, Scale
 from peftbench.records import Record, RecordError, Store, make_run_id, read_record
 from peftbench.report import render_duration, render_summary
 from peftbench.sealed import CorruptError
@@ -59,12 +60,16 @@ class Options:
             if given[name] not in allowed:
                 raise pytest.UsageError(f"--peft-{name} must be one of {', '.join(allowed)}, got {given[name]!r}")
         texts = [text.strip() for text in given["seeds"].split(",")]
-        if not all(text.isascii() and text.isdigit() and int(text) < 2**32 for text in texts) or len({*map(int, texts)}) < len(texts):
+        if not all(text.isascii() and text.isdigit() and int(text) < 2**32 for text in texts) or len({*map(int, texts)}) < len(
+            texts
+        ):
             raise pytest.UsageError(
                 f"--peft-seeds must be different whole numbers from 0 to {2**32 - 1}, separated by commas, got {given['seeds']!r}"
             )
         if given["data"] and not Path(given["data"]).is_dir():
-            raise pytest.UsageError(f"--peft-data must be a folder with train.tsv and dev.tsv, got {given['data']!r}, which is none")
+            raise pytest.UsageError(
+                f"--peft-data must be a folder with train.tsv and dev.tsv, got {given['data']!r}, which is none"
+            )
         return cls(
             scale=given["scale"],
             seeds=tuple(map(int, texts)),
@@ -132,13 +137,17 @@ class Session:
 
     def find_passed(self, store: Store, fingerprint: str, seed: int) -> tuple[Record, Path] | None:
         """The newest passed record of the same case at the same commit and changes."""
-        found = None
+        found: tuple[Record, Path] | None = None
         for record in store.records():
             if isinstance(record, RecordError):
                 self.config.issue_config_time_warning(UserWarning(f"left out of the history: {record}"), stacklevel=2)
-            elif (record.outcome, record.fingerprint, record.seed) == ("passed", fingerprint, seed) and record.commit == self.commit:
-                found = record
-        return found and (found, store.runs / found.run_id / f"{found.case}.json")
+            elif (record.outcome, record.fingerprint, record.seed) == (
+                "passed",
+                fingerprint,
+                seed,
+            ) and record.commit == self.commit:
+                found = record, store.runs / record.run_id / f"{record.case}.json"
+        return found
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Learn of records, also from the workers of pytest-xdist."""
@@ -277,13 +286,17 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
     own = config.stash[SESSION]
     device = Device.choose(own.options.device, own.options.precision)
     scales = sorted({"tiny" if item.get_closest_marker("tiny") else own.main_scale for item in items})
-    return [f"peftbench: scale {', '.join(scales)}; device {device.name}, precision {device.precision} ({device.why}); run {own.run_id}"]
+    return [
+        f"peftbench: scale {', '.join(scales)}; device {device.name}, precision {device.precision} ({device.why}); run {own.run_id}"
+    ]
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[Any]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Write the record the moment its case ends; what the test made of it decides the outcome."""
-    report: pytest.TestReport = yield  # type: ignore[misc]
+    report = yield
     record = item.stash.get(RECORD, None)
     if call.when == "call" and record is not None:
         if report.failed and record.outcome == "passed":
@@ -294,7 +307,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         benchmark: Any = getattr(item, "funcargs", {}).get("benchmark")
         if benchmark is not None:
             benchmark.extra_info["peftbench"] = record.to_json()
-    return report  # type: ignore[return-value]
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -336,19 +349,22 @@ def peft_workbench(request: pytest.FixtureRequest, peft_scale: Scale) -> Workben
 @pytest.fixture(scope="session")
 def sst2(peft_workbench: Workbench) -> Any:
     """The scale's `peftbench.data.Splits`: train, dev and test."""
-    return _explained(lambda: peft_workbench.splits)
+    with explained():
+        return peft_workbench.splits
 
 
 @pytest.fixture(scope="session")
 def teacher_logits(peft_workbench: Workbench) -> Any:
     """The teacher's logits on the largest standard KD subset, as `peftbench.distill.TeacherLogits`, from the cache if there."""
-    return _explained(lambda: peft_workbench.teacher_logits(max(STANDARD_KD_SUBSETS), 96))
+    with explained():
+        return peft_workbench.teacher_logits(max(STANDARD_KD_SUBSETS), KD_MAX_LENGTH)
 
 
 @pytest.fixture(scope="session")
 def kd_subsets(peft_workbench: Workbench) -> dict[str, Path]:
     """Folders of the standard KD subsets: ``{"kd_1000": path, "kd_500": path}``."""
-    return {f"kd_{size}": _explained(lambda size=size: peft_workbench.kd_subset(size, 96)) for size in STANDARD_KD_SUBSETS}
+    with explained():
+        return {f"kd_{size}": peft_workbench.kd_subset(size, KD_MAX_LENGTH) for size in STANDARD_KD_SUBSETS}
 
 
 @pytest.fixture
@@ -392,16 +408,14 @@ def run_phase(
             if not isinstance(error, Exception):
                 session.keep(record)  # Ctrl-C: no report will be made of this test
                 raise
-            return _explained(lambda: _reraise(error))
+            with explained():
+                raise
 
     return run
 
 
-def _reraise(error: Exception) -> Any:
-    raise error
-
-
-def _explained(action: Callable[[], Any]) -> Any:
+@contextmanager
+def explained() -> Iterator[None]:
     """Let errors that explain themselves fail the test without the traceback of a library on top."""
     from peftbench.assets import AssetError
     from peftbench.data import DataError
@@ -409,6 +423,6 @@ def _explained(action: Callable[[], Any]) -> Any:
     from peftbench.training import TrainingDiverged
 
     try:
-        return action()
+        yield
     except (AssetError, CorruptError, DataError, ModelError, TrainingDiverged, RecordError) as error:
         pytest.fail(f"{type(error).__name__}: {error}", pytrace=False)

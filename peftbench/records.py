@@ -4,7 +4,6 @@ import base64
 import dataclasses
 import json
 import math
-import re
 import secrets
 import time
 import types
@@ -92,9 +91,7 @@ class Predictions:
     @classmethod
     def from_labels(cls, predicted: Sequence[int], gold: Sequence[int], split_fingerprint: str) -> "Predictions":
         """Pack labels in {0, 1}, in the split's order."""
-        return cls(
-            split_fingerprint=split_fingerprint, n=len(gold), predicted=_pack_bits(predicted), gold=_pack_bits(gold)
-        )
+        return cls(split_fingerprint=split_fingerprint, n=len(gold), predicted=_pack_bits(predicted), gold=_pack_bits(gold))
 
     def correct(self) -> list[bool]:
         """Whether each example was predicted right, in the split's order."""
@@ -316,9 +313,8 @@ def _from_json(kind: Any, value: Any, where: str) -> Any:
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(kinds) == len(value):
             return tuple(_from_json(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    if origin is not None and issubclass(origin, Mapping) if isinstance(origin, type) else False:
-        if isinstance(value, dict):
-            return {k: _from_json(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if origin is Mapping and isinstance(value, dict):
+        return {key: _from_json(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     if kind in (int, str) and type(value) is kind:

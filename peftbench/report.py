@@ -112,12 +112,22 @@ def _notes(summaries: Sequence[Summary]) -> list[str]:
     if passed:
         one = passed[0]
         sizes = ", ".join(f"{name} {size}" for name, size in sorted(one.data.get("sizes", {}).items()))
-        lines.append(f"scale {one.scale}: {one.data.get('source')} ({sizes}); majority class {100 * (one.majority_accuracy or 0):.1f}% of dev")
-        lines.append("acc/M, acc/min: dev accuracy per million trained parameters, per minute of training; trained: scalars an optimizer")
-        lines.append("step may change; ships: bytes to store; front *: no phase is at once more accurate (dev), smaller and faster to train")
+        lines.append(
+            f"scale {one.scale}: {one.data.get('source')} ({sizes}); majority {_number(one.majority_accuracy, 100, 1)}% of dev"
+        )
+        lines.append(
+            "acc/M, acc/min: dev accuracy per million trained parameters, per minute of training; trained: scalars an optimizer"
+        )
+        lines.append(
+            "step may change; ships: bytes to store; front *: no phase is at once more accurate (dev), smaller and faster to train"
+        )
     teachers = {(c.training_seconds, c.logit_seconds, c.cache, r.phase) for r in passed if (c := r.teacher_cost)}
     for training, logits, cache, phase in sorted(teachers, key=lambda t: t[3]):
         spent = f"tuning {render_duration(training)}, logits {render_duration(logits)}, when first made"
         lines.append(f"{phase} also needs the teacher: {spent}; cache {cache} here")
-    lines += [f"{r.phase}-{r.name} seed {r.seed} failed: {(r.error or '').splitlines()[0][:300]}" for r in records if r.outcome == "failed"]
+    lines += [
+        f"{r.phase}-{r.name} seed {r.seed} failed: {(r.error or '').splitlines()[0][:300]}"
+        for r in records
+        if r.outcome == "failed"
+    ]
     return lines

@@ -401,5 +401,3 @@ def _describe_source(source: Pretrained | Untrained) -> str:
         return f"random {source.architecture}, {source.layers} layers of {source.hidden_size}"
     layers = f", layers {', '.join(map(str, source.layers))}" if source.layers else ""
     return f"{source.source}{layers}"
-
-

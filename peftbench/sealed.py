@@ -44,7 +44,7 @@ def write_atomically(path: Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         Path(aside).chmod(0o644)
-        os.replace(aside, path)
+        Path(aside).replace(path)
     except BaseException:
         Path(aside).unlink(missing_ok=True)
         raise
@@ -79,8 +79,8 @@ def building(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
         manifest = {"facts": dict(facts), "files": sums}
         write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         if target.exists():
-            os.replace(target, aside / "replaced")
-        os.replace(folder, target)
+            target.replace(aside / "replaced")
+        folder.replace(target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -15,7 +15,7 @@ from peftbench.packing import Batch
 CURVE_POINTS = 50
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(RuntimeError):  # noqa: N818 - a state, not a mistake
     """The loss is no longer a finite number."""
 
 
@@ -80,7 +80,8 @@ def fit(
     scaler = torch.amp.GradScaler(device.kind, enabled=device.precision == "fp16")
     parameters = [p for group in groups for p in group["params"]]
     every = max(1, math.ceil(total / CURVE_POINTS))
-    curve, since_point, step, examples, tokens, skipped = [], 0.0, 0, 0, 0, 0
+    curve: list[tuple[int, float]] = []
+    since_point, step, examples, tokens, skipped = 0.0, 0, 0, 0, 0
 
     model.train()
     with Stopwatch(device) as watch:
@@ -90,8 +91,10 @@ def fit(
                     value = loss(batch)
                 if not math.isfinite(number := value.item()):
                     rates = ", ".join(f"{rate:.3g}" for rate in schedule.get_last_lr())
-                    raise TrainingDiverged(f"{what}: loss is {number} at step {step + 1} of {total}, learning rate {rates}; lower it")
-                scaler.scale(value).backward()
+                    raise TrainingDiverged(
+                        f"{what}: loss is {number} at step {step + 1} of {total}, learning rate {rates}; lower it"
+                    )
+                scaler.scale(value).backward()  # type: ignore[no-untyped-call]
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(parameters, clip_norm)
                 scale = scaler.get_scale()
