@@ -20,6 +20,7 @@ from peftbench.report import render_duration, render_summary
 from peftbench.sealed import CorruptError
 
 if TYPE_CHECKING:
+    from peftbench.device import Device
     from peftbench.runner import Settings, Workbench
 
 OPTIONS = {
@@ -102,6 +103,13 @@ class Session:
         import torch
 
         return "thesis" if torch.cuda.is_available() else "mini"
+
+    @cached_property
+    def device(self) -> Device:
+        """Where the cases run."""
+        from peftbench.device import Device
+
+        return Device.choose(self.options.device, self.options.precision)
 
     @cached_property
     def settings(self) -> Settings:
@@ -264,31 +272,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in tiny]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Before hours are spent: can the device be used, can the outputs be written?"""
-    if session.config.option.collectonly or not any("peft_scale" in getattr(item, "fixturenames", ()) for item in session.items):
-        return
-    own = session.config.stash[SESSION]
-    from peftbench.device import Device
-
-    try:
-        Device.choose(own.options.device, own.options.precision)
-        Store(own.options.outputs, own.main_scale).check_writable()
-    except (ValueError, OSError) as error:
-        raise pytest.UsageError(f"peftbench: {error}") from error
+    if _will_run(session.config, session.items):
+        own = session.config.stash[SESSION]
+        try:
+            Store(own.options.outputs, own.main_scale).check_writable()
+            assert own.device
+        except (ValueError, OSError) as error:
+            raise pytest.UsageError(f"peftbench: {error}") from error
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
-    if config.option.collectonly or not any("peft_scale" in getattr(item, "fixturenames", ()) for item in items):
+    if not _will_run(config, items):
         return []
-    from peftbench.device import Device
-
     own = config.stash[SESSION]
-    device = Device.choose(own.options.device, own.options.precision)
     scales = sorted({"tiny" if item.get_closest_marker("tiny") else own.main_scale for item in items})
-    return [
-        f"peftbench: scale {', '.join(scales)}; device {device.name}, precision {device.precision} ({device.why}); run {own.run_id}"
-    ]
+    device = f"device {own.device.name}, precision {own.device.precision} ({own.device.why})"
+    return [f"peftbench: scale {', '.join(scales)}; {device}; run {own.run_id}"]
+
+
+def _will_run(config: pytest.Config, items: list[pytest.Item]) -> bool:
+    return not config.option.collectonly and any("peft_scale" in getattr(item, "fixturenames", ()) for item in items)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,0 +1,42 @@
+"""Together with pytest-benchmark and pytest-xdist, or without them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def test_each_case_is_one_entry_trained_once(study, pytester, records):
+    """The JSON has one round a case, its time is the loop's, and the record lies in extra_info."""
+    result = study("--benchmark-json=b.json")
+    result.assert_outcomes(passed=3, deselected=3)
+    entries = json.loads((pytester.path / "b.json").read_text())["benchmarks"]
+    assert ["test_phase[A-teacher-tiny]", "test_phase[S-small-tiny]", "test_phase[K-kd-tiny]"] == [e["name"] for e in entries]
+    by_phase = {record["phase"]: record for record in records().values()}
+    for entry in entries:
+        record = entry["extra_info"]["peftbench"]
+        assert by_phase[record["phase"]] == record
+        assert (1, 1) == (entry["stats"]["rounds"], entry["stats"]["iterations"])
+        assert entry["stats"]["mean"] == pytest.approx(record["train_runtime_seconds"])
+    compare = [sys.executable, "-m", "pytest_benchmark", "compare", "b.json"]
+    assert 0 == subprocess.run(compare, cwd=pytester.path, capture_output=True, check=False).returncode
+
+
+@pytest.mark.parametrize("arguments", [["--benchmark-disable"], ["-p", "no:benchmark"]])
+def test_cases_run_and_leave_records_without_pytest_benchmark(study, records, arguments):
+    """Switched off or not loaded, pytest-benchmark is not needed."""
+    study("-k", "small", *arguments).assert_outcomes(passed=1, deselected=5)
+    assert ["S-small-tiny-s42.json"] == list(records())
+
+
+def test_workers_of_xdist_write_one_run(study, records, pytester, data_folder):
+    """Cases in two processes share the run and the teacher, and the table shows them all."""
+    study("--collect-only", "-q")
+    command = [sys.executable, "-m", "pytest", "-m", "tiny", "-n", "2", f"--peft-data={data_folder}"]
+    done = subprocess.run(command, cwd=pytester.path, capture_output=True, text=True, check=False)
+    assert 0 == done.returncode, done.stdout + done.stderr
+    assert ["A-teacher-tiny-s42.json", "K-kd-tiny-s42.json", "S-small-tiny-s42.json"] == sorted(records())
+    assert 1 == len({record["run_id"] for record in records().values()})
+    assert 1 == len(list((pytester.path / "outputs/tiny/cache/teachers").iterdir()) and {*(pytester.path / "outputs/tiny/cache/teachers").glob("[!.]*")})
+    assert all(phase in done.stdout for phase in ("A-teacher", "S-small", "K-kd"))

@@ -1,0 +1,22 @@
+"""--peft-data: bad folders end in one clear message."""
+
+import pytest
+
+
+def test_a_folder_that_is_none_is_a_usage_error(study):
+    """The folder must exist before anything is loaded."""
+    result = study(data="nowhere")
+    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    result.stderr.fnmatch_lines(["*--peft-data must be a folder with train.tsv and dev.tsv, got 'nowhere'*"])
+
+
+def test_a_bad_file_fails_the_case_with_its_line(study, tmp_path, records):
+    """A label that is none fails the case, naming file, line and what is allowed, without a traceback."""
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\ngood\t1\nbad\t-1\n")
+    (tmp_path / "dev.tsv").write_text("sentence\tlabel\ngood\t1\nbad\t0\n")
+    result = study("-k", "small", data=tmp_path)
+    assert pytest.ExitCode.TESTS_FAILED == result.ret
+    result.stdout.fnmatch_lines(["DataError: *train.tsv, line 3: split 'train' has label '-1'; wanted 0 or 1*"])
+    assert "Traceback" not in result.stdout.str()
+    [record] = records().values()
+    assert "failed" == record["outcome"]

@@ -1,0 +1,85 @@
+"""--peft-outputs: records, reports and what happens to them."""
+
+import json
+
+import pytest
+
+CONTRACT = {
+    *("schema_version", "run_id", "phase", "name", "scale", "seed", "outcome", "checkpoint", "dev", "test"),
+    *("parameter_counts", "train_runtime_seconds", "efficiency", "kd_path", "evaluation_seconds", "samples_per_second"),
+    *("tokens_per_second", "peak_memory_bytes", "artifact_bytes", "latency_ms", "majority_accuracy", "teacher_cost"),
+    *("config", "data", "machine", "versions", "commit", "predictions", "fingerprint"),
+}
+
+
+def test_a_study_leaves_records_reports_and_kd_subsets(study, records, pytester):
+    """Every phase leaves a record and a report with the contract's keys, all below the tiny tree."""
+    result = study("--peft-outputs", "results")
+    result.assert_outcomes(passed=3, deselected=3)
+    left = records("results/tiny")
+    assert ["A-teacher-tiny-s42.json", "K-kd-tiny-s42.json", "S-small-tiny-s42.json"] == sorted(left)
+    for name in ("phase_a_metrics.json", "phase_s_metrics.json", "phase_k_metrics.json"):
+        report = json.loads((pytester.path / "results/tiny/reports" / name).read_text())
+        assert set() == CONTRACT - set(report)
+    assert {"kd_1000", "kd_500", "kd_64"} == {path.name for path in (pytester.path / "results/tiny/kd").glob("kd_*")}
+    assert ["cache", "tiny"] == sorted(path.name for path in (pytester.path / "results").iterdir()) or ["tiny"] == [
+        path.name for path in (pytester.path / "results").iterdir()
+    ]
+    result.stdout.fnmatch_lines(["phase*dev acc*front", "A-teacher*", "K-kd*", "S-small*", "records: results/tiny/runs/*"])
+
+
+def test_outputs_that_cannot_be_written_are_a_usage_error(study, pytester):
+    """The session ends before any training, naming the folder and the option."""
+    pytester.makefile("", occupied="a file")
+    result = study("--peft-outputs", "occupied")
+    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    result.stderr.fnmatch_lines(["*cannot write to the outputs folder occupied*--peft-outputs DIR"])
+
+
+def test_a_failed_assertion_makes_a_failed_record(pytester, data_folder, records):
+    """What the test makes of a record decides its outcome."""
+    pytester.makepyfile("""
+        from peftbench.phases import Phase
+
+        def test_too_strict(run_phase):
+            record = run_phase(Phase(id="S-small", role="student", subset=64, epochs=1))
+            assert record.dev.accuracy > 1
+    """)
+    result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={data_folder}")
+    assert pytest.ExitCode.TESTS_FAILED == result.ret
+    [record] = records().values()
+    assert ("failed", True) == (record["outcome"], record["error"].startswith("assert "))
+    assert not (pytester.path / "outputs/tiny/reports").exists()
+    result.stdout.fnmatch_lines(["S-small*failed*"])
+
+
+def test_an_error_leaves_a_failed_record_and_one_clear_message(pytester, data_folder, records):
+    """A phase that cannot run fails with its message alone, and says so in its record."""
+    pytester.makepyfile("""
+        from peftbench.phases import Phase
+
+        def test_no_such_module(run_phase):
+            peft = {"peft_type": "LORA", "target_modules": ["nowhere"]}
+            run_phase(Phase(id="S-small", role="student", subset=64, epochs=1, peft=peft))
+    """)
+    result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={data_folder}")
+    assert pytest.ExitCode.TESTS_FAILED == result.ret
+    result.stdout.fnmatch_lines(["ModelError: S-small: peft cannot apply *nowhere*"])
+    assert "Traceback" not in result.stdout.str()
+    [record] = records().values()
+    assert ("failed", "ModelError") == (record["outcome"], record["error"].partition(":")[0])
+
+
+def test_two_phases_of_one_letter_are_refused(pytester, data_folder):
+    """Two phases that would replace each other's report fail by name."""
+    pytester.makepyfile("""
+        import pytest
+        from peftbench.phases import Phase
+
+        @pytest.mark.parametrize("name", ["S-one", "S-two"])
+        def test_phase(run_phase, name):
+            run_phase(Phase(id=name, role="student", subset=16, epochs=1))
+    """)
+    result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={data_folder}")
+    result.assert_outcomes(passed=1, failed=1, deselected=2)
+    result.stdout.fnmatch_lines(["*phases S-one and S-two would share phase_s_metrics.json; rename one*"])

@@ -1,0 +1,64 @@
+"""--peft-scale and the cases it makes."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def collected(result):
+    return [line.partition("::")[2] for line in result.outlines if "::" in line]
+
+
+def test_a_scale_that_does_not_exist_is_a_usage_error(study):
+    """An unknown scale names the choices."""
+    result = study("--peft-scale", "huge")
+    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    result.stderr.fnmatch_lines(["*--peft-scale must be one of auto, tiny, mini, thesis, got 'huge'"])
+
+
+def test_the_ini_key_is_checked_like_the_option(study, pytester):
+    """An ini key sets the option's default and is checked the same way."""
+    pytester.makeini("[pytest]\npeft_scale = huge")
+    assert pytest.ExitCode.USAGE_ERROR == study().ret
+
+
+def test_tiny_cases_run_only_when_asked_for(pytester, study):
+    """Without -m tiny the phases are collected once, at the session's scale."""
+    study("--collect-only", "-q")
+    plain = pytester.runpytest_inprocess("--collect-only", "-q")
+    assert ["test_phase[A-teacher]", "test_phase[S-small]", "test_phase[K-kd]"] == collected(plain)
+
+
+@pytest.mark.parametrize("arguments", [["-m", "tiny"], ["--peft-scale", "tiny"], ["-k", "tiny"]])
+def test_tiny_cases_carry_the_suffix(pytester, study, arguments):
+    """However they are asked for, the smoke versions end in -tiny and come alone."""
+    study("--collect-only", "-q")
+    result = pytester.runpytest_inprocess("--collect-only", "-q", *arguments)
+    assert ["test_phase[A-teacher-tiny]", "test_phase[S-small-tiny]", "test_phase[K-kd-tiny]"] == collected(result)
+
+
+def test_a_tiny_case_can_be_named(pytester, study):
+    """A node id that says tiny selects that case."""
+    study("--collect-only", "-q")
+    result = pytester.runpytest_inprocess("--collect-only", "-q", "test_study.py::test_phase[S-small-tiny]")
+    assert ["test_phase[S-small-tiny]"] == collected(result)
+
+
+def test_the_header_says_what_was_chosen_and_why(study):
+    """Scale, device and precision stand in one line, with the reason."""
+    result = study("-k", "small", "--peft-device", "cpu", "--peft-precision", "fp32")
+    assert pytest.ExitCode.OK == result.ret
+    result.stdout.fnmatch_lines(["peftbench: scale tiny; device cpu, precision fp32 (as asked; precision as asked); run *"])
+
+
+def test_collecting_imports_no_tensor_library(pytester, study):
+    """Loading the plugin and collecting cases leave torch and its kin alone."""
+    study("--collect-only", "-q")
+    code = (
+        "import sys, pytest; status = pytest.main(['--collect-only', '-q']); "
+        "print('loaded', sorted({'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules))); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=pytester.path, capture_output=True, text=True, check=False)
+    assert "loaded []" in done.stdout
+    assert 0 == done.returncode

@@ -1,0 +1,169 @@
+"""What the machine says: time by the clock, memory by the kernel, the commit by git."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from peftbench.device import Device
+from peftbench.measure import PACKAGES, PeakMemory, Stopwatch, describe_commit, describe_machine, describe_versions
+from peftbench.sealed import fingerprint
+
+CPU = Device(name="cpu", precision="fp32", why="test")
+MEGABYTE = 10**6
+
+
+def test_stopwatch_reads_the_clock_when_entered_and_left():
+    """The difference of two readings, and zero before."""
+    watch = Stopwatch(CPU, iter([100.0, 102.5]).__next__)
+    assert 0.0 == watch.seconds
+    with watch:
+        pass
+    assert 2.5 == watch.seconds
+
+
+def test_stopwatch_waits_for_the_device_before_it_reads():
+    """Work that was launched before is not counted, work launched inside is."""
+    events = []
+
+    class Traced:
+        def synchronize(self):
+            events.append("synchronize")
+
+    def clock():
+        events.append("clock")
+        return float(len(events))
+
+    with Stopwatch(Traced(), clock):
+        events.append("work")
+    assert ["synchronize", "clock", "work", "synchronize", "clock"] == events
+
+
+def test_stopwatch_lets_errors_through():
+    """What is timed may fail; the time until then is kept."""
+    watch = Stopwatch(CPU, iter([1.0, 4.0]).__next__)
+    with pytest.raises(KeyError), watch:
+        raise KeyError
+    assert 3.0 == watch.seconds
+
+
+def test_stopwatch_starts_anew_each_time():
+    """Used twice, it has the seconds of the second time."""
+    watch = Stopwatch(CPU, iter([0.0, 5.0, 10.0, 11.0]).__next__)
+    for expected in (5.0, 1.0):
+        with watch:
+            pass
+        assert expected == watch.seconds
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets a peak")
+def test_peak_memory_sees_an_allocation_and_forgets_it_after_restart():
+    """200 MB that are gone when the peak is read are in it, and after a restart they are not."""
+    memory = PeakMemory(CPU)
+    memory.restart()
+    assert "process resident set during the case" == memory.scope
+    before = memory.read_bytes()
+    block = torch.ones(50 * MEGABYTE)
+    del block
+    peak = memory.read_bytes()
+    memory.restart()
+    after = memory.read_bytes()
+    assert 190 * MEGABYTE < peak - before < 230 * MEGABYTE
+    assert after < peak - 150 * MEGABYTE
+
+
+def test_peak_memory_is_of_a_process_with_torch():
+    """Bytes, not kilobytes: torch alone takes more than 50 MB and a test no terabyte."""
+    assert 50 * MEGABYTE < PeakMemory(CPU).read_bytes() < 10**12
+
+
+@pytest.fixture
+def git(tmp_path, monkeypatch):
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "no-config"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    folder = tmp_path / "project"
+    folder.mkdir()
+
+    def run(*arguments):
+        identity = ["-c", "user.name=Test", "-c", "user.email=test@example.org"]
+        done = subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    run.folder = folder
+    return run
+
+
+def commit_a_file(git):
+    git("init", "--quiet")
+    (git.folder / "code.py").write_text("x = 1\n")
+    git("add", "code.py")
+    git("commit", "--quiet", "-m", "first")
+    return git("rev-parse", "HEAD")
+
+
+def test_clean_checkout_is_its_commit(git):
+    """No changes, no fingerprint of them; files that git does not track do not count."""
+    head = commit_a_file(git)
+    (git.folder / "notes.txt").write_text("untracked")
+    assert {"id": head, "dirty": False, "changes": None} == describe_commit(git.folder)
+
+
+@pytest.mark.parametrize("staged", [True, False])
+def test_dirty_checkout_is_told_apart_by_its_changes(git, staged):
+    """The same change gives the same fingerprint, another change another one, staged or not."""
+    head = commit_a_file(git)
+    seen = []
+    for text in ("x = 2\n", "x = 3\n", "x = 2\n"):
+        (git.folder / "code.py").write_text(text)
+        if staged:
+            git("add", "code.py")
+        seen.append(describe_commit(git.folder))
+    assert {(head, True)} == {(commit["id"], commit["dirty"]) for commit in seen}
+    assert seen[0] == seen[2] != seen[1]
+    assert re.fullmatch("[0-9a-f]{16}", seen[0]["changes"])
+
+
+def test_commit_is_found_from_a_folder_inside(git):
+    """A project may be a part of its repository; changes elsewhere in it count."""
+    head = commit_a_file(git)
+    (git.folder / "inner").mkdir()
+    (git.folder / "code.py").write_text("x = 4\n")
+    assert (head, True) == (describe_commit(git.folder / "inner")["id"], describe_commit(git.folder / "inner")["dirty"])
+
+
+@pytest.mark.parametrize("kind", ["no repository", "no commit", "no folder"])
+def test_without_a_commit_all_is_null(git, kind):
+    """Nothing is made up where git has nothing to say."""
+    if kind == "no commit":
+        git("init", "--quiet")
+    folder = git.folder / "missing" if kind == "no folder" else git.folder
+    assert {"id": None, "dirty": None, "changes": None} == describe_commit(folder)
+
+
+def test_without_git_all_is_null(git, monkeypatch):
+    """A machine without git still measures."""
+    commit_a_file(git)
+    monkeypatch.setenv("PATH", str(git.folder))
+    assert {"id": None, "dirty": None, "changes": None} == describe_commit(git.folder)
+
+
+def test_machine_is_described_with_an_id_of_its_facts():
+    """The id is equal exactly where every fact is; the description is JSON."""
+    facts = describe_machine(CPU)
+    identity = facts.pop("id")
+    assert fingerprint(facts)[:16] == identity
+    assert ("cpu", None, torch.get_num_threads()) == (facts["device"], facts["accelerator"], facts["threads"])
+    assert 0 < facts["cores"] <= 4096
+    assert json.loads(json.dumps(facts)) == facts == {k: v for k, v in describe_machine(CPU).items() if k != "id"}
+
+
+def test_versions_are_those_that_are_installed():
+    """Python and every package that can change a figure."""
+    versions = describe_versions()
+    assert ["python", *PACKAGES] == list(versions)
+    assert (sys.version.split()[0], torch.__version__) == (versions["python"], versions["torch"])

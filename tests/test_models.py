@@ -1,0 +1,360 @@
+"""Roles become classifiers: the layers asked for, the adapter asked for, and nothing else trains."""
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForSequenceClassification, BertConfig, DistilBertConfig
+
+from peftbench.data import grammar_words
+from peftbench.models import (
+    HEAD,
+    LABELS,
+    ModelError,
+    artifact_bytes,
+    count_parameters,
+    encoder_layers,
+    load_classifier,
+    load_tokenizer,
+    locate,
+    prepare,
+    save_classifier,
+    tokenizer_identity,
+)
+from peftbench.phases import Phase, Pretrained, Untrained
+
+TINY = Untrained(architecture="bert", layers=1, hidden_size=8, attention_heads=1)
+QUERY = {"bert": "query", "distilbert": "q_lin"}
+
+# By hand, with 50 words, 32 positions, 16 wide, 32 in the feed-forward layer, 2 layers.
+LAYER = 4 * (16 * 16 + 16) + (16 * 32 + 32) + (32 * 16 + 16) + 2 * (16 + 16)
+DENSE_HEAD, OUTPUT_HEAD = 16 * 16 + 16, 16 * 2 + 2
+EMBEDDINGS = {"bert": (50 + 32 + 2) * 16 + 2 * 16, "distilbert": (50 + 32) * 16 + 2 * 16}
+TOTAL = {name: words + 2 * LAYER + DENSE_HEAD + OUTPUT_HEAD for name, words in EMBEDDINGS.items()}
+HEAD_SIZE = {"bert": OUTPUT_HEAD, "distilbert": DENSE_HEAD + OUTPUT_HEAD}  # BERT's dense layer is its pooler, part of the encoder
+LORA_SIZE = 2 * (16 * 2 + 2 * 16)  # rank 2 on the query of both layers
+
+architectures = pytest.mark.parametrize("architecture", ["bert", "distilbert"])
+
+
+def classifier(architecture, *, layers=2, labels=2, seed=0):
+    sizes = {"vocab_size": 50, "max_position_embeddings": 32, "num_labels": labels}
+    if architecture == "bert":
+        shape = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 32}
+        config = BertConfig(**shape, **sizes)
+    else:
+        config = DistilBertConfig(dim=16, n_layers=layers, n_heads=2, hidden_dim=32, **sizes)
+    torch.manual_seed(seed)
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+def lora(architecture, **changes):
+    return {"peft_type": "LORA", "r": 2, "target_modules": [QUERY[architecture]], **changes}
+
+
+def phase_with(peft=None, **changes):
+    return Phase(id="X-test", role="backbone", peft=peft, **changes)
+
+
+def load(folder, layers=()):
+    return load_classifier(locate(Pretrained(source=str(folder), layers=layers), fetch=None))
+
+
+def trainable_names(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def assert_same_weights(expected, actual):
+    assert expected.keys() == actual.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, actual[name]), name
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(architecture="bert", **options):
+        model = classifier(architecture, **options)
+        model.save_pretrained(tmp_path / "checkpoint")
+        return model, tmp_path / "checkpoint"
+
+    return save
+
+
+@architectures
+@pytest.mark.parametrize("layers", [(2, 4, 6), (6,), (1, 2, 3, 4, 5, 6)])
+def test_layers_kept_are_exactly_those_of_the_checkpoint(saved, architecture, layers):
+    """Layers count from 1; each keeps its weights, all else of the checkpoint stays, and the configuration says how many."""
+    original, folder = saved(architecture, layers=6)
+    model = load(folder, layers)
+    assert len(layers) == len(encoder_layers(model)) == model.config.num_hidden_layers
+    for kept, number in zip(encoder_layers(model), layers, strict=True):
+        assert_same_weights(encoder_layers(original)[number - 1].state_dict(), kept.state_dict())
+
+    def outside(m):
+        return {name: tensor for name, tensor in m.state_dict().items() if ".layer." not in name}
+
+    assert_same_weights(outside(original), outside(model))
+
+
+@architectures
+def test_model_of_fewer_layers_survives_saving(saved, architecture, tmp_path):
+    """What was cut out of a checkpoint loads again as it was, with its tokenizer."""
+    _, folder = saved(architecture, layers=6)
+    model = load(folder, (2, 4, 6))
+    save_classifier(model, load_tokenizer(locate(TINY, fetch=None)), tmp_path / "cut")
+    assert_same_weights(model.state_dict(), load(tmp_path / "cut").state_dict())
+    tokenizer = load_tokenizer(locate(Pretrained(source=str(tmp_path / "cut")), fetch=None))
+    assert tokenizer_identity(load_tokenizer(locate(TINY, fetch=None))) == tokenizer_identity(tokenizer)
+
+
+@pytest.mark.parametrize("layers", [(7,), (2, 4, 8), (0, 2), (-1,)])
+def test_layers_that_the_checkpoint_does_not_have_are_refused(saved, layers):
+    """Layers are counted from 1 to the checkpoint's number."""
+    _, folder = saved(layers=6)
+    with pytest.raises(ValueError, match="layers"):
+        load(folder, layers)
+
+
+def test_too_many_layers_say_how_many_there_are(saved):
+    """The message has what was asked for and what there is."""
+    _, folder = saved(layers=6)
+    with pytest.raises(ModelError, match=r"layers \(2, 4, 8\) were asked for, .*checkpoint has 6"):
+        load(folder, (2, 4, 8))
+
+
+def test_checkpoint_with_another_number_of_labels_is_refused(saved):
+    """A three-way classifier is no sentiment teacher; the message names the folder."""
+    _, folder = saved(labels=3)
+    with pytest.raises(ModelError, match="cannot load a two-label classifier from .*checkpoint"):
+        load(folder)
+
+
+def test_pickled_checkpoint_is_refused(saved):
+    """Weights are data: a checkpoint that only exists as a pickle is never opened."""
+    model, folder = saved()
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="cannot load a two-label classifier"):
+        load(folder)
+
+
+def test_damaged_checkpoint_is_refused(saved):
+    """A file cut short is named like any other checkpoint that does not load."""
+    _, folder = saved()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="cannot load a two-label classifier"):
+        load(folder)
+
+
+def test_checkpoint_without_a_head_gets_one_from_the_seed(saved):
+    """An encoder alone loads without a word; its head is drawn from torch's generator, its encoder is not."""
+    model, folder = saved()
+    encoder = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("classifier")}
+    save_file(encoder, folder / "model.safetensors", metadata={"format": "pt"})
+    heads = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        loaded = load(folder)
+        assert_same_weights(encoder, {name: tensor for name, tensor in loaded.state_dict().items() if name in encoder})
+        heads.append(loaded.classifier.weight)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_labels_have_their_names(saved):
+    """Label 1 is positive in every model, whatever the checkpoint called it."""
+    _, folder = saved()
+    assert [LABELS, LABELS] == [load(folder).config.id2label, load_classifier(locate(TINY, fetch=None)).config.id2label]
+
+
+@architectures
+def test_untrained_weights_come_from_the_seed(architecture):
+    """The same seed gives the same random model, another seed another one, both of the shape asked for."""
+    weights = locate(Untrained(architecture=architecture, layers=3, hidden_size=8, attention_heads=2), fetch=None)
+    models = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        models.append(load_classifier(weights))
+    assert_same_weights(models[0].state_dict(), models[1].state_dict())
+    assert not torch.equal(models[0].classifier.weight, models[2].classifier.weight)
+    assert (3, len(grammar_words()) + 4, 8) == (len(encoder_layers(models[0])), *models[0].get_input_embeddings().weight.shape)
+
+
+def test_identity_is_the_content(saved, tmp_path):
+    """A copy under another name is the same model; other weights, configuration or layers are another one."""
+    _, folder = saved(layers=2)
+    before = locate(Pretrained(source=str(folder)), fetch=None).identity
+    folder.rename(tmp_path / "moved")
+    moved = tmp_path / "moved"
+    assert before == locate(Pretrained(source=str(moved)), fetch=None).identity
+    assert before != locate(Pretrained(source=str(moved), layers=(1,)), fetch=None).identity
+    classifier("bert", seed=1).save_pretrained(moved)
+    assert before != locate(Pretrained(source=str(moved)), fetch=None).identity
+
+
+def test_identity_of_untrained_weights_is_their_shape():
+    """Two random models of one shape are the same role; the seed is not part of it."""
+    wider = Untrained(architecture="bert", layers=1, hidden_size=16, attention_heads=1)
+    assert locate(TINY, fetch=None).identity == locate(TINY, fetch=None).identity
+    assert locate(TINY, fetch=None).identity != locate(wider, fetch=None).identity
+
+
+def test_assets_are_fetched_by_name(saved):
+    """A source that begins with asset: asks for that asset's folder."""
+    _, folder = saved()
+    asked = []
+    weights = locate(Pretrained(source="asset:encoder"), lambda asset: asked.append(asset.name) or folder)
+    assert (["encoder"], str(folder)) == (asked, weights.origin)
+
+
+def test_one_word_is_one_token_at_tiny_scale():
+    """Every word of the grammar is known, between [CLS] and [SEP]; others are [UNK]."""
+    tokenizer = load_tokenizer(locate(TINY, fetch=None))
+    ids = tokenizer(" ".join(grammar_words()))["input_ids"]
+    assert [2, *range(4, 4 + len(grammar_words())), 3] == ids
+    assert [2, 1, 3] == tokenizer("xylophone")["input_ids"]
+
+
+@architectures
+def test_full_fine_tuning_trains_everything(architecture):
+    """Without PEFT the model stays as it is, in one group; total and trainable are counted by hand."""
+    model = classifier(architecture)
+    prepared, groups = prepare(model, phase_with(learning_rate=3e-5))
+    assert prepared is model
+    assert [(3e-5, len(list(model.parameters())))] == [(group["lr"], len(group["params"])) for group in groups]
+    assert (TOTAL[architecture], TOTAL[architecture]) == count_parameters(prepared)
+
+
+@architectures
+def test_lora_counts_are_exact(architecture):
+    """Adapter and head train; the frozen copy that peft keeps of the head is no part of the model."""
+    model, groups = prepare(classifier(architecture), phase_with(lora(architecture), learning_rate=5e-4))
+    trainable = LORA_SIZE + HEAD_SIZE[architecture]
+    assert (TOTAL[architecture] + LORA_SIZE, trainable) == count_parameters(model)
+    assert [(5e-4, trainable)] == [(group["lr"], sum(p.numel() for p in group["params"])) for group in groups]
+    copies = sum(p.numel() for name, p in model.named_parameters() if "original_module" in name)
+    assert HEAD_SIZE[architecture] == copies
+    assert sum(p.numel() for p in model.parameters()) - copies == count_parameters(model)[0]
+
+
+def test_shared_parameter_counts_once():
+    """Tied weights are one tensor."""
+    first, second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    second.weight = first.weight
+    assert (9, 9) == count_parameters(nn.Sequential(first, second))
+
+
+PEFT_METHODS = {
+    "LORA": {},
+    "IA3": {"feedforward_modules": []},
+    "ADALORA": {"total_step": 10, "init_r": 4, "target_r": 2},
+    "LOHA": {"r": 2},
+    "VERA": {"r": 2},
+}
+
+
+@architectures
+@pytest.mark.parametrize("method", PEFT_METHODS)
+def test_head_always_trains_under_peft(architecture, method):
+    """Every part of the head that the checkpoint may lack is trained, whatever the method."""
+    peft = {"peft_type": method, "target_modules": [QUERY[architecture]], **PEFT_METHODS[method]}
+    model = classifier(architecture)
+    head = [name for name, _ in model.named_children() if name in HEAD]
+    adapted, _ = prepare(model, phase_with(peft))
+    assert head == [part for part in head if any(f"{part}.modules_to_save" in name for name in trainable_names(adapted))]
+
+
+@architectures
+@pytest.mark.parametrize("extra", [[], ["classifier"], ["classifier", "LayerNorm"]])
+def test_modules_to_save_of_the_user_do_not_freeze_the_head(architecture, extra):
+    """Naming further modules to train does not take the head away."""
+    model, _ = prepare(classifier(architecture), phase_with(lora(architecture, modules_to_save=extra)))
+    base = model.get_base_model()
+    head = [name for name in HEAD if hasattr(base, name)]
+    assert head == [part for part in head if any(f".{part}.modules_to_save" in name for name in trainable_names(model))]
+
+
+@architectures
+@pytest.mark.parametrize("unfrozen_learning_rate", [None, 2e-4])
+@pytest.mark.parametrize("top", [1, 2])
+def test_unfreezing_trains_exactly_the_top_layers_in_a_group_of_their_own(architecture, top, unfrozen_learning_rate):
+    """Of the encoder the top layers' own weights train, at their own rate; the rest is adapter and head."""
+    base = classifier(architecture, layers=3)
+    wanted = {id(p) for layer in list(encoder_layers(base))[-top:] for p in layer.parameters()}
+    phase = phase_with(
+        lora(architecture), unfreeze_top_layers=top, learning_rate=5e-4, unfrozen_learning_rate=unfrozen_learning_rate
+    )
+    model, groups = prepare(base, phase)
+    assert [5e-4, unfrozen_learning_rate or 5e-4] == [group["lr"] for group in groups]
+    assert wanted == {id(p) for p in groups[1]["params"]}
+    assert LORA_SIZE * 3 // 2 + HEAD_SIZE[architecture] == sum(p.numel() for p in groups[0]["params"])
+    assert top * LAYER == sum(p.numel() for p in groups[1]["params"])
+    in_groups = [id(p) for group in groups for p in group["params"]]
+    assert len(set(in_groups)) == len(in_groups)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == set(in_groups)
+    assert LORA_SIZE * 3 // 2 + HEAD_SIZE[architecture] + top * LAYER == count_parameters(model)[1]
+
+
+def test_unfreezing_more_layers_than_there_are_is_refused():
+    """The message names the phase and says how many there are."""
+    with pytest.raises(ModelError, match="X-test: cannot unfreeze 3 top layers, the encoder has 2"):
+        prepare(classifier("bert"), phase_with(lora("bert"), unfreeze_top_layers=3))
+
+
+@pytest.mark.parametrize(
+    "peft",
+    [
+        lora("bert", target_modules=["nowhere"]),
+        lora("bert", bogus=3),
+        lora("bert", r=0),
+        {"peft_type": "NOPE"},
+        {"peft_type": "lora", "target_modules": ["query"]},
+    ],
+    ids=["matches no module", "unknown option", "rank 0", "unknown method", "lower case"],
+)
+def test_peft_configuration_that_does_not_apply_names_the_phase(peft):
+    """The error has the phase and the configuration, whatever peft raised inside."""
+    with pytest.raises(ModelError, match="^X-test: peft cannot apply") as refused:
+        prepare(classifier("bert"), phase_with(peft))
+    assert peft["peft_type"] in str(refused.value)
+
+
+@architectures
+def test_peft_configuration_of_the_caller_is_left_as_it_is(architecture):
+    """peft extends lists in place; a phase that is used twice must not notice."""
+    settings = lora(architecture, modules_to_save=["classifier"])
+    before = copy.deepcopy(settings)
+    for _ in range(2):
+        prepare(classifier(architecture), phase_with(settings))
+    assert before == settings
+
+
+@architectures
+@pytest.mark.parametrize("method", ["full", "LORA", "LORA + layer"])
+def test_artifact_is_what_trained_in_four_bytes_a_parameter(architecture, method):
+    """Full fine-tuning ships the model, PEFT what it changed; a safetensors header comes on top."""
+    peft = None if method == "full" else lora(architecture)
+    model, groups = prepare(classifier(architecture), phase_with(peft, unfreeze_top_layers=int("layer" in method)))
+    shipped = TOTAL[architecture] if peft is None else LORA_SIZE + HEAD_SIZE[architecture] + LAYER * ("layer" in method)
+    tensors = sum(len(group["params"]) for group in groups)
+    assert 4 * shipped < artifact_bytes(model) < 4 * shipped + 200 * tensors + 100
+    if method == "LORA":
+        assert shipped == sum(tensor.numel() for tensor in get_peft_model_state_dict(model).values())
+
+
+def test_model_without_encoder_layers_is_refused():
+    """Its class is named."""
+    with pytest.raises(ModelError, match="Linear has no encoder layers"):
+        encoder_layers(nn.Linear(2, 2))
+
+
+def test_tokenizer_identity_is_what_it_does():
+    """Two tokenizers of one vocabulary are the same; one more word makes another."""
+    first, second = (load_tokenizer(locate(TINY, fetch=None)) for _ in range(2))
+    assert tokenizer_identity(first) == tokenizer_identity(second)
+    second.add_tokens(["xylophone"])
+    assert tokenizer_identity(first) != tokenizer_identity(second)

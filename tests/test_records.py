@@ -1,0 +1,419 @@
+"""Records: every key, JSON both ways, what is refused, and where files lie."""
+# ruff: noqa: SIM300 - an assertion reads expected == actual
+
+import base64
+import dataclasses
+import json
+import re
+
+import numpy
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from peftbench.phases import LORA, Distillation, Phase
+from peftbench.records import (
+    SCHEMA_VERSION,
+    Efficiency,
+    ParameterCounts,
+    Predictions,
+    Record,
+    RecordError,
+    SplitMetrics,
+    Store,
+    TeacherCost,
+    make_run_id,
+    phase_config,
+    read_record,
+    wilson_interval,
+)
+
+QUALITY = SplitMetrics(accuracy=0.9, f1=0.91, n=10, accuracy_ci95=(0.6, 0.98))
+PASSED = Record(
+    run_id="20250102T030405Z-abcdef",
+    phase="D",
+    name="hybrid",
+    scale="mini",
+    seed=42,
+    outcome="passed",
+    fingerprint="f" * 64,
+    config={"epochs": 3, "peft": {"r": 32}},
+    checkpoint="asset:encoder",
+    dev=QUALITY,
+    test=QUALITY,
+    majority_accuracy=0.5,
+    parameter_counts=ParameterCounts(total=1000, trainable=10),
+    train_runtime_seconds=12.5,
+    efficiency=Efficiency(accuracy_per_million_params=9e4, accuracy_per_minute=4.32),
+    teacher_cost=TeacherCost(training_seconds=30.0, logit_seconds=2.0, cache="hit"),
+    learning_curve=((1, 0.7), (2, 0.5)),
+    predictions={"dev": Predictions.from_labels([1, 0, 1], [1, 1, 1], "s" * 64)},
+    versions={"torch": "2.6"},
+)
+FAILED = Record(
+    run_id="20250102T030405Z-abcdef",
+    phase="C1",
+    name="full",
+    scale="tiny",
+    seed=7,
+    outcome="failed",
+    fingerprint=None,
+    config={},
+    error="RuntimeError: out of memory",
+)
+
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | NUMBERS | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+MAPPINGS = st.dictionaries(st.text(max_size=8), JSON_VALUES, max_size=3)
+QUALITIES = st.builds(SplitMetrics, accuracy=NUMBERS, f1=NUMBERS, n=st.integers(), accuracy_ci95=st.tuples(NUMBERS, NUMBERS))
+PREDICTIONS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), max_size=20).map(
+    lambda pairs: Predictions.from_labels([p for p, _ in pairs], [g for _, g in pairs], "split")
+)
+RECORDS = st.builds(
+    Record,
+    run_id=st.text(max_size=8),
+    phase=st.text(max_size=8),
+    name=st.text(max_size=8),
+    scale=st.text(max_size=8),
+    seed=st.integers(),
+    outcome=st.sampled_from(["passed", "failed"]),
+    fingerprint=st.none() | st.text(max_size=8),
+    config=MAPPINGS,
+    error=st.none() | st.text(),
+    dev=st.none() | QUALITIES,
+    test=st.none() | QUALITIES,
+    parameter_counts=st.none() | st.builds(ParameterCounts, total=st.integers(), trainable=st.integers()),
+    train_runtime_seconds=st.none() | NUMBERS,
+    efficiency=st.none()
+    | st.builds(Efficiency, accuracy_per_million_params=st.none() | NUMBERS, accuracy_per_minute=st.none() | NUMBERS),
+    learning_curve=st.lists(st.tuples(st.integers(), NUMBERS), max_size=3).map(tuple),
+    peak_memory_bytes=st.none() | st.integers(),
+    teacher_cost=st.none()
+    | st.builds(TeacherCost, training_seconds=NUMBERS, logit_seconds=NUMBERS, cache=st.sampled_from(["hit", "miss"])),
+    data=MAPPINGS,
+    predictions=st.dictionaries(st.text(max_size=8), PREDICTIONS, max_size=2),
+    versions=st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=2),
+)
+
+
+def changed(path, value, content=None):
+    """The JSON of a passed record with one place changed; `path` joins keys by dots."""
+    content = PASSED.to_json() if content is None else content
+    *keys, last = path.split(".")
+    place = content
+    for key in keys:
+        place = place[key]
+    place[last] = value
+    return content
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "outputs", "mini")
+
+
+@given(record=RECORDS)
+@hypothesis_settings(deadline=None, max_examples=40)
+def test_a_record_survives_json(record):
+    """Record to JSON text and back is the identity."""
+    assert record == Record.from_json(json.loads(json.dumps(record.to_json())))
+
+
+@pytest.mark.parametrize("record", [PASSED, FAILED], ids=["passed", "failed"])
+def test_a_record_survives_its_file(store, record):
+    """Record to file and back is the identity."""
+    assert record == read_record(store.save(record))
+
+
+@pytest.mark.parametrize("record", [PASSED, FAILED], ids=["passed", "failed"])
+def test_the_contracts_keys_are_at_the_top_level(record):
+    """Users' tables read these keys, measured or null."""
+    keys = (
+        "schema_version run_id phase name scale seed outcome checkpoint dev test parameter_counts train_runtime_seconds efficiency "
+        "kd_path evaluation_seconds samples_per_second tokens_per_second peak_memory_bytes artifact_bytes latency_ms "
+        "majority_accuracy teacher_cost config data machine versions commit predictions fingerprint"
+    )
+    assert set() == set(keys.split()) - set(record.to_json())
+
+
+def test_the_contracts_keys_are_in_the_parts():
+    """Quality, parameter counts and efficiency hold what the design page names, and nothing else."""
+    content = PASSED.to_json()
+    assert {"accuracy", "f1", "n", "accuracy_ci95"} == set(content["dev"]) == set(content["test"])
+    assert {"total", "trainable"} == set(content["parameter_counts"])
+    assert {"accuracy_per_million_params", "accuracy_per_minute"} == set(content["efficiency"])
+
+
+def test_a_record_is_written_with_the_schema_of_this_version():
+    """The number stands in the file, for whoever reads it later."""
+    assert SCHEMA_VERSION == PASSED.to_json()["schema_version"]
+
+
+def test_a_failed_record_has_null_for_what_was_not_measured():
+    """Nothing looks measured that was not."""
+    content = FAILED.to_json()
+    assert ("failed", "RuntimeError: out of memory") == (content["outcome"], content["error"])
+    assert {None} == {content[key] for key in ("dev", "test", "efficiency", "train_runtime_seconds", "parameter_counts")}
+
+
+def test_a_record_with_nan_is_not_written(store):
+    """NaN is not JSON: it is refused before a file is made."""
+    with pytest.raises(ValueError):
+        store.save(dataclasses.replace(PASSED, train_runtime_seconds=float("nan")))
+    assert [] == list(store.runs.rglob("*.json"))
+
+
+def without(key):
+    return {name: value for name, value in PASSED.to_json().items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        pytest.param("", "", id="empty"),
+        pytest.param(json.dumps(PASSED.to_json())[:-40], "", id="truncated"),
+        pytest.param("phase,accuracy\nA,0.9\n", "", id="not-json"),
+        pytest.param('{"machine_info": {}, "benchmarks": []}', "not a peftbench record", id="foreign"),
+        pytest.param("[]", "not a peftbench record", id="a-list"),
+        pytest.param("null", "not a peftbench record", id="null"),
+        pytest.param("[" * 100_000, "", id="too-deep"),
+        pytest.param(json.dumps(changed("train_runtime_seconds", float("nan"))), "NaN", id="nan"),
+        pytest.param(json.dumps(changed("config.rate", float("inf"))), "Infinity", id="infinity"),
+        pytest.param(json.dumps(changed("latency_ms", -float("inf"))), "-Infinity", id="minus-infinity"),
+        pytest.param(
+            json.dumps(changed("latency_ms", 0)).replace('"latency_ms": 0', '"latency_ms": 1e999'), "latency_ms", id="1e999"
+        ),
+        pytest.param(json.dumps(changed("latency_ms", 10**400)), "latency_ms", id="whole-number-beyond-floats"),
+        pytest.param(json.dumps(changed("config.x", "@")).replace('"@"', "1e999"), "config", id="1e999-in-config"),
+        pytest.param(json.dumps(changed("schema_version", 2)), "schema_version must be 1, got 2", id="newer-schema"),
+        pytest.param(json.dumps(changed("schema_version", "1")), "schema_version must be 1, got '1'", id="schema-text"),
+        pytest.param(json.dumps(changed("schema_version", True)), "schema_version", id="schema-bool"),
+        pytest.param(json.dumps(changed("outcome", "skipped")), "outcome", id="unknown-outcome"),
+        pytest.param(json.dumps(changed("teacher_cost.cache", "maybe")), "teacher_cost.cache", id="unknown-choice"),
+        pytest.param(json.dumps(changed("seed", "42")), "record.seed must be int, got '42'", id="seed-text"),
+        pytest.param(json.dumps(changed("seed", 42.0)), "record.seed must be int, got '42.0'", id="seed-float"),
+        pytest.param(json.dumps(changed("seed", True)), "record.seed must be int, got 'True'", id="seed-bool"),
+        pytest.param(json.dumps(changed("dev.accuracy", True)), "record.dev.accuracy must be float", id="accuracy-bool"),
+        pytest.param(json.dumps(changed("dev.accuracy", None)), "record.dev.accuracy must be float", id="accuracy-null"),
+        pytest.param(json.dumps(changed("dev.accuracy_ci95", [0.1])), "record.dev.accuracy_ci95", id="interval-of-one"),
+        pytest.param(json.dumps(changed("dev.accuracy_ci95", ["a", "b"])), "record.dev.accuracy_ci95[0]", id="interval-texts"),
+        pytest.param(json.dumps(changed("dev", [])), "record.dev", id="dev-list"),
+        pytest.param(json.dumps(changed("config", [])), "record.config", id="config-list"),
+        pytest.param(json.dumps(changed("versions", {"torch": 2})), "record.versions.torch", id="version-number"),
+        pytest.param(json.dumps(changed("learning_curve", {})), "record.learning_curve", id="curve-mapping"),
+        pytest.param(json.dumps(changed("predictions.dev", {"n": 3})), "record.predictions.dev has no", id="predictions-parts"),
+        pytest.param(json.dumps(changed("phase", None)), "record.phase must be str, got 'None'", id="phase-null"),
+        pytest.param(json.dumps(without("dev")), "record has no dev", id="without-dev"),
+        pytest.param(json.dumps(without("outcome")), "outcome", id="without-outcome"),
+    ],
+)
+def test_a_file_that_is_no_record_is_refused_by_name(tmp_path, text, said):
+    """The error names the file and, where it got that far, the key."""
+    path = tmp_path / "D-hybrid-mini-s42.json"
+    path.write_text(text)
+    with pytest.raises(RecordError) as caught:
+        read_record(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("path", "allowed"), [("outcome", ("passed", "failed")), ("teacher_cost.cache", ("hit", "miss"))])
+def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(path, allowed):
+    """The message lists the allowed names."""
+    with pytest.raises(RecordError) as caught:
+        Record.from_json(changed(path, "other"))
+    assert [] == [name for name in allowed if name not in str(caught.value)], str(caught.value)
+
+
+def test_a_file_that_is_not_utf_8_is_refused_by_name(tmp_path):
+    """Bytes of another encoding are an explained error, too."""
+    path = tmp_path / "x.json"
+    path.write_bytes(b'{"outcome": "\xff"}')
+    with pytest.raises(RecordError, match=re.escape(str(path))):
+        read_record(path)
+
+
+def test_a_missing_file_or_a_folder_is_refused_by_name(tmp_path):
+    """Callers need one kind of error only."""
+    for path in (tmp_path / "missing.json", tmp_path):
+        with pytest.raises(RecordError, match=re.escape(str(path))):
+            read_record(path)
+
+
+def test_a_key_of_a_later_minor_version_is_passed_over():
+    """What this version does not know does not keep it from reading the rest."""
+    assert PASSED == Record.from_json(changed("energy_joules", 3.0))
+
+
+def test_a_whole_number_is_a_fraction_too():
+    """An accuracy of 1 that another tool wrote is 1.0."""
+    accuracy = Record.from_json(changed("dev.accuracy", 1)).dev.accuracy
+    assert (1.0, float) == (accuracy, type(accuracy))
+
+
+def test_efficiency_divides_accuracy_by_millions_and_minutes():
+    """0.9 for 300,000 parameters and 90 seconds: 3 per million, 0.6 per minute."""
+    efficiency = Efficiency.from_costs(accuracy=0.9, trainable=300_000, seconds=90)
+    assert (pytest.approx(3.0), pytest.approx(0.6)) == (efficiency.accuracy_per_million_params, efficiency.accuracy_per_minute)
+
+
+@pytest.mark.parametrize(
+    ("trainable", "seconds", "expected"),
+    [(0, 0.0, (None, None)), (0, 60.0, (None, None)), (1_000_000, 0.0, (0.5, None)), (1_000_000, 60.0, (0.5, 0.5))],
+)
+def test_efficiency_is_null_where_nothing_was_trained(trainable, seconds, expected):
+    """Nothing is divided by zero and nothing is infinite."""
+    efficiency = Efficiency.from_costs(accuracy=0.5, trainable=trainable, seconds=seconds)
+    assert expected == (efficiency.accuracy_per_million_params, efficiency.accuracy_per_minute)
+
+
+def test_wilsons_interval_matches_the_worked_example():
+    """8 of 10, worked out by hand: centre (0.8 + 0.19207) / 1.38415 = 0.71674, half width 0.22659."""
+    low, high = wilson_interval(8, 10)
+    assert (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4)) == (low, high)
+
+
+@given(n=st.integers(1, 3000), data=st.data())
+@hypothesis_settings(deadline=None, max_examples=60)
+def test_wilsons_interval_matches_scipy(n, data):
+    """For any number of hits, none and all included."""
+    hits = data.draw(st.integers(0, n))
+    reference = binomtest(hits, n).proportion_ci(confidence_level=0.95, method="wilson")
+    low, high = wilson_interval(hits, n)
+    assert (pytest.approx(reference.low, abs=1e-9), pytest.approx(reference.high, abs=1e-9)) == (low, high)
+    assert 0.0 <= low <= hits / n + 1e-12 and hits / n - 1e-12 <= high <= 1.0
+
+
+def test_labels_are_packed_the_first_one_in_the_highest_bit():
+    """1,0,1 and five fillers are byte 0xa0; the ninth label begins the second byte."""
+    packed = Predictions.from_labels([1, 0, 1, 0, 0, 0, 0, 0, 1], [0] * 9, "split")
+    assert b"\xa0\x80" == base64.b64decode(packed.predicted)
+    assert b"\x00\x00" == base64.b64decode(packed.gold)
+    assert (9, "split") == (packed.n, packed.split_fingerprint)
+
+
+@given(pairs=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), max_size=70))
+@hypothesis_settings(deadline=None, max_examples=60)
+def test_predictions_survive_packing(pairs):
+    """What comes back is right and wrong for each example, in order; numpy packs the same bits."""
+    predicted, gold = [p for p, _ in pairs], [g for _, g in pairs]
+    packed = Predictions.from_labels(predicted, gold, "split")
+    assert [p == g for p, g in pairs] == packed.correct()
+    assert numpy.packbits(numpy.array(predicted, dtype=bool)).tobytes() == base64.b64decode(packed.predicted)
+    assert numpy.packbits(numpy.array(gold, dtype=bool)).tobytes() == base64.b64decode(packed.gold)
+
+
+def test_predictions_without_a_label_each_are_refused():
+    """A list that is too short is not filled up in silence."""
+    with pytest.raises(ValueError):
+        Predictions.from_labels([1, 0, 1], [1, 0, 1, 0, 0], "split")
+
+
+@pytest.mark.parametrize("label", [-1, 2, 10])
+def test_labels_that_are_no_bits_are_refused(label):
+    """A label of -1 marks an answer that was not published and can be no prediction."""
+    with pytest.raises(ValueError):
+        Predictions.from_labels([1, label, 0], [1, 0, 0], "split")
+
+
+def test_paths_are_the_contracts(tmp_path):
+    """Each path under the outputs folder is the one that the design page names."""
+    store = Store(tmp_path, "mini")
+    paths = [store.report_path("C1"), store.kd_path(500), store.runs, store.cache_path("logits", "abc"), store.assets]
+    expected = ["reports/phase_c1_metrics.json", "kd/kd_500", "runs", "cache/logits/abc", "cache/assets"]
+    assert expected == [path.relative_to(tmp_path).as_posix() for path in paths]
+
+
+def test_tiny_runs_live_apart(tmp_path):
+    """The same tree below `tiny`; fetched archives alone are shared."""
+    tiny, mini = Store(tmp_path, "tiny"), Store(tmp_path, "mini")
+    assert tmp_path / "tiny" / "runs" == tiny.runs
+    assert tmp_path / "tiny" / "reports" / "phase_a_metrics.json" == tiny.report_path("A")
+    assert tmp_path / "tiny" / "kd" / "kd_500" == tiny.kd_path(500)
+    assert mini.assets == tiny.assets
+
+
+def test_a_record_is_filed_by_run_and_case(store):
+    """A folder per run, a file per phase, scale and seed."""
+    assert store.outputs / "runs" / PASSED.run_id / "D-hybrid-mini-s42.json" == store.save(PASSED)
+
+
+def test_the_history_comes_by_run_and_case(store):
+    """In the order of run ids, which begin with the time; one run can be asked for alone."""
+    later = dataclasses.replace(PASSED, run_id="20260102T030405Z-000000")
+    for record in (later, PASSED, dataclasses.replace(PASSED, phase="B", name="lora")):
+        store.save(record)
+    assert [("20250102", "B"), ("20250102", "D"), ("20260102", "D")] == [(r.run_id[:8], r.phase) for r in store.records()]
+    assert [later] == list(store.records(later.run_id))
+
+
+def test_an_empty_history_is_no_error(store):
+    """Before the first run there are no records."""
+    assert [] == list(store.records())
+
+
+def test_a_file_that_is_no_record_does_not_hide_the_others(store):
+    """It comes as its error, in its place."""
+    path = store.save(PASSED)
+    path.with_name("A-broken.json").write_text("{")
+    error, record = store.records()
+    assert PASSED == record
+    assert isinstance(error, RecordError) and "A-broken.json" in str(error)
+
+
+def test_a_report_replaces_the_one_before(store):
+    """The latest result alone lies under `reports`, as JSON that ends in a line break."""
+    store.publish("C1", {"accuracy": 0.1, "only": "old"})
+    path = store.publish("C1", {"accuracy": 0.2})
+    assert {"accuracy": 0.2} == json.loads(path.read_text())
+    assert path.read_text().endswith("\n")
+
+
+def test_a_report_with_nan_leaves_the_one_before(store):
+    """NaN is refused and the old report stays."""
+    path = store.publish("A", {"accuracy": 0.1})
+    with pytest.raises(ValueError):
+        store.publish("A", {"accuracy": float("nan")})
+    assert {"accuracy": 0.1} == json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("scale", ["mini", "tiny"])
+def test_outputs_that_can_be_written_are_left_as_they_were(tmp_path, scale):
+    """The trial leaves no file."""
+    Store(tmp_path, scale).check_writable()
+    assert [] == [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("outputs", ["file", "file/below"])
+@pytest.mark.parametrize("scale", ["mini", "tiny"])
+def test_outputs_that_cannot_be_written_are_refused_with_the_option(tmp_path, outputs, scale):
+    """Before hours are spent, the error names the folder, the reason and the option."""
+    (tmp_path / "file").write_text("in the way")
+    store = Store(tmp_path / outputs, scale)
+    with pytest.raises(OSError) as caught:
+        store.check_writable()
+    message = str(caught.value)
+    assert [] == [part for part in (str(store.root), "--peft-outputs DIR") if part not in message]
+    assert "in the way" == (tmp_path / "file").read_text()
+
+
+def test_run_ids_sort_by_time_and_do_not_collide():
+    """UTC to the second, and random digits that differ within it."""
+    ids = {make_run_id() for _ in range(50)}
+    assert 50 == len(ids)
+    assert all(re.fullmatch(r"\d{8}T\d{6}Z-[0-9a-f]{6}", run_id) for run_id in ids)
+
+
+def test_a_phases_configuration_holds_every_hyperparameter():
+    """As JSON values, nested ones included; the id and the changes that were already made are left out."""
+    phase = Phase(id="D-hybrid", role="backbone", peft=LORA, unfreeze_top_layers=2, distillation=Distillation(alpha=0.5))
+    config = phase_config(phase)
+    assert {field.name for field in dataclasses.fields(Phase)} - {"id", "at_scale"} == set(config)
+    assert {"alpha": 0.5, "temperature": 2.0} == config["distillation"]
+    assert config == json.loads(json.dumps(config)) | {"kd_subsets": ()}

@@ -1,0 +1,253 @@
+"""Reports: figures for people, a row for each phase and a line for each that failed."""
+# ruff: noqa: SIM300 - an assertion reads expected == actual
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peftbench.records import Efficiency, ParameterCounts, Record, SplitMetrics, TeacherCost
+from peftbench.report import HEADERS, render_bytes, render_count, render_duration, render_summary
+
+LORA = Record(
+    run_id="20250102T030405Z-abcdef",
+    phase="B",
+    name="lora",
+    scale="mini",
+    seed=42,
+    outcome="passed",
+    fingerprint="f" * 64,
+    config={},
+    dev=SplitMetrics(accuracy=0.85, f1=0.84, n=100, accuracy_ci95=(0.7671, 0.9069)),
+    test=SplitMetrics(accuracy=0.8, f1=0.7912, n=100, accuracy_ci95=(0.7111, 0.8666)),
+    majority_accuracy=0.514,
+    parameter_counts=ParameterCounts(total=22_713_986, trainable=770),
+    train_runtime_seconds=242.0,
+    efficiency=Efficiency(accuracy_per_million_params=1103.896, accuracy_per_minute=0.2107),
+    peak_memory_bytes=3 << 29,
+    artifact_bytes=123_456,
+    data={"source": "movie-review snippets", "sizes": {"train": 8241, "dev": 900, "test": 900}},
+)
+TEACHER = dataclasses.replace(
+    LORA,
+    phase="A",
+    name="teacher",
+    parameter_counts=ParameterCounts(total=22_713_986, trainable=0),
+    train_runtime_seconds=0.0,
+    efficiency=Efficiency(accuracy_per_million_params=None, accuracy_per_minute=None),
+)
+FULL = dataclasses.replace(
+    LORA, phase="C1", name="full", parameter_counts=ParameterCounts(total=12_000, trainable=12_000), train_runtime_seconds=500.0
+)
+FAILED = Record(
+    run_id="20250102T030405Z-abcdef",
+    phase="D",
+    name="hybrid",
+    scale="mini",
+    seed=43,
+    outcome="failed",
+    fingerprint=None,
+    config={},
+    error="RuntimeError: out of memory\nTraceback of many lines",
+)
+
+
+def at(seed, accuracy):
+    return dataclasses.replace(LORA, seed=seed, dev=dataclasses.replace(LORA.dev, accuracy=accuracy))
+
+
+def cells(table, phase):
+    """The cells of a phase's row, by header; columns are as wide as the rule below the headers."""
+    header, rule, *rows = table.splitlines()
+    row = next(row for row in rows if row.split(" ")[0] == phase)
+    edges, start = [], 0
+    for dashes in rule.split("  "):
+        edges.append((start, start + len(dashes)))
+        start += len(dashes) + 2
+    assert len(HEADERS) == len(edges)
+    return {header[a:b].strip(): row.ljust(len(rule))[a:b].strip() for a, b in edges}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0, "0.00 s"),
+        (0.42, "0.42 s"),
+        (9.99, "9.99 s"),
+        (10.0, "10 s"),
+        (42.4, "42 s"),
+        (59.4, "59 s"),
+        (59.6, "1:00 min"),
+        (60.0, "1:00 min"),
+        (242.0, "4:02 min"),
+        (3599.4, "59:59 min"),
+        (3599.6, "1:00:00 h"),
+        (3842.0, "1:04:02 h"),
+        (100_000.0, "27:46:40 h"),
+    ],
+)
+def test_a_duration_is_rendered_for_people(seconds, text):
+    """Seconds below a minute, then minutes and hours with a colon."""
+    assert text == render_duration(seconds)
+
+
+@given(seconds=st.integers(60, 10**6))
+@settings(deadline=None, max_examples=50)
+def test_a_rendered_duration_keeps_every_second(seconds):
+    """From a minute on it can be read back without loss."""
+    figure = render_duration(seconds).split(" ")[0]
+    total = 0
+    for part in figure.split(":"):
+        total = total * 60 + int(part)
+    assert seconds == total
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (5, "5 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        (10 << 10, "10 KiB"),
+        (123_456, "121 KiB"),
+        (1 << 20, "1.0 MiB"),
+        (87 << 20, "87 MiB"),
+        (3 << 29, "1.5 GiB"),
+        (5 << 40, "5120.0 GiB"),
+    ],
+)
+def test_bytes_are_rendered_for_people(size, text):
+    """In powers of 1024, with a decimal where there is one digit before it."""
+    assert text == render_bytes(size)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0"),
+        (770, "770"),
+        (999, "999"),
+        (1000, "1.0k"),
+        (12_345, "12.3k"),
+        (1_000_000, "1.00M"),
+        (4_560_000, "4.56M"),
+        (335_143_938, "335.14M"),
+    ],
+)
+def test_a_count_is_rendered_for_people(count, text):
+    """Thousands and millions, as model cards write them."""
+    assert text == render_count(count)
+
+
+@pytest.mark.parametrize(
+    ("render", "value", "text"),
+    [
+        pytest.param(render_duration, 9.999, "10 s", id="seconds"),
+        pytest.param(render_bytes, 1023.7, "1.0 KiB", id="bytes"),
+        pytest.param(render_bytes, (1 << 20) - 1, "1.0 MiB", id="KiB"),
+        pytest.param(render_bytes, (1 << 30) - 1, "1.0 GiB", id="MiB"),
+        pytest.param(render_bytes, 10 * 1024 - 1, "10 KiB", id="decimal"),
+        pytest.param(render_count, 999_999, "1.00M", id="thousands"),
+    ],
+)
+def test_a_figure_that_rounds_up_to_the_next_unit_is_written_in_it(render, value, text):
+    """Nobody reads 1024 KiB, 1000.0k or 10.00 s."""
+    assert text == render(value)
+
+
+def test_the_table_has_a_row_for_each_phase():
+    """In the order of the ids, the failed one included."""
+    lines = render_summary([FAILED, LORA, TEACHER, FULL]).splitlines()
+    assert ["A-teacher", "B-lora", "C1-full", "D-hybrid"] == [line.split(" ")[0] for line in lines[2:6]]
+
+
+def test_a_row_holds_the_phases_figures():
+    """Each under its header, in the unit that the header names."""
+    assert {
+        "phase": "B-lora",
+        "dev acc % [95%]": "85.0 [76.7, 90.7]",
+        "test acc % [95%]": "80.0 [71.1, 86.7]",
+        "test F1 %": "79.1",
+        "trained": "770",
+        "params": "22.71M",
+        "train": "4:02 min",
+        "acc/M": "1103.896",
+        "acc/min": "0.211",
+        "peak": "1.5 GiB",
+        "ships": "121 KiB",
+        "front": "*",
+    } == cells(render_summary([LORA]), "B-lora")
+
+
+def test_a_phase_that_trained_nothing_has_dashes_for_its_costs():
+    """No time, no efficiency and no place on the front."""
+    row = cells(render_summary([TEACHER, LORA]), "A-teacher")
+    assert ("0", "-", "-", "-", "") == (row["trained"], row["train"], row["acc/M"], row["acc/min"], row["front"])
+
+
+def test_a_beaten_phase_has_no_star():
+    """Larger, slower and no better."""
+    table = render_summary([LORA, FULL])
+    assert ("*", "") == (cells(table, "B-lora")["front"], cells(table, "C1-full")["front"])
+
+
+def test_several_seeds_are_one_row_with_mean_and_deviation():
+    """84, 85 and 86% are 85.0 ± 1.0; the name tells how many passed."""
+    table = render_summary([at(42, 0.84), at(43, 0.85), at(44, 0.86), dataclasses.replace(FAILED, phase="B", name="lora")])
+    row = cells(table, "B-lora")
+    assert ("B-lora ×3", "85.0 ± 1.0") == (row["phase"], row["dev acc % [95%]"])
+
+
+def test_a_failed_phase_has_a_row_and_a_line_that_says_why():
+    """The row says failed; the line names phase, seed and the first line of the error."""
+    text = render_summary([LORA, FAILED])
+    assert "failed" == cells(text, "D-hybrid")["dev acc % [95%]"]
+    assert "D-hybrid seed 43 failed: RuntimeError: out of memory" in text.splitlines()
+    assert "Traceback" not in text
+
+
+def test_a_failed_seed_of_a_phase_that_passed_has_its_line():
+    """It is not hidden behind the mean of the others."""
+    text = render_summary([LORA, dataclasses.replace(FAILED, phase="B", name="lora")])
+    assert "B-lora seed 43 failed: RuntimeError: out of memory" in text.splitlines()
+
+
+@pytest.mark.parametrize("error", [None, "", "\n"])
+def test_a_failed_phase_without_words_has_its_row_and_line_all_the_same(error):
+    """A record may come without an error text; the table must not fall over it."""
+    text = render_summary([dataclasses.replace(FAILED, error=error)])
+    assert "failed" == cells(text, "D-hybrid")["dev acc % [95%]"]
+    assert "D-hybrid seed 43 failed" in text
+
+
+def test_only_failed_phases_make_a_table_too():
+    """Row and line stand alone."""
+    assert "D-hybrid seed 43 failed: RuntimeError: out of memory" == render_summary([FAILED]).splitlines()[-1]
+
+
+def test_the_lines_below_name_scale_data_and_majority():
+    """Whoever reads the table learns on what it was measured."""
+    [line] = [line for line in render_summary([LORA]).splitlines() if line.startswith("scale mini: ")]
+    assert [] == [part for part in ("movie-review snippets", "dev 900, test 900, train 8241", "51.4% of dev") if part not in line]
+
+
+def test_the_lines_below_name_the_teachers_cost():
+    """A phase that learned from a teacher was not as cheap as its own training."""
+    cost = TeacherCost(training_seconds=242.0, logit_seconds=4.5, cache="hit")
+    expected = "B also needs the teacher: tuning 4:02 min, logits 4.50 s, when first made; cache hit here"
+    assert expected in render_summary([dataclasses.replace(LORA, teacher_cost=cost)]).splitlines()
+
+
+def test_scales_have_a_table_each():
+    """Figures of different scales are never in one table."""
+    first, second = render_summary([LORA, dataclasses.replace(LORA, scale="tiny")]).split("\n\n")
+    assert ("scale mini:" in first, "scale tiny:" in second) == (True, True)
+    assert ("scale tiny:" in first, "scale mini:" in second) == (False, False)
+
+
+def test_no_records_are_no_table():
+    """A session without cases prints nothing."""
+    assert "" == render_summary([])

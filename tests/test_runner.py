@@ -1,0 +1,338 @@
+"""One phase, run for real at a shrunken tiny scale, from settings to record."""
+
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import pickle
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from peftbench import runner
+from peftbench.data import DataError, draw, read_glue_folder
+from peftbench.distill import read_subset
+from peftbench.phases import LORA, SCALES, Distillation, Phase, Untrained
+from peftbench.records import Record
+from peftbench.runner import Settings, Workbench, case_fingerprint, failed_record, run_phase
+
+SMALL = {"layers": 1, "hidden_size": 32, "attention_heads": 2}
+TINY = dataclasses.replace(
+    SCALES["tiny"],
+    backbone=Untrained(architecture="bert", **SMALL),
+    student=Untrained(architecture="distilbert", **SMALL),
+    teacher=Phase(id="T-tune", role="backbone", epochs=2, learning_rate=1e-2),
+)
+TEACHER = Phase(id="A-teacher", role="teacher", kd_subsets=(60, 30))
+FULL = Phase(id="C1-full", role="student", epochs=3, learning_rate=1e-2)
+KD = Phase(id="C2-kd", role="student", subset=60, distillation=Distillation(), epochs=2, learning_rate=1e-2)
+HYBRID = Phase(
+    id="D-hybrid",
+    role="backbone",
+    subset=30,
+    peft={**LORA, "r": 2},
+    unfreeze_top_layers=1,
+    distillation=Distillation(),
+    epochs=2,
+    learning_rate=5e-3,
+)
+GOOD, BAD = "wonderful brilliant moving funny delightful superb".split(), "dull awful boring clumsy dreadful stale".split()
+
+
+def write_data(folder, *, flipped=False):
+    """One clause without negation: 288 distinct sentences, every sixth to dev, every sixth to test."""
+    folder.mkdir(parents=True)
+    subjects = "plot acting music dialogue ending camera story cast".split()
+    rows = [
+        (f"the {subject} is {strength}{adjective}", int(adjective in GOOD))
+        for adjective, strength, subject in itertools.product([*GOOD, *BAD], ["", "very ", "truly "], subjects)
+    ]
+    parts = {"dev": rows[::6], "test": rows[1::6], "train": [row for i, row in enumerate(rows) if i % 6 > 1]}
+    for name, part in parts.items():
+        labels = [1 - label if flipped and name == "train" else label for _, label in part]
+        lines = ["sentence\tlabel", *(f"{text}\t{label}" for (text, _), label in zip(part, labels, strict=True))]
+        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def settings_in(folder, data, **changes):
+    outputs = folder / "outputs"
+    return Settings(**{"outputs": outputs, "run_id": "run", "project": folder, "data": data, "precision": "fp32", **changes})
+
+
+def outcome(record):
+    """What the seed decides, without the times and the memory of the machine."""
+    return record.dev, record.test, record.learning_curve, record.predictions, record.fingerprint
+
+
+def files_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "clauses")
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory, data):
+    """Each phase run once, in order, as one session does."""
+    settings = settings_in(tmp_path_factory.mktemp("fresh"), data)
+    bench = Workbench(TINY, settings)
+    return settings, {phase.id: run_phase(phase, TINY, 42, settings, workbench=bench) for phase in (TEACHER, FULL, KD, HYBRID)}
+
+
+def test_record_survives_json(fresh):
+    """What is written can be read back to an equal record, for every kind of phase."""
+    for record in fresh[1].values():
+        assert record == Record.from_json(json.loads(json.dumps(record.to_json())))
+
+
+def test_record_says_what_ran_and_on_what(fresh):
+    """Identity, sizes of the data and the shape of the training."""
+    record = fresh[1]["C1-full"]
+    assert ("C1", "full", "tiny", 42, "passed", None) == (
+        record.phase, record.name, record.scale, record.seed, record.outcome, record.error,
+    )  # fmt: skip
+    assert {"train": 192, "dev": 48, "test": 48} == record.data["sizes"]
+    assert (48, 48, 0.5) == (record.dev.n, record.test.n, record.majority_accuracy)
+    assert (36, 36) == (record.optimizer_steps, record.learning_curve[-1][0])
+    assert "random distilbert, 1 layers of 32" == record.checkpoint
+    assert ("packed", None, None) == (record.batching, record.kd_path, record.teacher_cost)
+
+
+def test_metrics_are_those_of_the_stored_predictions(fresh):
+    """Accuracy is the share of the bits that agree."""
+    for record, name in itertools.product(fresh[1].values(), ("dev", "test")):
+        correct = record.predictions[name].correct()
+        assert sum(correct) / len(correct) == getattr(record, name).accuracy
+
+
+def test_costs_are_positive_and_consistent(fresh):
+    """Rates are counts over the same training time; nothing trained has no efficiency."""
+    record = fresh[1]["C1-full"]
+    assert 3 * 192 == pytest.approx(record.samples_per_second * record.train_runtime_seconds)
+    per_minute = record.dev.accuracy / (record.train_runtime_seconds / 60)
+    assert per_minute == pytest.approx(record.efficiency.accuracy_per_minute)
+    per_million = record.dev.accuracy / (record.parameter_counts.trainable / 1e6)
+    assert per_million == pytest.approx(record.efficiency.accuracy_per_million_params)
+    assert 0 < record.latency_ms
+    assert 10**7 < record.peak_memory_bytes
+    teacher = fresh[1]["A-teacher"]
+    assert (0.0, 0, None, None) == (
+        teacher.train_runtime_seconds, teacher.parameter_counts.trainable, teacher.samples_per_second,
+        teacher.efficiency.accuracy_per_minute,
+    )  # fmt: skip
+
+
+def test_simple_sentences_are_learnt(fresh):
+    """The teacher and full fine-tuning beat the majority on dev and test."""
+    for phase in ("A-teacher", "C1-full"):
+        record = fresh[1][phase]
+        assert min(record.dev.accuracy, record.test.accuracy) > 0.8 > record.majority_accuracy
+
+
+def test_teacher_phase_writes_the_subsets_that_the_others_learn_from(fresh, data):
+    """30 is the beginning of 60, both the first of the fixed draw, and the records name their folders."""
+    settings, records = fresh
+    larger, smaller = (read_subset(settings.outputs / "tiny" / "kd" / f"kd_{size}") for size in (60, 30))
+    assert draw(read_glue_folder(data).train, 60) == larger.examples
+    assert larger.examples.ids[:30] == smaller.examples.ids
+    assert [(settings.outputs / "tiny" / "kd" / name).as_posix() for name in ("kd_60", "kd_30")] == [
+        records["C2-kd"].kd_path, records["D-hybrid"].kd_path,
+    ]  # fmt: skip
+
+
+def test_hybrid_trains_adapter_head_and_top_layer(fresh):
+    """Rank 2 on query, key and value of 32, the head, and the one encoder layer."""
+    layer = 4 * (32 * 32 + 32) + (32 * 128 + 128) + (128 * 32 + 32) + 2 * (32 + 32)
+    assert 3 * 2 * (32 + 32) + (32 * 2 + 2) + layer == fresh[1]["D-hybrid"].parameter_counts.trainable
+
+
+@pytest.fixture(scope="module")
+def distilled_from_nothing(tmp_path_factory, data):
+    """C2 alone in an empty folder, where the teacher has to be tuned first."""
+    settings = settings_in(tmp_path_factory.mktemp("again"), data)
+    return settings, run_phase(KD, TINY, 42, settings)
+
+
+def test_same_seed_gives_the_same_subset_bytes_in_another_folder(fresh, distilled_from_nothing):
+    """Teacher, logits and data set are made again from nothing and equal file by file."""
+    first, second = (files_of(settings.outputs / "tiny" / "kd" / "kd_60") for settings in (fresh[0], distilled_from_nothing[0]))
+    assert first == second
+
+
+@pytest.mark.parametrize("phase", [FULL, HYBRID], ids=lambda phase: phase.id)
+def test_same_seed_gives_the_same_metrics_to_the_last_digit(fresh, phase):
+    """A case repeated in a session of its own, on the same caches."""
+    settings, records = fresh
+    assert outcome(records[phase.id]) == outcome(run_phase(phase, TINY, 42, settings))
+
+
+def test_same_seed_gives_the_same_metrics_whether_or_not_the_teacher_was_cached(fresh, distilled_from_nothing):
+    """Tuning a teacher on the way draws random numbers of its own, not those of the case."""
+    assert outcome(fresh[1]["C2-kd"]) == outcome(distilled_from_nothing[1])
+
+
+def test_another_seed_gives_another_run_of_the_same_case(fresh):
+    """The fingerprint stays, the course of training does not."""
+    settings, records = fresh
+    other = run_phase(FULL, TINY, 43, settings)
+    assert records["C1-full"].fingerprint == other.fingerprint
+    assert records["C1-full"].learning_curve != other.learning_curve
+
+
+def test_first_run_reports_a_miss_and_what_the_teacher_cost(fresh, distilled_from_nothing):
+    """The case that had the teacher tuned says so."""
+    for cost in (fresh[1]["A-teacher"].teacher_cost, distilled_from_nothing[1].teacher_cost):
+        assert "miss" == cost.cache
+        assert min(cost.training_seconds, cost.logit_seconds) > 0
+
+
+@pytest.mark.parametrize("phase", [TEACHER, KD, HYBRID], ids=lambda phase: phase.id)
+def test_second_run_reports_a_cache_hit_and_the_first_cost(fresh, phase):
+    """All of it was on disk; the seconds are those of the first time."""
+    settings, records = fresh
+    cost = run_phase(phase, TINY, 42, settings).teacher_cost
+    assert "hit" == cost.cache
+    assert records["A-teacher"].teacher_cost.training_seconds == cost.training_seconds
+    assert records[phase.id].teacher_cost.logit_seconds == cost.logit_seconds
+
+
+def test_later_case_of_a_session_reports_a_cache_hit(fresh):
+    """C2 finds what A left on disk, also where both share a workbench."""
+    assert "hit" == fresh[1]["C2-kd"].teacher_cost.cache
+
+
+def test_workbench_changes_nothing_but_the_time(fresh):
+    """A case on its own gives the figures that it gives among others."""
+    settings, records = fresh
+    assert outcome(records["C2-kd"]) == outcome(run_phase(KD, TINY, 42, settings))
+
+
+def test_flipped_training_labels_are_noticed(tmp_path):
+    """A model that learnt the opposite scores under a half: dev labels are not touched by training."""
+    folder = write_data(tmp_path / "flipped", flipped=True)
+    assert run_phase(FULL, TINY, 42, settings_in(tmp_path, folder)).dev.accuracy < 0.5
+
+
+def test_case_runs_in_any_process(fresh):
+    """Arguments and record pass through a spawned child, which gives the same figures."""
+    settings, records = fresh
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        record = pool.submit(run_phase, FULL, TINY, 42, settings).result(timeout=300)
+    assert outcome(records["C1-full"]) == outcome(record)
+    assert record == pickle.loads(pickle.dumps(record))  # noqa: S301 - our own bytes
+
+
+def test_phase_is_changed_for_its_scale(fresh):
+    """The record has the hyperparameters that ran, not those of another scale."""
+    phase = dataclasses.replace(FULL, at_scale={"tiny": {"epochs": 1}, "mini": {"epochs": 9}})
+    record = run_phase(phase, TINY, 42, fresh[0])
+    assert (12, 1) == (record.optimizer_steps, record.config["epochs"])
+
+
+def test_subset_larger_than_train_is_refused(fresh):
+    """The message says what was asked for and what there is."""
+    phase = dataclasses.replace(FULL, subset=193)
+    with pytest.raises(DataError, match=r"subset of 193 cannot be drawn from a train split of 192; allowed: 1…192"):
+        run_phase(phase, TINY, 42, fresh[0])
+    with pytest.raises(DataError, match="subset of 1000 cannot be drawn"):
+        run_phase(dataclasses.replace(TEACHER, kd_subsets=(1000,)), TINY, 42, fresh[0])
+
+
+def test_failed_case_leaves_a_record(fresh):
+    """The error, the hyperparameters that ran and where; nothing that was not measured."""
+    phase = dataclasses.replace(FULL, at_scale={"tiny": {"epochs": 7}})
+    record = failed_record(phase, TINY, 5, fresh[0], ValueError("it broke " + "x" * 5000))
+    assert ("failed", "C1-full-tiny-s5", None, None, 7) == (
+        record.outcome, record.case, record.dev, record.fingerprint, record.config["epochs"],
+    )  # fmt: skip
+    assert record.error.startswith("ValueError: it broke xxx")
+    assert 2000 == len(record.error)
+    assert record == Record.from_json(json.loads(json.dumps(record.to_json())))
+
+
+def fingerprint_of(phase, settings, scale=TINY):
+    return case_fingerprint(phase, Workbench(scale, settings))
+
+
+def test_fingerprint_is_the_same_for_the_same_case(fresh):
+    """Run id, outputs, project and changes for other scales are no part of it; the record carries it."""
+    settings, records = fresh
+    elsewhere = dataclasses.replace(settings, run_id="other", outputs=Path("nowhere"), project=Path("nowhere"))
+    for phase in (TEACHER, FULL, KD, HYBRID):
+        with_others = dataclasses.replace(phase, at_scale={"thesis": {"max_length": 7}})
+        assert records[phase.id].fingerprint == fingerprint_of(phase, settings) == fingerprint_of(with_others, elsewhere)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"id": "C1-other"},
+        {"role": "backbone"},
+        {"epochs": 4},
+        {"learning_rate": 2e-2},
+        {"subset": 50},
+        {"peft": {**LORA, "target_modules": ["q_lin"]}},
+        {"distillation": Distillation()},
+        {"batch_size": 8},
+        {"max_length": 95},
+        {"warmup_fraction": 0.1},
+        {"clip_norm": 2.0},
+        {"weight_decay": 0.1},
+        {"at_scale": {"tiny": {"epochs": 4}}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_fingerprint_changes_with_the_phase(fresh, changes):
+    """Every hyperparameter is part of it."""
+    assert fresh[1]["C1-full"].fingerprint != fingerprint_of(dataclasses.replace(FULL, **changes), fresh[0])
+
+
+TWO_LAYERS = {"layers": 2, "hidden_size": 32, "attention_heads": 2}
+
+
+@pytest.mark.parametrize("phase", [TEACHER, FULL, KD, HYBRID], ids=lambda phase: phase.id)
+@pytest.mark.parametrize(
+    ("changes", "matters_to"),
+    [
+        ({"name": "other"}, {"A", "C1", "C2", "D"}),
+        ({"student": Untrained(architecture="distilbert", **TWO_LAYERS)}, {"C1", "C2"}),
+        ({"backbone": Untrained(architecture="bert", **TWO_LAYERS)}, {"A", "C2", "D"}),
+        ({"teacher": dataclasses.replace(TINY.teacher, epochs=3)}, {"A", "C2", "D"}),
+    ],
+    ids=["name", "student", "backbone", "teacher"],
+)
+def test_fingerprint_changes_with_the_roles_that_the_phase_uses(fresh, phase, changes, matters_to):
+    """Weights and teacher count for those phases that depend on them, and for no other."""
+    changed = fresh[1][phase.id].fingerprint != fingerprint_of(phase, fresh[0], dataclasses.replace(TINY, **changes))
+    assert (phase.letter in matters_to) == changed
+
+
+def test_fingerprint_changes_with_the_data(fresh, tmp_path):
+    """The same sentences with other labels are other data."""
+    settings = dataclasses.replace(fresh[0], data=write_data(tmp_path / "clauses", flipped=True))
+    assert fresh[1]["C1-full"].fingerprint != fingerprint_of(FULL, settings)
+
+
+def test_fingerprint_changes_with_the_precision(fresh):
+    """Figures in bf16 are not figures in fp32."""
+    assert fresh[1]["C1-full"].fingerprint != fingerprint_of(FULL, dataclasses.replace(fresh[0], precision="bf16"))
+
+
+def test_fingerprint_changes_with_the_metric_code(fresh, monkeypatch):
+    """Raising the version makes old figures incomparable."""
+    monkeypatch.setattr(runner, "METRICS_VERSION", runner.METRICS_VERSION + 1)
+    assert fresh[1]["C1-full"].fingerprint != fingerprint_of(FULL, fresh[0])
+
+
+def test_progress_is_told_of_teacher_and_phase(tmp_path, data):
+    """Each step of both trainings, under its own name."""
+    told = []
+    settings = settings_in(tmp_path, data)
+    short = dataclasses.replace(TINY, teacher=dataclasses.replace(TINY.teacher, epochs=1))
+    phase = dataclasses.replace(KD, epochs=1)
+    run_phase(phase, short, 42, settings, workbench=Workbench(short, settings, lambda *step: told.append(step)))
+    assert [("tuning the teacher", i, 12) for i in range(1, 13)] + [("C2-kd", i, 4) for i in range(1, 5)] == told

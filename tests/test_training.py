@@ -1,0 +1,260 @@
+"""The loop is the plain torch loop, no more and no less."""
+
+import copy
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification, BertConfig, get_linear_schedule_with_warmup
+
+from peftbench.data import Split
+from peftbench.device import Device
+from peftbench.kernels import economize
+from peftbench.packing import Batch, Encoded, make_packable, shuffled_batches
+from peftbench.training import CURVE_POINTS, TrainingDiverged, fit, rate_factor
+
+CPU = Device(name="cpu", precision="fp32", why="test")
+DEFAULTS = {"epochs": 1, "warmup_fraction": 0.0, "clip_norm": 1.0, "weight_decay": 0.0, "device": CPU, "what": "X-test"}
+
+
+def silent(what, done, total):
+    pass
+
+
+def batches_of(n, size=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Batch(
+            rows=torch.arange(size),
+            labels=torch.randint(0, 2, (size,), generator=generator),
+            inputs={"input": torch.randn(size, 3, generator=generator)},
+            tokens=10 + i,
+        )
+        for i in range(n)
+    ]
+
+
+def perceptron(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def fit_losses(values, **options):
+    """Train one number whose loss at step i is values[i], whatever the number is."""
+    model = nn.Linear(1, 1, bias=False)
+    losses = iter(values)
+    batch = Batch(rows=torch.arange(2), labels=torch.zeros(2), inputs={}, tokens=3)
+    arguments = {**DEFAULTS, "progress": silent, "steps_per_epoch": len(values), **options}
+    groups = [{"params": list(model.parameters()), "lr": arguments.pop("lr", 1e-3)}]
+    return fit(
+        model, lambda _: next(losses) + 0 * model.weight.sum(), lambda: iter([batch] * arguments["steps_per_epoch"]), groups, **arguments
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(total=st.integers(1, 60), share=st.floats(0, 1))
+def test_rate_is_that_of_transformers_schedule(total, share):
+    """Step by step get_linear_schedule_with_warmup's, for any warm-up."""
+    warmup = int(share * total)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, warmup, total)
+    expected = []
+    for _ in range(total + 1):
+        expected += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    assert expected == pytest.approx([rate_factor(step, warmup=warmup, total=total) for step in range(total + 1)], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "expected"),
+    [(0, [1, 0.75, 0.5, 0.25, 0]), (2, [0, 0.5, 1, 0.5, 0]), (4, [0, 0.25, 0.5, 0.75, 0])],
+)
+def test_rate_by_hand(warmup, expected):
+    """Four steps: up over the warm-up, down to zero at the end."""
+    assert expected == [rate_factor(step, warmup=warmup, total=4) for step in range(5)]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("clip_norm", [0.05, 100.0])
+def test_twenty_steps_are_those_of_a_plain_loop(clip_norm, weight_decay):
+    """Two groups with their own rates, warm-up, clipping and decay: the weights of a loop written out with torch alone."""
+    model, batches = perceptron(), batches_of(10)
+    plain = copy.deepcopy(model)
+
+    def groups_of(m):
+        return [{"params": list(m[0].parameters()), "lr": 1e-2}, {"params": list(m[2].parameters()), "lr": 3e-3}]
+
+    optimizer = torch.optim.AdamW(groups_of(plain), weight_decay=weight_decay, foreach=False, fused=False)
+    schedule = get_linear_schedule_with_warmup(optimizer, 5, 20)
+    losses = []
+    for batch in batches * 2:
+        loss = F.cross_entropy(plain(**batch.inputs), batch.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), clip_norm)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+
+    run = fit(
+        model.eval(),
+        lambda batch: F.cross_entropy(model(**batch.inputs), batch.labels),
+        lambda: iter(batches),
+        groups_of(model),
+        **{**DEFAULTS, "epochs": 2, "warmup_fraction": 0.25, "clip_norm": clip_norm, "weight_decay": weight_decay},
+        steps_per_epoch=10,
+        progress=silent,
+    )
+    for expected, actual in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    assert losses == pytest.approx([loss for _, loss in run.learning_curve], rel=1e-5)
+    assert model.training
+
+
+def test_costs_are_counted_by_hand():
+    """Ten batches of four examples and 10 to 19 tokens, twice."""
+    model, batches = perceptron(), batches_of(10)
+    run = fit(
+        model,
+        lambda batch: F.cross_entropy(model(**batch.inputs), batch.labels),
+        lambda: iter(batches),
+        [{"params": list(model.parameters()), "lr": 1e-3}],
+        **{**DEFAULTS, "epochs": 2},
+        steps_per_epoch=10,
+        progress=silent,
+    )
+    assert (20, 80, 290, 0) == (run.steps, run.examples, run.tokens, run.skipped_steps)
+    assert 0 < run.runtime_seconds < 60
+
+
+def test_parameters_outside_the_groups_stay():
+    """What does not train does not change, nor does it count for clipping."""
+    model, batches = perceptron(), batches_of(3)
+    frozen = model[0].weight.detach().clone()
+    head = model[2].weight.detach().clone()
+    fit(
+        model,
+        lambda batch: F.cross_entropy(model(**batch.inputs), batch.labels),
+        lambda: iter(batches),
+        [{"params": list(model[2].parameters()), "lr": 1e-2}],
+        **DEFAULTS,
+        steps_per_epoch=3,
+        progress=silent,
+    )
+    assert torch.equal(frozen, model[0].weight)
+    assert not torch.equal(head, model[2].weight)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_loss_that_is_not_finite_stops_training(bad):
+    """The message has the work, the step, how many there are, and the learning rate at that step."""
+    with pytest.raises(TrainingDiverged, match=re.escape(f"X-test: loss is {bad} at step 3 of 4, learning rate 0.001; lower it")):
+        fit_losses([1.0, 1.0, bad, 1.0], lr=2e-3)
+
+
+def test_diverging_training_leaves_the_weights_of_the_last_good_step():
+    """The bad loss changes nothing any more."""
+    weights = []
+    model = nn.Linear(1, 1, bias=False)
+    batch = Batch(rows=torch.arange(1), labels=torch.zeros(1), inputs={}, tokens=1)
+
+    def loss(_):
+        weights.append(model.weight.item())
+        return model.weight.sum() * (math.nan if len(weights) == 3 else 1.0)
+
+    with pytest.raises(TrainingDiverged):
+        fit(
+            model, loss, lambda: iter([batch] * 4), [{"params": list(model.parameters()), "lr": 0.1}],
+            **DEFAULTS, steps_per_epoch=4, progress=silent,
+        )  # fmt: skip
+    assert weights[2] == model.weight.item()
+    assert 3 == len(set(weights))
+
+
+@settings(max_examples=25, deadline=None)
+@given(total=st.integers(1, 130), seed=st.integers(0, 99))
+def test_learning_curve_has_the_mean_of_every_stretch(total, seed):
+    """Some fifty points at most, the last one at the last step, which together weigh every step once."""
+    losses = torch.rand(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    curve = fit_losses(losses).learning_curve
+    steps = [step for step, _ in curve]
+    assert total == steps[-1]
+    assert len(steps) <= CURVE_POINTS
+    assert sorted(set(steps)) == steps
+    starts = [0, *steps[:-1]]
+    expected = [sum(losses[a:b]) / (b - a) for a, b in zip(starts, steps, strict=True)]
+    assert expected == pytest.approx([mean for _, mean in curve], rel=1e-5)
+
+
+def test_learning_curve_by_hand():
+    """101 steps with losses 1, 2, …: a point every third step and one at the end for the two that are left."""
+    curve = fit_losses([float(i) for i in range(1, 102)]).learning_curve
+    assert [(3, 2.0), (6, 5.0), (9, 8.0)] == list(curve[:3])
+    assert [(99, 98.0), (101, 100.5)] == list(curve[-2:])
+    assert 34 == len(curve)
+
+
+def test_progress_is_told_every_step():
+    """The name of the work, the steps done and how many there are, once each and in order."""
+    told = []
+    fit_losses([1.0] * 6, epochs=2, steps_per_epoch=3, progress=lambda *step: told.append(step))
+    assert [("X-test", i, 6) for i in range(1, 7)] == told
+
+
+def train_bert(seed):
+    torch.manual_seed(seed)
+    config = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    model = AutoModelForSequenceClassification.from_config(config)
+    packed = make_packable(model)
+    economize(model)
+    n = 24
+    draws = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(1, 40, (1 + i % 7,), generator=draws) for i in range(n)]
+    split = Split("train", tuple(range(n)), tuple(map(str, range(n))), tuple(i % 2 for i in range(n)))
+    encoded = Encoded(split, tokens, torch.tensor(split.labels))
+    generator = torch.Generator().manual_seed(seed)
+    run = fit(
+        model,
+        lambda batch: F.cross_entropy(model(**batch.inputs).logits, batch.labels),
+        lambda: shuffled_batches(encoded, 5, "cpu", packed=packed, generator=generator),
+        [{"params": list(model.parameters()), "lr": 1e-3}],
+        **{**DEFAULTS, "epochs": 2},
+        steps_per_epoch=5,
+        progress=silent,
+    )
+    assert (10, 48, 2 * sum(map(len, tokens))) == (run.steps, run.examples, run.tokens)
+    return run.learning_curve, [p.detach().clone() for p in model.parameters()]
+
+
+def test_same_seed_gives_the_same_weights_to_the_bit():
+    """New weights, dropout and order of batches all come from the seed; another seed gives other weights."""
+    (curve, weights), (again, same), (_, other) = train_bert(3), train_bert(3), train_bert(4)
+    assert curve == again
+    assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(weights, other, strict=True) if a.abs().sum() > 1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_parameters_stay_fp32_and_learn(precision):
+    """Under autocast, too, the loss falls and the weights are full precision."""
+    torch.manual_seed(0)
+    model = perceptron()
+    x = torch.randn(32, 3)
+    batch = Batch(rows=torch.arange(32), labels=(x[:, 0] > 0).long(), inputs={"input": x}, tokens=1)
+    run = fit(
+        model,
+        lambda b: F.cross_entropy(model(**b.inputs).float(), b.labels),
+        lambda: iter([batch] * 30),
+        [{"params": list(model.parameters()), "lr": 5e-2}],
+        **{**DEFAULTS, "device": Device(name="cpu", precision=precision, why="test")},
+        steps_per_epoch=30,
+        progress=silent,
+    )
+    assert {torch.float32} == {p.dtype for p in model.parameters()}
+    assert run.learning_curve[-1][1] < run.learning_curve[0][1] / 2
