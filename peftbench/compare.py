@@ -83,7 +83,7 @@ def phase_report(summary: Summary) -> dict[str, Any]:
         for figure, spread in report["spread"].items():
             *path, last = figure.split(".")
             place = report[path[0]] if path else report
-            place[last] = spread["mean"]
+            place[last] = round(spread["mean"]) if isinstance(place[last], int) else spread["mean"]
         for split in ("dev", "test"):
             quality = report[split]
             quality["accuracy_ci95"] = list(wilson_interval(quality["accuracy"] * quality["n"], quality["n"]))

@@ -1,6 +1,7 @@
 """Texts and labels: where they come from, how they are split, and which of them a KD subset draws."""
 
 import hashlib
+import math
 import random
 import re
 import warnings
@@ -165,6 +166,8 @@ def read_reviews(path: Path, *, dev: int = 900, test: int = 900) -> Splits:
         try:
             key, mean, text = line.rstrip("\r").split("\t")
             rating, row_id = float(mean), int(key)
+            if not (math.isfinite(rating) and text.strip()):
+                raise ValueError
         except ValueError:
             raise DataError(f"{path}, line {number}: wanted id, mean rating and sentence by tabs, got {line[:60]!r}") from None
         if abs(rating) <= 0.5:
@@ -190,6 +193,8 @@ def read_reviews(path: Path, *, dev: int = 900, test: int = 900) -> Splits:
 
 def stratify(everything: Split, sizes: dict[str, int], *, rest: str) -> dict[str, Split]:
     """Disjoint splits of the given sizes with the class shares of the whole, at `DATA_SEED`; what is left becomes ``rest``."""
+    if sum(sizes.values()) > len(everything):
+        raise DataError(f"splits of {sizes} need more than the {len(everything)} rows there are")
     shuffler = random.Random(DATA_SEED)
     by_label = {label: [i for i, own in enumerate(everything.labels) if own == label] for label in sorted(set(everything.labels))}
     for rows in by_label.values():

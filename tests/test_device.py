@@ -73,7 +73,9 @@ def test_auto_precision_is_what_the_processor_does_natively():
     """On the CPU bf16 is chosen exactly where the processor has instructions for it; the reason says which."""
     features = torch.cpu.get_capabilities()
     native = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
-    expected = ("bf16", "as asked; the processor has bf16 instructions") if native else ("fp32", "as asked; no bf16 instructions here")
+    expected = (
+        ("bf16", "as asked; the processor has bf16 instructions") if native else ("fp32", "as asked; no bf16 instructions here")
+    )
     chosen = Device.choose("cpu", "auto")
     assert expected == (chosen.precision, chosen.why)
 
@@ -106,4 +108,4 @@ def test_device_survives_pickling():
     """A device travels to a worker process as it is."""
     device = Device.choose("cpu", "bf16")
     device.synchronize()
-    assert device == pickle.loads(pickle.dumps(device))  # noqa: S301 - our own bytes
+    assert device == pickle.loads(pickle.dumps(device))

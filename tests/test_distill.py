@@ -272,7 +272,7 @@ def test_changed_subset_replaces_the_old_one(tmp_path):
 
 def test_missing_subset_is_refused(tmp_path):
     """The message names the folder."""
-    with pytest.raises(CorruptError, match="there is no KD subset at .*kd_5"):
+    with pytest.raises(CorruptError, match=r"there is no KD subset at .*kd_5"):
         read_subset(tmp_path / "kd_5")
 
 

@@ -178,7 +178,9 @@ def test_row_embedding_without_gradient_is_a_plain_lookup(frozen):
 
 def test_economizing_replaces_dropout_and_trainable_embeddings():
     """Only these change, in place and with their weights; frozen embeddings stay torch's."""
-    model = nn.ModuleDict({"words": nn.Embedding(5, 2), "frozen": nn.Embedding(5, 2), "drop": nn.Dropout(0.5), "head": nn.Linear(2, 2)})
+    model = nn.ModuleDict(
+        {"words": nn.Embedding(5, 2), "frozen": nn.Embedding(5, 2), "drop": nn.Dropout(0.5), "head": nn.Linear(2, 2)}
+    )
     model["frozen"].requires_grad_(False)
     weight = model["words"].weight
     economize(model)

@@ -128,7 +128,7 @@ def test_too_many_layers_say_how_many_there_are(saved):
 def test_checkpoint_with_another_number_of_labels_is_refused(saved):
     """A three-way classifier is no sentiment teacher; the message names the folder."""
     _, folder = saved(labels=3)
-    with pytest.raises(ModelError, match="cannot load a two-label classifier from .*checkpoint"):
+    with pytest.raises(ModelError, match=r"cannot load a two-label classifier from .*checkpoint"):
         load(folder)
 
 
@@ -318,7 +318,7 @@ def test_unfreezing_more_layers_than_there_are_is_refused():
 )
 def test_peft_configuration_that_does_not_apply_names_the_phase(peft):
     """The error has the phase and the configuration, whatever peft raised inside."""
-    with pytest.raises(ModelError, match="^X-test: peft cannot apply") as refused:
+    with pytest.raises(ModelError, match=r"^X-test: peft cannot apply") as refused:
         prepare(classifier("bert"), phase_with(peft))
     assert peft["peft_type"] in str(refused.value)
 

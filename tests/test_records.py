@@ -1,5 +1,4 @@
 """Records: every key, JSON both ways, what is refused, and where files lie."""
-# ruff: noqa: SIM300 - an assertion reads expected == actual
 
 import base64
 import dataclasses

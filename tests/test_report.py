@@ -1,5 +1,4 @@
 """Reports: figures for people, a row for each phase and a line for each that failed."""
-# ruff: noqa: SIM300 - an assertion reads expected == actual
 
 import dataclasses
 

@@ -1,5 +1,4 @@
 """Sealed folders and atomic files: whole or absent, whatever ends the process."""
-# ruff: noqa: SIM300 - an assertion reads expected == actual
 
 import hashlib
 import json
@@ -144,11 +143,11 @@ def test_a_killed_process_leaves_the_old_folder_and_the_next_one_clears_up(targe
     killed.communicate()
     assert -signal.SIGKILL == killed.returncode
     assert {"n": 1} == unseal(target)
-    assert 1 == len([name for name in names(target.parent) if name.startswith(".kd_500-")])
+    assert 1 == len([name for name in names(target.parent) if name.startswith(".kd_500~")])
     with lock(target):
         build(target, {"n": 3}, data="new")
     assert {"n": 3} == unseal(target)
-    assert [] == [name for name in names(target.parent) if name.startswith(".kd_500-")]
+    assert [] == [name for name in names(target.parent) if name.startswith(".kd_500~")]
 
 
 def test_clearing_up_spares_the_neighbours(target):

@@ -52,7 +52,11 @@ def fit_losses(values, **options):
     arguments = {**DEFAULTS, "progress": silent, "steps_per_epoch": len(values), **options}
     groups = [{"params": list(model.parameters()), "lr": arguments.pop("lr", 1e-3)}]
     return fit(
-        model, lambda _: next(losses) + 0 * model.weight.sum(), lambda: iter([batch] * arguments["steps_per_epoch"]), groups, **arguments
+        model,
+        lambda _: next(losses) + 0 * model.weight.sum(),
+        lambda: iter([batch] * arguments["steps_per_epoch"]),
+        groups,
+        **arguments,
     )
 
 

@@ -38,5 +38,8 @@ def test_workers_of_xdist_write_one_run(study, records, pytester, data_folder):
     assert 0 == done.returncode, done.stdout + done.stderr
     assert ["A-teacher-tiny-s42.json", "K-kd-tiny-s42.json", "S-small-tiny-s42.json"] == sorted(records())
     assert 1 == len({record["run_id"] for record in records().values()})
-    assert 1 == len(list((pytester.path / "outputs/tiny/cache/teachers").iterdir()) and {*(pytester.path / "outputs/tiny/cache/teachers").glob("[!.]*")})
+    assert 1 == len(
+        list((pytester.path / "outputs/tiny/cache/teachers").iterdir())
+        and {*(pytester.path / "outputs/tiny/cache/teachers").glob("[!.]*")}
+    )
     assert all(phase in done.stdout for phase in ("A-teacher", "S-small", "K-kd"))

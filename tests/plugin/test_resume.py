@@ -16,7 +16,9 @@ def test_passed_cases_are_skipped_and_said_so(study, pytester, records):
     study("-k", "small").assert_outcomes(passed=1, deselected=5)
     result = study("-k", "small or kd", "--peft-resume", "-rs")
     result.assert_outcomes(passed=1, skipped=1, deselected=4)
-    result.stdout.fnmatch_lines(["K-kd*", "S-small*", "*resumed: passed with this fingerprint at this commit in run *"], consecutive=False)
+    result.stdout.fnmatch_lines(
+        ["K-kd*", "S-small*", "*resumed: passed with this fingerprint at this commit in run *"], consecutive=False
+    )
     assert ["K-kd-tiny-s42.json", "S-small-tiny-s42.json"] == sorted(records())
 
 

@@ -1,0 +1,38 @@
+"""The README is true."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import peftbench
+from peftbench.plugin import OPTIONS
+from peftbench.records import Record
+
+README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+
+
+def test_the_example_of_a_phase_runs_as_printed(pytester, data_folder, records):
+    """The phase that the README adds trains, passes and leaves its record."""
+    [example] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    pytester.makepyfile(test_example=example)
+    result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={data_folder}")
+    result.assert_outcomes(passed=1, deselected=1)
+    assert ["E-ia3-tiny-s42.json"] == list(records())
+
+
+def test_the_tree_names_every_module():
+    """The tree and the package list the same files."""
+    package = Path(peftbench.__file__).parent
+    assert {path.name for path in package.glob("[!_]*.py")} == set(re.findall(r"^  (\w+\.py) ", README, re.MULTILINE))
+
+
+def test_the_record_is_described_key_by_key():
+    """Every key of the record stands in the README."""
+    described = set(re.findall(r"`(\w+)`", README.partition("## The record")[2].partition("## The tree")[0]))
+    assert set() == {field.name for field in dataclasses.fields(Record)} - described
+
+
+def test_every_option_is_described():
+    """Every option and its ini key stand in the README."""
+    for name in (*OPTIONS, "resume"):
+        assert f"`--peft-{name}`, `peft_{name}`" in README

@@ -1,0 +1,118 @@
+"""The command: exit status and printed lines."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from peftbench import cli
+from peftbench.assets import ENCODER, REVIEWS, Asset
+from peftbench.sealed import MANIFEST, file_sha256
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """A folder with the archives of two small assets, which take the place of the pinned ones."""
+    folder = tmp_path / "shelf"
+    folder.mkdir()
+    assets = {}
+    for name in ("encoder", "reviews"):
+        path = folder / f"{name}-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("data", name)
+        assets[name] = Asset(
+            name=name,
+            requirement=f"{name}==1.0",
+            archive=path.name,
+            sha256=file_sha256(path),
+            size_mb=0.1,
+            licence="MIT",
+            members={"data": "data"},
+        )
+    monkeypatch.setattr(cli, "ASSETS", assets)
+    return folder
+
+
+def test_fetch_fills_the_cache_from_a_folder(shelf, tmp_path, capsys):
+    """Each asset lies where the mini scale looks for it; a line for each says where and under which licence."""
+    outputs = tmp_path / "outputs"
+    assert 0 == cli.main(["fetch", "--outputs", str(outputs), "--from", str(shelf)])
+    folders = {name: outputs / "cache" / "assets" / name for name in ("encoder", "reviews")}
+    lines = [f"{name}: {folder} ({name}==1.0, MIT)" for name, folder in folders.items()]
+    assert lines == capsys.readouterr().out.splitlines()
+    assert ["encoder", "reviews"] == [(folder / "data").read_text() for folder in folders.values()]
+
+
+def test_fetching_again_needs_no_archive(shelf, tmp_path, capsys):
+    """The second call finds what the first one left and says the same."""
+    command = ["fetch", "--outputs", str(tmp_path / "outputs")]
+    assert 0 == cli.main([*command, "--from", str(shelf)])
+    first = capsys.readouterr()
+    shutil.rmtree(shelf)
+    assert 0 == cli.main(command)
+    second = capsys.readouterr()
+    assert first.out == second.out
+    assert "" == second.err
+
+
+def test_outputs_is_the_default_folder(shelf, tmp_path, monkeypatch):
+    """Below the folder in which the command was started."""
+    monkeypatch.chdir(tmp_path)
+    assert 0 == cli.main(["fetch", "--from", str(shelf)])
+    assert (tmp_path / "outputs" / "cache" / "assets" / "reviews" / MANIFEST).is_file()
+
+
+@pytest.mark.parametrize("damage", ["archive-missing", "archive-changed", "outputs-a-file", "cache-corrupt"])
+def test_an_error_is_explained_without_a_traceback(shelf, tmp_path, capsys, damage):
+    """Exit status 2, and one line on standard error that says what to do."""
+    outputs = tmp_path / "outputs"
+    command = ["fetch", "--outputs", str(outputs), "--from", str(shelf)]
+    if damage == "archive-missing":
+        (shelf / "encoder-1.0-py3-none-any.whl").unlink()
+    elif damage == "archive-changed":
+        (shelf / "encoder-1.0-py3-none-any.whl").write_bytes(b"other")
+    elif damage == "outputs-a-file":
+        outputs.write_text("in the way")
+    else:
+        cli.main(command)
+        (outputs / "cache" / "assets" / "encoder" / "data").write_text("changed")
+        capsys.readouterr()
+    assert 2 == cli.main(command)
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("peftbench: error: ")
+    assert ("delete" if damage == "cache-corrupt" else "encoder-1.0-py3-none-any.whl") in last
+
+
+def test_the_pinned_archives_are_named_where_they_are_missing(tmp_path):
+    """The command itself, in a process of its own, with an empty folder: status 2, and the first archive to put there."""
+    code = "import sys; from peftbench.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "fetch", "--outputs", str(tmp_path / "outputs"), "--from", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (2, "") == (done.returncode, done.stdout)
+    assert ENCODER.archive in done.stderr and ENCODER.sha256 in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["bake"], ["fetch", "--bogus"]])
+def test_a_wrong_command_is_refused_with_the_usage(arguments, capsys):
+    """Status 2, as the shell expects it."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert 2 == caught.value.code
+    assert "usage: peftbench" in capsys.readouterr().err
+
+
+def test_help_names_the_options(capsys):
+    """Status 0, and both options of fetch."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["fetch", "--help"])
+    assert caught.value.code in (0, None)
+    said = capsys.readouterr().out
+    assert "--outputs" in said and "--from DIR" in said
+
+
+def test_both_pinned_assets_are_fetched():
+    """The encoder and the reviews, and nothing else."""
+    assert {"encoder": ENCODER, "reviews": REVIEWS} == cli.ASSETS
