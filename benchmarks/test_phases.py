@@ -4,7 +4,10 @@ import pytest
 
 from peftbench.phases import LORA, Distillation, Phase
 
-MINI_LORA = {**LORA, "modules_to_save": ["pooler", "classifier"]}
+# MiniLM's pooler was not pre-trained and the tiny one is random: there it is part of the head and trains with it.
+POOLER = {"modules_to_save": ["pooler", "classifier"]}
+MINI_LORA = {**LORA, **POOLER}
+TINY_LORA = {**LORA, **POOLER, "lora_alpha": 32, "lora_dropout": 0.0}
 
 PHASES = [
     Phase(id="A-teacher", role="teacher", kd_subsets=(1000, 500)),
@@ -15,8 +18,8 @@ PHASES = [
         epochs=1,
         learning_rate=5e-4,
         at_scale={
-            "mini": {"peft": MINI_LORA, "learning_rate": 1e-3, "epochs": 2, "warmup_fraction": 0.1},
-            "tiny": {"learning_rate": 5e-3, "epochs": 4},
+            "mini": {"peft": MINI_LORA, "epochs": 2, "learning_rate": 1e-3, "warmup_fraction": 0.1},
+            "tiny": {"peft": TINY_LORA, "epochs": 6, "learning_rate": 2e-3, "warmup_fraction": 0.1},
         },
     ),
     Phase(
@@ -24,7 +27,10 @@ PHASES = [
         role="student",
         epochs=2,
         learning_rate=3e-5,
-        at_scale={"mini": {"learning_rate": 1e-4, "warmup_fraction": 0.1}, "tiny": {"learning_rate": 1e-3}},
+        at_scale={
+            "mini": {"learning_rate": 1e-4, "warmup_fraction": 0.1},
+            "tiny": {"epochs": 4, "learning_rate": 1e-3, "warmup_fraction": 0.1},
+        },
     ),
     Phase(
         id="C2-kd",
@@ -34,8 +40,8 @@ PHASES = [
         epochs=3,
         learning_rate=3e-5,
         at_scale={
-            "mini": {"learning_rate": 2e-4, "epochs": 6, "warmup_fraction": 0.1},
-            "tiny": {"learning_rate": 2e-3, "epochs": 6},
+            "mini": {"epochs": 6, "learning_rate": 2e-4, "warmup_fraction": 0.1},
+            "tiny": {"epochs": 8, "learning_rate": 1e-3, "warmup_fraction": 0.1},
         },
     ),
     Phase(
@@ -48,8 +54,8 @@ PHASES = [
         epochs=3,
         learning_rate=5e-4,
         at_scale={
-            "mini": {"peft": MINI_LORA, "learning_rate": 1e-3, "unfrozen_learning_rate": 2e-4, "epochs": 8, "warmup_fraction": 0.1},
-            "tiny": {"learning_rate": 2e-3, "epochs": 10},
+            "mini": {"peft": MINI_LORA, "epochs": 8, "learning_rate": 1e-3, "unfrozen_learning_rate": 2e-4, "warmup_fraction": 0.1},
+            "tiny": {"peft": TINY_LORA, "epochs": 20, "learning_rate": 1e-3, "warmup_fraction": 0.1},
         },
     ),
 ]
@@ -57,5 +63,7 @@ PHASES = [
 
 @pytest.mark.parametrize("phase", PHASES, ids=lambda phase: phase.id)
 def test_phase(phase, run_phase):
+    """The phase learns: it beats the majority class, and on the generated sentences comes near the truth."""
     record = run_phase(phase)
     assert record.dev.accuracy > record.majority_accuracy
+    assert record.dev.accuracy > 0.8 or record.data["source"] != "generated sentences"

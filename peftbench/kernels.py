@@ -20,6 +20,8 @@ def dropout(x: Tensor, p: float) -> Tensor:
     Four independent 16-bit draws come out of each 64-bit random number of torch's global generator.
     """
     threshold = round(p * _DRAWS)
+    if threshold == _DRAWS:
+        return x * 0.0
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     keep = draws[: x.numel()].view(x.shape) >= threshold - _DRAWS // 2
     dropped: Tensor = _Dropout.apply(x, keep, _DRAWS / (_DRAWS - threshold))  # type: ignore[no-untyped-call]
@@ -41,6 +43,7 @@ class RowEmbedding(nn.Embedding):
     The buffer becomes ``weight.grad``; setting that to None, as ``zero_grad`` does, starts the next step.
     """
 
+    _buffer: Tensor | None = None
     _used: Tensor
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -56,14 +59,12 @@ class RowEmbedding(nn.Embedding):
             real = ids != self.padding_idx
             ids, gradient = ids[real], gradient[real]
         if self.weight.grad is None:
-            buffer: Tensor | None = getattr(self, "_buffer", None)
-            if buffer is None:
-                buffer = torch.zeros_like(self.weight)
+            if self._buffer is None:
+                self._buffer = torch.zeros_like(self.weight)
             else:
-                buffer.index_fill_(0, self._used, 0.0)
-            self._buffer, self.weight.grad = buffer, buffer
-            self._used = ids
-        else:
+                self._buffer.index_fill_(0, self._used, 0.0)
+            self._used, self.weight.grad = ids, self._buffer
+        elif self.weight.grad is self._buffer:
             self._used = torch.cat([self._used, ids])
         self.weight.grad.index_add_(0, ids, gradient.to(self.weight.dtype))
 
@@ -73,8 +74,12 @@ def economize(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Dropout:
             module.__class__ = Dropout
-        elif type(module) is nn.Embedding and module.weight.requires_grad and not module.sparse and module.max_norm is None:
+        elif type(module) is nn.Embedding and module.weight.requires_grad and not _has_special_gradient(module):
             module.__class__ = RowEmbedding
+
+
+def _has_special_gradient(embedding: nn.Embedding) -> bool:
+    return embedding.sparse or embedding.scale_grad_by_freq or embedding.max_norm is not None
 
 
 class _Dropout(torch.autograd.Function):

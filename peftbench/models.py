@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import TaskType, get_peft_config, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import nn
 from transformers import (
@@ -97,15 +98,15 @@ def load_classifier(weights: Weights) -> nn.Module:
     logging.set_verbosity_error()  # that the head is new is what we want, not news
     try:
         model = AutoModelForSequenceClassification.from_pretrained(weights.origin, use_safetensors=True, **labels)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot load a two-label classifier from {weights.origin}: {str(error).strip()[:300]}") from error
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
     if source.layers:
         stack = encoder_layers(model)
-        if max(source.layers) > len(stack):
-            raise ModelError(f"layers {source.layers} were asked for, {weights.origin} has {len(stack)}")
+        if not all(1 <= layer <= len(stack) for layer in source.layers):
+            raise ModelError(f"layers {source.layers} were asked for, {weights.origin} has layers 1 to {len(stack)}")
         kept = nn.ModuleList(stack[i - 1] for i in source.layers)
         _encoder(model).layer = kept
         model.config.num_hidden_layers = len(kept)

@@ -282,7 +282,8 @@ def wilson_interval(hits: float, n: int, *, z: float = 1.959963984540054) -> tup
 
 def phase_config(phase: Phase) -> dict[str, Any]:
     """Every hyperparameter of a phase as JSON values."""
-    return {name: value for name, value in dataclasses.asdict(phase).items() if name not in ("at_scale", "id")}
+    config: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(phase)))
+    return {name: value for name, value in config.items() if name not in ("at_scale", "id")}
 
 
 def _pack_bits(labels: Sequence[int]) -> str:

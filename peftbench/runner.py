@@ -73,7 +73,6 @@ class Teacher:
 
     weights: Weights
     training_seconds: float
-    hit: bool
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -91,6 +90,7 @@ class Workbench:
         self.scale, self.settings, self.progress = scale, settings, progress
         self.store = Store(settings.outputs, scale.name)
         self.device = Device.choose(settings.device, settings.precision)
+        self.misses = 0  # how often the teacher or its logits were not on disk
         self._weights: dict[Pretrained | Untrained, Weights] = {}
         self._encoded: dict[tuple[str, str, int], Encoded] = {}
         self._kd: dict[tuple[int, int], TeacherLogits] = {}
@@ -123,15 +123,15 @@ class Workbench:
         """The published teacher, or the backbone tuned by the scale's recipe, once, and cached by content."""
         recipe = self.scale.teacher
         if isinstance(recipe, Pretrained):
-            return Teacher(weights=self.weights(recipe), training_seconds=0.0, hit=True)
+            return Teacher(weights=self.weights(recipe), training_seconds=0.0)
         folder = self.store.cache_path("teachers", self.teacher_identity)
         with lock(folder):
             facts = unseal(folder)
-            hit = facts is not None
             if facts is None:
+                self.misses += 1
                 facts = self._tune_teacher(recipe, folder)
         weights = locate(Pretrained(source=str(folder)), self._fetch)
-        return Teacher(weights=weights, training_seconds=float(facts["training_seconds"]), hit=hit)
+        return Teacher(weights=weights, training_seconds=float(facts["training_seconds"]))
 
     @cached_property
     def teacher_identity(self) -> str:
@@ -154,9 +154,11 @@ class Workbench:
                 precision=self.device.precision,
                 device_kind=self.device.kind,
             )
-            self._kd[size, max_length] = cached_logits(
+            logits = cached_logits(
                 examples, key, lambda entry: self.store.cache_path("logits", entry), self._teach(weights, max_length)
             )
+            self.misses += not logits.hit
+            self._kd[size, max_length] = logits
         return self._kd[size, max_length]
 
     def kd_subset(self, size: int, max_length: int) -> Path:
@@ -207,19 +209,20 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
     bench = workbench or Workbench(scale, settings)
     phase = phase.at(scale.name)
     identity = case_fingerprint(phase, bench)
+    misses = bench.misses
     for size in phase.kd_subsets:
         bench.kd_subset(size, phase.max_length)
+    examples, logits, kd_path = _training_examples(phase, bench)
+    weights = bench.teacher.weights if phase.role == "teacher" else bench.weights(_source(phase, scale))
+
     memory = PeakMemory(bench.device)
     memory.restart()
     seed_everything(seed)
-
-    weights = bench.teacher.weights if phase.role == "teacher" else bench.weights(_source(phase, scale))
     model, groups = prepare(load_classifier(weights), phase)
     model, packed = _on_device(model, bench.device)
     total, trainable = count_parameters(model)
     if not phase.epochs:
         trainable = 0
-    examples, logits, kd_path = _training_examples(phase, bench)
     run = None
     if phase.epochs:
         encoded = bench.encoded(examples, weights, phase.max_length)
@@ -260,7 +263,7 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
         artifact_bytes=artifact_bytes(model),
         latency_ms=latency_ms(model, bench.encoded(bench.splits.dev, weights, phase.max_length), bench.device, packed=packed),
         batching="packed" if packed else "padded to the longest",
-        teacher_cost=_teacher_cost(phase, bench, logits),
+        teacher_cost=_teacher_cost(phase, bench, logits, hit=bench.misses == misses),
         data=bench.splits.describe(),
         predictions=predictions,
         machine=describe_machine(bench.device),
@@ -338,12 +341,11 @@ def _training_examples(phase: Phase, bench: Workbench) -> tuple[Split, TeacherLo
     return examples, read_subset(path), path.as_posix()
 
 
-def _teacher_cost(phase: Phase, bench: Workbench, logits: TeacherLogits | None) -> TeacherCost | None:
+def _teacher_cost(phase: Phase, bench: Workbench, logits: TeacherLogits | None, *, hit: bool) -> TeacherCost | None:
     if phase.role != "teacher" and logits is None:
         return None
     sizes = [*phase.kd_subsets, *([len(logits.examples)] if logits else [])]
     used = [bench.teacher_logits(size, phase.max_length) for size in sizes]
-    hit = bench.teacher.hit and all(u.hit for u in used)
     return TeacherCost(
         training_seconds=bench.teacher.training_seconds,
         logit_seconds=max((u.seconds for u in used), default=0.0),
