@@ -131,33 +131,48 @@ def prepare(model: nn.Module, phase: Phase) -> tuple[nn.Module, list[dict[str, A
     Raises:
         ModelError: If the PEFT configuration is not valid, matches no module, or more layers are to be unfrozen than exist.
     """
-    if phase.peft is None:
-        return model, [{"params": list(model.parameters()), "lr": phase.learning_rate}]
     unfrozen: list[nn.Parameter] = []
-    if phase.unfreeze_top_layers:
-        layers = list(encoder_layers(model))
-        if phase.unfreeze_top_layers > len(layers):
-            raise ModelError(f"{phase.id}: cannot unfreeze {phase.unfreeze_top_layers} top layers, the encoder has {len(layers)}")
-        unfrozen = [p for layer in layers[-phase.unfreeze_top_layers :] for p in layer.parameters()]
+    if phase.peft is not None:
+        if phase.unfreeze_top_layers:
+            layers = list(encoder_layers(model))
+            if phase.unfreeze_top_layers > len(layers):
+                raise ModelError(
+                    f"{phase.id}: cannot unfreeze {phase.unfreeze_top_layers} top layers, the encoder has {len(layers)}"
+                )
+            unfrozen = [p for layer in layers[-phase.unfreeze_top_layers :] for p in layer.parameters()]
+        model = _adapt(model, phase)
+        for parameter in unfrozen:
+            parameter.requires_grad_(True)
+    return model, _groups(model, phase, {id(p) for p in unfrozen})
+
+
+def _adapt(model: nn.Module, phase: Phase) -> nn.Module:
+    assert phase.peft is not None
     head = [name for name, _ in model.named_children() if name in HEAD]
-    settings = {
-        "task_type": TaskType.SEQ_CLS,
-        "modules_to_save": head,
-        **copy.deepcopy(dict(phase.peft)),
-    }  # peft extends lists in place
+    peft = copy.deepcopy(dict(phase.peft))  # peft extends lists in place
     try:
-        adapted = get_peft_model(model, get_peft_config(settings))
+        adapted: nn.Module = get_peft_model(
+            model, get_peft_config({"task_type": TaskType.SEQ_CLS, "modules_to_save": head, **peft})
+        )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelError(f"{phase.id}: peft cannot apply {dict(phase.peft)}: {type(error).__name__}: {error}") from error
-    for parameter in unfrozen:
-        parameter.requires_grad_(True)
-    apart = {id(p) for p in unfrozen}
-    rest = [p for p in adapted.parameters() if p.requires_grad and id(p) not in apart]
-    groups = [
-        {"params": rest, "lr": phase.learning_rate},
-        {"params": unfrozen, "lr": phase.unfrozen_learning_rate or phase.learning_rate},
-    ]
-    return adapted, [group for group in groups if group["params"]]
+        raise ModelError(f"{phase.id}: peft cannot apply {peft}: {type(error).__name__}: {error}") from error
+    return adapted
+
+
+def _groups(model: nn.Module, phase: Phase, unfrozen: set[int]) -> list[dict[str, Any]]:
+    """What trains, by learning rate; the head and whatever lies outside the layers count as the top."""
+    base: Any = model.get_base_model() if phase.peft is not None else model  # type: ignore[operator]
+    below_top: dict[int, int] = {}
+    if phase.layer_decay != 1.0:
+        layers = list(encoder_layers(base))
+        below_top = {id(p): len(layers) - i for i, layer in enumerate(layers, start=1) for p in layer.parameters()}
+        below_top |= {id(p): len(layers) for p in base.base_model.embeddings.parameters()}
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            peak = (phase.unfrozen_learning_rate or phase.learning_rate) if id(parameter) in unfrozen else phase.learning_rate
+            by_rate.setdefault(peak * phase.layer_decay ** below_top.get(id(parameter), 0), []).append(parameter)
+    return [{"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -64,6 +64,7 @@ class Phase:
         peft: Any configuration of the ``peft`` library with its ``peft_type``; None trains all parameters.
         unfreeze_top_layers: Encoder layers, counted from the top, that train beside the adapter.
         unfrozen_learning_rate: Peak rate for those layers; None gives them ``learning_rate``.
+        layer_decay: Factor on the rate for each layer further down, embeddings last; 1 gives every layer the same.
         distillation: Learn from the teacher's logits, too; None learns from the labels alone.
         kd_subsets: Sizes of the KD subsets that the phase writes.
         batch_size: Examples to an optimizer step.
@@ -85,6 +86,7 @@ class Phase:
     peft: Mapping[str, Any] | None = None
     unfreeze_top_layers: int = 0
     unfrozen_learning_rate: float | None = None
+    layer_decay: float = 1.0
     distillation: Distillation | None = None
     kd_subsets: tuple[int, ...] = ()
     batch_size: int = 16
@@ -108,6 +110,7 @@ class Phase:
         _check_number(f"{self.id}: learning_rate", self.learning_rate, above=0.0)
         if self.unfrozen_learning_rate is not None:
             _check_number(f"{self.id}: unfrozen_learning_rate", self.unfrozen_learning_rate, above=0.0)
+        _check_number(f"{self.id}: layer_decay", self.layer_decay, above=0.0, at_most=1.0)
         _check_number(f"{self.id}: warmup_fraction", self.warmup_fraction, at_least=0.0, at_most=1.0)
         _check_number(f"{self.id}: clip_norm", self.clip_norm, above=0.0)
         _check_number(f"{self.id}: weight_decay", self.weight_decay, at_least=0.0)

@@ -390,7 +390,6 @@ def run_phase(
 
         scale, settings = peft_workbench.scale, session.settings
         try:
-            session.check_phase(phase)
             if session.options.resume:
                 fingerprint = case_fingerprint(phase, peft_workbench)
                 if found := session.find_passed(peft_workbench.store, fingerprint, peft_seed):
@@ -400,6 +399,7 @@ def run_phase(
                     pytest.skip(f"resumed: passed with this fingerprint at this commit in run {record.run_id}")
 
             def train() -> Record:
+                session.check_phase(phase)
                 record = run_phase(phase, scale, peft_seed, settings, workbench=peft_workbench)
                 session.trained_seconds += record.train_runtime_seconds or 0.0
                 return record

@@ -279,7 +279,29 @@ def test_modules_to_save_of_the_user_do_not_freeze_the_head(architecture, extra)
 
 
 @architectures
-@pytest.mark.parametrize("unfrozen_learning_rate", [None, 2e-4])
+def test_unfrozen_layers_without_a_rate_of_their_own_take_the_phases(architecture):
+    """One rate, one group, with everything that trains in it."""
+    phase = phase_with(lora(architecture), unfreeze_top_layers=1, learning_rate=5e-4)
+    model, [group] = prepare(classifier(architecture), phase)
+    assert 5e-4 == group["lr"]
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in group["params"]}
+
+
+@architectures
+@pytest.mark.parametrize("adapted", [False, True])
+def test_layer_decay_multiplies_downwards(architecture, adapted):
+    """Head and top layer get the rate, each layer further down half of the one above, embeddings half of the lowest."""
+    phase = phase_with(lora(architecture) if adapted else None, learning_rate=1.0, layer_decay=0.5)
+    model, groups = prepare(classifier(architecture, layers=3), phase)
+    rate_of = {id(p): group["lr"] for group in groups for p in group["params"]}
+    rates = {name: rate_of[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+    expected = {"layer.0.": 0.25, "layer.1.": 0.5, "layer.2.": 1.0, "classifier": 1.0, "embeddings": 0.125}
+    for part, rate in expected.items():
+        assert {rate} == {got for name, got in rates.items() if part in name} or (adapted and part == "embeddings")
+
+
+@architectures
+@pytest.mark.parametrize("unfrozen_learning_rate", [1e-4, 2e-4])
 @pytest.mark.parametrize("top", [1, 2])
 def test_unfreezing_trains_exactly_the_top_layers_in_a_group_of_their_own(architecture, top, unfrozen_learning_rate):
     """Of the encoder the top layers' own weights train, at their own rate; the rest is adapter and head."""
@@ -289,7 +311,7 @@ def test_unfreezing_trains_exactly_the_top_layers_in_a_group_of_their_own(archit
         lora(architecture), unfreeze_top_layers=top, learning_rate=5e-4, unfrozen_learning_rate=unfrozen_learning_rate
     )
     model, groups = prepare(base, phase)
-    assert [5e-4, unfrozen_learning_rate or 5e-4] == [group["lr"] for group in groups]
+    assert [5e-4, unfrozen_learning_rate] == [group["lr"] for group in groups]
     assert wanted == {id(p) for p in groups[1]["params"]}
     assert LORA_SIZE * 3 // 2 + HEAD_SIZE[architecture] == sum(p.numel() for p in groups[0]["params"])
     assert top * LAYER == sum(p.numel() for p in groups[1]["params"])

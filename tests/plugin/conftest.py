@@ -35,6 +35,12 @@ def data_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Sessions in processes of their own share the cores."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture
 def study(pytester, data_folder):
     """Run pytest over the small study at tiny scale with more arguments, in this process."""

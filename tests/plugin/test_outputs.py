@@ -48,7 +48,7 @@ def test_a_failed_assertion_makes_a_failed_record(pytester, data_folder, records
     result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={data_folder}")
     assert pytest.ExitCode.TESTS_FAILED == result.ret
     [record] = records().values()
-    assert ("failed", True) == (record["outcome"], record["error"].startswith("assert "))
+    assert ("failed", True) == (record["outcome"], record["error"].startswith("AssertionError: assert "))
     assert not (pytester.path / "outputs/tiny/reports").exists()
     result.stdout.fnmatch_lines(["S-small*failed*"])
 
