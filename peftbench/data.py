@@ -4,7 +4,6 @@ import hashlib
 import math
 import random
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -141,7 +140,7 @@ def draw(train: Split, size: int | None) -> Split:
     if size is None:
         size = len(train)
     if not 1 <= size <= len(train):
-        raise DataError(f"a KD subset of {size} cannot be drawn from a train split of {len(train)}; allowed: 1…{len(train)}")
+        raise DataError(f"a subset of {size} cannot be drawn from a train split of {len(train)}; allowed: 1…{len(train)}")
     rows = list(range(len(train)))
     random.Random(DATA_SEED).shuffle(rows)
     return train.take(rows[:size])
@@ -219,7 +218,11 @@ def read_glue_folder(folder: Path) -> Splits:
     """
     ``train.tsv``, ``dev.tsv`` and, if it has labels, ``test.tsv`` in GLUE's format for SST-2.
 
-    Without a labelled test file as many rows as SST-2's test has, but at most a tenth, are held out of train.
+    A test file as GLUE publishes it, ``index`` and ``sentence``, has no labels.
+
+    Without a labelled one as many rows as SST-2's test has, but at most a tenth, are held out of train.
+
+    Sentences of dev and test that also stand in train are counted in the notes.
 
     Raises:
         DataError: If a file is missing or malformed, naming file, line and what was wanted.
@@ -228,7 +231,7 @@ def read_glue_folder(folder: Path) -> Splits:
         raise DataError(f"--peft-data must be a folder with train.tsv and dev.tsv, got {folder}")
     train, dev = (_read_tsv(folder / f"{name}.tsv", name) for name in ("train", "dev"))
     test_path = folder / "test.tsv"
-    if test_path.exists() and _tsv_header(test_path)[-1] == "label":
+    if test_path.exists() and _tsv_header(test_path) != ["index", "sentence"]:
         test, protocol = _read_tsv(test_path, "test"), "labels of the files"
     else:
         size = min(SST2_TEST_SIZE, len(train) // 10)
@@ -239,10 +242,6 @@ def read_glue_folder(folder: Path) -> Splits:
         protocol = f"labels of the files; test held out of train, stratified, seed {DATA_SEED}"
     in_train = {_normal(s) for s in train.sentences}
     notes = {f"{s.name}_sentences_in_train": sum(_normal(t) in in_train for t in s.sentences) for s in (dev, test)}
-    for name, count in notes.items():
-        if count:
-            split = name.split("_")[0]
-            warnings.warn(f"{count} {split} sentences of {folder} also stand in train; the record counts them", stacklevel=2)
     return Splits(train=train, dev=dev, test=test, source=f"GLUE-style folder {folder.name}", protocol=protocol, notes=notes)
 
 
@@ -337,6 +336,8 @@ def _lines(path: Path) -> list[str]:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise DataError(f"{path} is missing; wanted train.tsv and dev.tsv with the header sentence<TAB>label") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}; save it as UTF-8") from None
     return re.split(r"\r?\n", text.removeprefix("\ufeff"))

@@ -49,7 +49,7 @@ class Device:
             raise ValueError(f"precision fp16 needs a CUDA device, got {name}; use bf16 or fp32")
         if precision != "auto":
             return cls(name=name, precision=precision, why=f"{why}; precision as asked")
-        chosen, reason = _native_precision(kind)
+        chosen, reason = _native_precision(name)
         return cls(name=name, precision=chosen, why=f"{why}; {reason}")
 
     @property
@@ -68,9 +68,10 @@ class Device:
             torch.cuda.synchronize(self.name)
 
 
-def _native_precision(kind: str) -> tuple[str, str]:
+def _native_precision(name: str) -> tuple[str, str]:
+    kind = torch.device(name).type
     if kind == "cuda":
-        if torch.cuda.get_device_capability()[0] >= 8:
+        if torch.cuda.get_device_capability(name)[0] >= 8:
             return "bf16", "the GPU has bf16 units"
         return "fp16", "the GPU has no bf16 units"
     features = torch.cpu.get_capabilities() if kind == "cpu" else {}

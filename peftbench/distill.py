@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,15 +12,16 @@ from torch.nn import functional as F
 
 from peftbench.data import DataError, Split
 from peftbench.phases import Distillation
-from peftbench.sealed import CorruptError, building, fingerprint, lock, unseal
+from peftbench.sealed import CorruptError, building, file_sha256, fingerprint, lock, unseal
 
-LOGITS_VERSION = 1
-"""Raise it when the same teacher and text would give other logits: it is part of every cache key."""
+_MODULES = ("device", "distill", "kernels", "models", "packing", "training")
+CODE_VERSION = fingerprint([file_sha256(Path(__file__).with_name(f"{name}.py")) for name in _MODULES])
+"""Of the modules that decide what a teacher learns and says: a part of every cache key, so that a change of them shows."""
 
 LOGIT_BLOCK = 500
 """
-Examples to a cache entry. Subsets are beginnings of one draw, so they share the entries, and the logits of an example do
-not depend on which subset was asked for first.
+Examples to a cache entry. Subsets are beginnings of one draw, computed in whole blocks, so they share the entries, and the
+logits of an example do not depend on which subset it is in or which was asked for first.
 """
 
 
@@ -36,7 +37,7 @@ class TeacherKey:
 
     def for_examples(self, examples: Split) -> str:
         """The cache key of these examples' logits."""
-        facts = [self.weights, self.tokenizer, self.max_length, self.precision, self.device_kind, LOGITS_VERSION]
+        facts = [self.weights, self.tokenizer, self.max_length, self.precision, self.device_kind, CODE_VERSION]
         return fingerprint([*facts, list(examples.ids), list(examples.sentences)])
 
 
@@ -47,7 +48,7 @@ class TeacherLogits:
 
     Attributes:
         values: Shape (N, 2), fp32.
-        seconds: What computing them took when they were first computed.
+        seconds: What loading the teacher, tokenizing and computing them took when they were first computed.
         hit: Whether all of them came from the cache.
     """
 
@@ -55,6 +56,15 @@ class TeacherLogits:
     values: Tensor
     seconds: float
     hit: bool
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of examples and values."""
+        return fingerprint([self.examples.fingerprint, self.values.tolist()])
+
+    def take_first(self, size: int) -> "TeacherLogits":
+        """The beginning."""
+        return replace(self, examples=self.examples.take(range(size)), values=self.values[:size])
 
     def align(self, examples: Split) -> Tensor:
         """
@@ -71,11 +81,11 @@ class TeacherLogits:
         for example_id, sentence in zip(examples.ids, examples.sentences, strict=True):
             row = row_of.get(example_id)
             if row is None:
-                raise DataError(f"the teacher's logits have no example with id {example_id} ({sentence[:60]!r}); delete outputs/kd")
+                raise DataError(f"there are no teacher's logits for id {example_id} ({sentence[:60]!r}); delete the KD subset")
             if self.examples.sentences[row] != sentence:
                 raise DataError(
                     f"the teacher's logits of example {example_id} were computed for {self.examples.sentences[row][:60]!r}, "
-                    f"but the data say {sentence[:60]!r}; delete outputs/kd to have the subsets made again"
+                    f"but the data say {sentence[:60]!r}; delete the KD subset to have it made again"
                 )
             rows.append(row)
         return self.values[rows]
@@ -120,7 +130,7 @@ def publish_subset(logits: TeacherLogits, path: Path) -> Path:
 
     The same subset gives the same bytes.
     """
-    key = fingerprint([logits.examples.fingerprint, logits.values.tolist()])
+    key = logits.fingerprint
     with lock(path):
         facts = unseal(path)
         if facts is None or facts.get("key") != key:
@@ -147,18 +157,24 @@ def publish_subset(logits: TeacherLogits, path: Path) -> Path:
     return path
 
 
-def read_subset(path: Path) -> TeacherLogits:
+def read_subset(path: Path, key: str | None = None) -> TeacherLogits:
     """
     Read a KD subset back.
 
+    Args:
+        key: Fingerprint of the logits that must be there; None takes any.
+
     Raises:
-        CorruptError: If the folder is missing or not what was written.
+        CorruptError: If the folder is missing, not what was written, or another session has put other logits there.
     """
     from datasets import load_from_disk
 
     with lock(path):
-        if unseal(path) is None:
+        facts = unseal(path)
+        if facts is None:
             raise CorruptError(f"there is no KD subset at {path}; run the case again to have it made")
+        if key not in (None, facts.get("key")):
+            raise CorruptError(f"{path} holds another teacher's logits, from a session beside this one; run the case again")
         columns = load_from_disk(path, keep_in_memory=True)[:]
     examples = Split("train", tuple(columns["idx"]), tuple(columns["sentence"]), tuple(columns["label"]))
     return TeacherLogits(examples, torch.tensor(columns["teacher_logits"]), seconds=0.0, hit=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from peftbench.device import Device
-from peftbench.sealed import fingerprint
+from peftbench.sealed import file_sha256, fingerprint
 
 PACKAGES = ("peftbench", "torch", "transformers", "peft", "datasets", "evaluate", "tokenizers", "pytest", "pytest-benchmark")
 
@@ -103,23 +103,29 @@ def describe_commit(folder: Path) -> dict[str, Any]:
     The commit that is checked out.
 
     Returns:
-        ``id`` (null without git), ``dirty``, and ``changes``: a fingerprint of the tracked files' differences.
+        ``id`` (null without git), ``dirty``, and ``changes``: a fingerprint of what differs
+        in tracked files and of untracked Python modules; the latter two null where git does not say.
     """
     commit = _git(folder, "rev-parse", "HEAD")
     if not commit:
         return {"id": None, "dirty": None, "changes": None}
     changes = _git(folder, "diff", "HEAD")
-    return {"id": commit.strip(), "dirty": bool(changes), "changes": fingerprint(changes)[:16] if changes else None}
+    modules = _git(folder, "ls-files", "--others", "--exclude-standard", "--", "*.py")
+    if changes is None or modules is None:
+        return {"id": commit.strip(), "dirty": None, "changes": None}
+    sums = {name: file_sha256(folder / name) for name in modules.splitlines() if (folder / name).is_file()}
+    dirty = bool(changes or sums)
+    return {"id": commit.strip(), "dirty": dirty, "changes": fingerprint([changes, sums])[:16] if dirty else None}
 
 
-def _git(folder: Path, *arguments: str) -> str:
+def _git(folder: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(
             ["git", *arguments], cwd=folder, capture_output=True, text=True, errors="replace", timeout=20, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
+        return None
+    return done.stdout if done.returncode == 0 else None
 
 
 def _version(package: str) -> str:

@@ -45,11 +45,13 @@ class Weights:
     Attributes:
         origin: Local folder or Hub id; empty for random weights.
         identity: Fingerprint of their content: equal ones give equal models.
+        revision: The Hub's commit; None for anything local.
     """
 
     source: Pretrained | Untrained
     origin: str
     identity: str
+    revision: str | None = None
 
 
 def locate(source: Pretrained | Untrained, fetch: Fetch) -> Weights:
@@ -60,19 +62,19 @@ def locate(source: Pretrained | Untrained, fetch: Fetch) -> Weights:
     name = source.source.removeprefix("asset:")
     origin = fetch(ASSETS[name]) if source.source.startswith("asset:") else Path(name)
     if not origin.is_dir():  # on the Hub, the commit is the content
-        return Weights(source, name, fingerprint([name, getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)]))
-    content = {
-        file.name: file_sha256(file)
-        for file in sorted(origin.glob("*"))
-        if file.suffix in (".safetensors", ".json") and file.name != MANIFEST
-    }
+        revision = getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)
+        if revision is None:
+            raise ModelError(f"{name} is neither a local folder nor a checkpoint whose commit the Hub tells")
+        return Weights(source, name, fingerprint([name, revision, list(source.layers)]), revision)
+    files = [file for file in sorted(origin.glob("*")) if file.is_file() and file.name != MANIFEST]
+    content = {file.name: file_sha256(file) for file in files}
     return Weights(source, str(origin), fingerprint([content, list(source.layers)]))
 
 
 def load_tokenizer(weights: Weights) -> Any:
     """The tokenizer that belongs to the weights; at tiny scale one word is one token."""
     if not isinstance(weights.source, Untrained):
-        return AutoTokenizer.from_pretrained(weights.origin)
+        return AutoTokenizer.from_pretrained(weights.origin, revision=weights.revision)
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *grammar_words()]
@@ -82,12 +84,16 @@ def load_tokenizer(weights: Weights) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
 
 
-def load_classifier(weights: Weights) -> nn.Module:
+def load_classifier(weights: Weights, *, tuned: bool = False) -> nn.Module:
     """
     The encoder with a two-label head; what the checkpoint lacks, such as the head, is drawn from torch's global generator.
 
+    Args:
+        tuned: The checkpoint must bring its own head, as a teacher does.
+
     Raises:
-        ModelError: If the checkpoint has another number of labels or not the layers that were asked for.
+        ModelError: If the checkpoint cannot be read, lacks the head it must bring, has another number of labels, or not the
+            layers that were asked for.
     """
     labels: dict[str, Any] = {"num_labels": 2, "id2label": LABELS, "label2id": {v: k for k, v in LABELS.items()}}
     source = weights.source
@@ -97,12 +103,16 @@ def load_classifier(weights: Weights) -> nn.Module:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # that the head is new is what we want, not news
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(weights.origin, use_safetensors=True, **labels)
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            weights.origin, revision=weights.revision, use_safetensors=True, output_loading_info=True, **labels
+        )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot load a two-label classifier from {weights.origin}: {str(error).strip()[:300]}") from error
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
+    if tuned and (missing := sorted(loaded["missing_keys"])):
+        raise ModelError(f"{weights.origin} is no tuned classifier: it lacks {', '.join(missing)[:200]}")
     if source.layers:
         stack = encoder_layers(model)
         if not all(1 <= layer <= len(stack) for layer in source.layers):

@@ -1,6 +1,7 @@
 """What to run: phases, the scales they run at, and the checks on both. Standard library only."""
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -106,7 +107,7 @@ class Phase:
         _check_count(f"{self.id}: max_length", self.max_length, at_least=3)
         _check_count(f"{self.id}: unfreeze_top_layers", self.unfreeze_top_layers, at_least=0)
         for size in (*([] if self.subset is None else [self.subset]), *self.kd_subsets):
-            _check_count(f"{self.id}: a KD subset", size, at_least=1)
+            _check_count(f"{self.id}: a subset", size, at_least=1)
         _check_number(f"{self.id}: learning_rate", self.learning_rate, above=0.0)
         if self.unfrozen_learning_rate is not None:
             _check_number(f"{self.id}: unfrozen_learning_rate", self.unfrozen_learning_rate, above=0.0)
@@ -116,6 +117,12 @@ class Phase:
         _check_number(f"{self.id}: weight_decay", self.weight_decay, at_least=0.0)
         if self.peft is not None and not (isinstance(self.peft, Mapping) and isinstance(self.peft.get("peft_type"), str)):
             raise ValueError(f"{self.id}: peft must be a mapping that names its peft_type, such as 'LORA', got {self.peft!r}")
+        try:
+            json.dumps(self.peft)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.id}: peft must be plain data that JSON can hold, got {self.peft!r}: {error}") from None
+        if self.distillation is not None and not isinstance(self.distillation, Distillation):
+            raise ValueError(f"{self.id}: distillation must be a Distillation, got {self.distillation!r}")
         if self.unfreeze_top_layers and self.peft is None:
             raise ValueError(f"{self.id}: unfreeze_top_layers needs peft; without it all layers train already")
         fields = {f.name for f in dataclasses.fields(self)} - {"id", "role", "at_scale"}
@@ -126,6 +133,7 @@ class Phase:
                 raise ValueError(
                     f"{self.id}: at_scale[{scale!r}] has no field {', '.join(unknown)}; allowed: {', '.join(sorted(fields))}"
                 )
+            self.at(scale)
 
     @property
     def letter(self) -> str:
@@ -209,7 +217,7 @@ SCALES: Mapping[str, Scale] = {
         data="reviews",
         backbone=Pretrained(source="asset:encoder"),
         student=Pretrained(source="asset:encoder", layers=(2, 4, 6)),
-        teacher=Phase(id="T-tune", role="backbone", epochs=3, learning_rate=1e-4, warmup_fraction=0.1),
+        teacher=Phase(id="T-tune", role="backbone", epochs=2, learning_rate=2e-4, layer_decay=0.8, warmup_fraction=0.1),
     ),
     "thesis": Scale(
         name="thesis",

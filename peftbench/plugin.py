@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,10 +61,9 @@ class Options:
         for name, allowed in (("scale", ("auto", *SCALES)), ("precision", PRECISIONS)):
             if given[name] not in allowed:
                 raise pytest.UsageError(f"--peft-{name} must be one of {', '.join(allowed)}, got {given[name]!r}")
-        texts = [text.strip() for text in given["seeds"].split(",")]
-        if not all(text.isascii() and text.isdigit() and int(text) < 2**32 for text in texts) or len({*map(int, texts)}) < len(
-            texts
-        ):
+        seeds = [text.strip() for text in given["seeds"].split(",")]
+        well_formed = all(text.isascii() and text.isdigit() and int(text) < 2**32 for text in seeds)
+        if not well_formed or len({int(text) for text in seeds}) < len(seeds):
             raise pytest.UsageError(
                 f"--peft-seeds must be different whole numbers from 0 to {2**32 - 1}, separated by commas, got {given['seeds']!r}"
             )
@@ -73,9 +73,9 @@ class Options:
             )
         return cls(
             scale=given["scale"],
-            seeds=tuple(map(int, texts)),
-            outputs=Path(given["outputs"]),
-            data=Path(given["data"]) if given["data"] else None,
+            seeds=tuple(map(int, seeds)),
+            outputs=Path(given["outputs"]).absolute(),
+            data=Path(given["data"]).absolute() if given["data"] else None,
             device=given["device"],
             precision=given["precision"],
             resume=bool(config.getoption("peft_resume") or config.getini("peft_resume")),
@@ -93,7 +93,9 @@ class Session:
         self.trained_seconds = 0.0
         self.record_paths: list[Path] = []
         self.resumed: list[Record] = []
-        self._phase_of: dict[str, str] = {}
+        self.unreadable: set[str] = set()
+        self._phases: dict[str, Phase] = {}
+        self._history: dict[Path, list[Record]] = {}
 
     @cached_property
     def main_scale(self) -> str:
@@ -114,64 +116,77 @@ class Session:
     @cached_property
     def settings(self) -> Settings:
         """What the runner needs to know of the session."""
+        from peftbench.measure import describe_commit
         from peftbench.runner import Settings
 
         options = self.options
         return Settings(
             outputs=options.outputs,
             run_id=self.run_id,
-            project=self.config.rootpath,
+            commit=describe_commit(self.config.rootpath),
             data=options.data,
             device=options.device,
             precision=options.precision,
         )
-
-    @cached_property
-    def commit(self) -> dict[str, Any]:
-        """The commit under test."""
-        from peftbench.measure import describe_commit
-
-        return describe_commit(self.config.rootpath)
 
     def train_runtime_seconds(self) -> float:
         """A clock that only runs in training loops: pytest-benchmark's timer for the cases."""
         return self.trained_seconds
 
     def check_phase(self, phase: Phase) -> None:
-        """Refuse two phases of one letter, whose results would replace each other."""
-        known = self._phase_of.setdefault(phase.letter.lower(), phase.id)
-        if known != phase.id:
-            raise ValueError(f"phases {known} and {phase.id} would share phase_{phase.letter.lower()}_metrics.json; rename one")
+        """
+        Refuse two phases of one letter, whose results would replace each other.
 
-    def find_passed(self, store: Store, fingerprint: str, seed: int) -> tuple[Record, Path] | None:
-        """The newest passed record of the same case at the same commit and changes."""
-        found: tuple[Record, Path] | None = None
-        for record in store.records():
-            if isinstance(record, RecordError):
-                self.config.issue_config_time_warning(UserWarning(f"left out of the history: {record}"), stacklevel=2)
-            elif (record.outcome, record.fingerprint, record.seed) == (
-                "passed",
-                fingerprint,
-                seed,
-            ) and record.commit == self.commit:
-                found = record, store.runs / record.run_id / f"{record.case}.json"
-        return found
+        Raises:
+            RecordError: If another phase with that letter has run in this session.
+        """
+        known = self._phases.setdefault(phase.letter.lower(), phase)
+        if known != phase:
+            raise RecordError(
+                f"phases {known.id} and {phase.id} differ but would share phase_{phase.letter.lower()}_metrics.json; rename one"
+            )
+
+    def find_passed(self, store: Store, fingerprint: str, seed: int) -> Record | None:
+        """The newest passed record of the same case at the same commit and changes, on the same machine."""
+        from peftbench.measure import describe_machine
+
+        if store.runs not in self._history:
+            readable = self._history.setdefault(store.runs, [])
+            for record in store.records():
+                if isinstance(record, RecordError):
+                    self.unreadable.add(str(record))
+                else:
+                    readable.append(record)
+        wanted = ("passed", fingerprint, seed, self.settings.commit, describe_machine(self.device)["id"])
+        for record in reversed(self._history[store.runs]):
+            if (record.outcome, record.fingerprint, record.seed, record.commit, record.machine.get("id")) == wanted:
+                return record
+        return None
+
+    def keep(self, record: Record) -> Path:
+        """Write a record and, if it passed, its phase's report."""
+        store = Store(self.options.outputs, record.scale)
+        path = store.save(record)
+        if record.outcome == "passed":
+            self.publish(record)
+        return path
+
+    def publish(self, record: Record) -> None:
+        """Write the report of a record's phase over the seeds that this run has measured or resumed."""
+        store = Store(self.options.outputs, record.scale)
+        case = (record.phase, record.name, record.scale)
+
+        def report() -> dict[str, Any]:
+            of_run = [r for r in store.records(self.run_id) if isinstance(r, Record)]
+            [summary] = summarize(r for r in (*self.resumed, *of_run) if (r.phase, r.name, r.scale) == case)
+            return phase_report(summary)
+
+        store.publish(record.phase, report)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Learn of records, also from the workers of pytest-xdist."""
         if report.when == "call":
             self.record_paths += [Path(str(value)) for name, value in report.user_properties if name == "peftbench_record"]
-
-    def keep(self, record: Record) -> Path:
-        """Write a record and, if it passed, the phase's report over this run's seeds."""
-        store = Store(self.options.outputs, record.scale)
-        path = store.save(record)
-        if record.outcome == "passed":
-            of_run = [r for r in store.records(self.run_id) if isinstance(r, Record)]
-            same = [r for r in (*self.resumed, *of_run) if (r.phase, r.name, r.scale) == (record.phase, record.name, record.scale)]
-            [summary] = summarize(same)
-            store.publish(record.phase, phase_report(summary))
-        return path
 
 
 class Progress:
@@ -179,31 +194,35 @@ class Progress:
 
     def __init__(self, config: pytest.Config) -> None:
         self._reporter: Any = config.pluginmanager.getplugin("terminalreporter")
-        self._writer = config.get_terminal_writer()
         self._capture: Any = config.pluginmanager.getplugin("capturemanager")
         self._what, self._began, self._shown = "", 0.0, 0.0
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        if self._reporter is None:
-            return
         now = time.monotonic()
         if what != self._what or done == 1:
             self._what, self._began, self._shown = what, now, now
-        live = self._reporter.isatty
-        if now - self._shown < (TERMINAL_LINE_SECONDS if live else LOG_LINE_SECONDS) and not (live and done == total):
+            return
+        live = self._reporter is not None and self._reporter.isatty
+        if done < total and now - self._shown < (TERMINAL_LINE_SECONDS if live else LOG_LINE_SECONDS):
             return
         self._shown = now
-        left = render_duration((now - self._began) / done * (total - done))
+        left = render_duration((now - self._began) / (done - 1) * (total - done))
         line = f"{what}: step {done} of {total}, {left} left"
-        with self._capture.global_and_fixture_disabled():
-            self._reporter.ensure_newline()
-            if not live:
-                self._reporter.write_line(f"peftbench: {line}")
-            elif done < total:
-                self._reporter.rewrite(line, erase=True)
-            else:
-                self._reporter.rewrite("", erase=True)
-            self._writer.flush()
+        if live:
+            self._write(lambda reporter: reporter.rewrite(line if done < total else "", erase=True))
+        elif done < total:
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """Show a line of news in its own right."""
+        self._write(lambda reporter: reporter.write_line(f"peftbench: {line}"))
+
+    def _write(self, write: Callable[[Any], None]) -> None:
+        if self._reporter is not None:
+            with self._capture.global_and_fixture_disabled() if self._capture else nullcontext():
+                self._reporter.ensure_newline()
+                write(self._reporter)
+                self._reporter.flush()
 
 
 SESSION = pytest.StashKey[Session]()
@@ -256,8 +275,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
+    """Have pytest-benchmark read the clock of the training loops, whatever else the test's own marker says."""
     if "run_phase" in getattr(item, "fixturenames", ()) and item.config.pluginmanager.hasplugin("benchmark"):
-        item.add_marker(pytest.mark.benchmark(timer=item.config.stash[SESSION].train_runtime_seconds, group="training"))
+        own = item.get_closest_marker("benchmark")
+        settings = {"group": "training", **(own.kwargs if own else {}), "timer": item.config.stash[SESSION].train_runtime_seconds}
+        item.add_marker(pytest.mark.benchmark(**settings), append=False)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -276,26 +298,34 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Before hours are spent: can the device be used, can the outputs be written?"""
-    if _will_run(session.config, session.items):
-        own = session.config.stash[SESSION]
+    own = session.config.stash[SESSION]
+    if not hasattr(session.config, "workerinput"):  # there the case itself fails, with the same message
         try:
-            Store(own.options.outputs, own.main_scale).check_writable()
-            assert own.device
+            for scale in _scales(session.config, session.items):
+                Store(own.options.outputs, scale).check_writable()
+                assert own.device
         except (ValueError, OSError) as error:
             raise pytest.UsageError(f"peftbench: {error}") from error
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
-    if not _will_run(config, items):
+    scales = _scales(config, items)
+    if not scales:
         return []
     own = config.stash[SESSION]
-    scales = sorted({"tiny" if item.get_closest_marker("tiny") else own.main_scale for item in items})
+    auto = " (auto: CUDA is available)" if own.main_scale == "thesis" else " (auto: no CUDA here)"
+    scale = ", ".join(scales) + (auto if own.options.scale == "auto" and own.main_scale in scales else "")
     device = f"device {own.device.name}, precision {own.device.precision} ({own.device.why})"
-    return [f"peftbench: scale {', '.join(scales)}; {device}; run {own.run_id}"]
+    return [f"peftbench: scale {scale}; {device}; run {own.run_id}"]
 
 
-def _will_run(config: pytest.Config, items: list[pytest.Item]) -> bool:
-    return not config.option.collectonly and any("peft_scale" in getattr(item, "fixturenames", ()) for item in items)
+def _scales(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
+    """The scales of the cases that will run; asks torch only if there are any."""
+    cases = [item for item in items if "peft_scale" in getattr(item, "fixturenames", ())]
+    if config.option.collectonly or not cases:
+        return []
+    main = config.stash[SESSION].main_scale
+    return sorted({"tiny" if item.get_closest_marker("tiny") else main for item in cases})
 
 
 @pytest.hookimpl(wrapper=True)
@@ -306,10 +336,13 @@ def pytest_runtest_makereport(
     report = yield
     record = item.stash.get(RECORD, None)
     if call.when == "call" and record is not None:
-        if report.failed and record.outcome == "passed":
-            message = call.excinfo.exconly() if call.excinfo else "the test failed"
-            record = dataclasses.replace(record, outcome="failed", error=message[:2000])
-        path = item.config.stash[SESSION].keep(record)
+        if call.excinfo is not None and record.outcome == "passed":
+            record = dataclasses.replace(record, outcome="failed", error=call.excinfo.exconly()[:2000])
+        try:
+            path = item.config.stash[SESSION].keep(record)
+        except (OSError, RecordError) as error:
+            report.outcome, report.longrepr = "failed", f"peftbench could not write the record: {error}"
+            return report
         report.user_properties.append(("peftbench_record", str(path)))
         benchmark: Any = getattr(item, "funcargs", {}).get("benchmark")
         if benchmark is not None:
@@ -319,17 +352,26 @@ def pytest_runtest_makereport(
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     session = config.stash[SESSION]
+    paths = list(dict.fromkeys(session.record_paths))
     records = []
-    for path in session.record_paths:
+    for path in paths:
         try:
             records.append(read_record(path))
         except RecordError as error:
-            terminalreporter.write_line(f"peftbench: {error}", yellow=True)
+            session.unreadable.add(str(error))
+    if not records and not session.unreadable:
+        return
+    terminalreporter.section("peftbench")
     if records:
-        terminalreporter.section("peftbench")
         terminalreporter.write_line(render_summary(records))
-        folders = sorted({Store(session.options.outputs, record.scale).root for record in records})
-        terminalreporter.write_line(f"records: {', '.join(str(folder / 'runs' / session.run_id) for folder in folders)}")
+    resumed = [record for record in records if record.run_id != session.run_id]
+    for record in resumed:
+        case = f"{record.phase}-{record.name} at {record.scale} scale, seed {record.seed}"
+        terminalreporter.write_line(f"resumed, not run again: {case}, passed in run {record.run_id}")
+    for problem in sorted(session.unreadable):
+        terminalreporter.write_line(f"left out of the history: {problem}", yellow=True)
+    for folder in dict.fromkeys(path.parent for path in paths):
+        terminalreporter.write_line(f"records: {os.path.relpath(folder)}")
 
 
 @pytest.fixture(scope="session")
@@ -350,7 +392,9 @@ def peft_workbench(request: pytest.FixtureRequest, peft_scale: Scale) -> Workben
     """What the cases of one scale share."""
     from peftbench.runner import Workbench
 
-    return Workbench(peft_scale, request.config.stash[SESSION].settings, Progress(request.config))
+    progress = Progress(request.config)
+    with explained():
+        return Workbench(peft_scale, request.config.stash[SESSION].settings, progress, progress.say)
 
 
 @pytest.fixture(scope="session")
@@ -383,20 +427,23 @@ def run_phase(
 
     The record is written when the test ends. pytest-benchmark reports the time of the training loop.
     """
-    session = request.config.stash[SESSION]
+    session, node = request.config.stash[SESSION], request.node
 
     def run(phase: Phase) -> Record:
         from peftbench.runner import case_fingerprint, failed_record, run_phase
 
+        if RECORD in node.stash:
+            raise RuntimeError("run_phase can be called once in a test; parametrize the test over phases")
         scale, settings = peft_workbench.scale, session.settings
         try:
             if session.options.resume:
                 fingerprint = case_fingerprint(phase, peft_workbench)
                 if found := session.find_passed(peft_workbench.store, fingerprint, peft_seed):
-                    record, path = found
-                    session.resumed.append(record)
-                    request.node.user_properties.append(("peftbench_record", str(path)))
-                    pytest.skip(f"resumed: passed with this fingerprint at this commit in run {record.run_id}")
+                    session.check_phase(phase)
+                    session.resumed.append(found)
+                    session.publish(found)
+                    node.user_properties.append(("peftbench_record", str(peft_workbench.store.record_path(found))))
+                    pytest.skip(f"resumed: passed with this fingerprint at this commit in run {found.run_id}")
 
             def train() -> Record:
                 session.check_phase(phase)
@@ -404,16 +451,15 @@ def run_phase(
                 session.trained_seconds += record.train_runtime_seconds or 0.0
                 return record
 
-            record = train() if benchmark is None else benchmark.pedantic(train, rounds=1, iterations=1)
-            request.node.stash[RECORD] = record
+            record: Record = train() if benchmark is None else benchmark.pedantic(train, rounds=1, iterations=1)
+            node.stash[RECORD] = record
             return record
         except pytest.skip.Exception:
             raise
         except BaseException as error:
-            record = failed_record(phase, scale, peft_seed, settings, error)
-            request.node.stash[RECORD] = record
-            if not isinstance(error, Exception):
-                session.keep(record)  # Ctrl-C: no report will be made of this test
+            node.stash[RECORD] = failed_record(phase, scale, peft_seed, settings, error)
+            if not isinstance(error, Exception):  # Ctrl-C: no report will be made of this test
+                session.record_paths.append(session.keep(node.stash[RECORD]))
                 raise
             with explained():
                 raise

@@ -9,12 +9,12 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from peftbench.phases import Phase
+from peftbench.phases import KD_MAX_LENGTH, Phase
 from peftbench.sealed import lock, write_atomically
 
 SCHEMA_VERSION = 1
@@ -220,9 +220,9 @@ class Store:
         """The latest result of a phase."""
         return self.root / "reports" / f"phase_{letter.lower()}_metrics.json"
 
-    def kd_path(self, size: int) -> Path:
-        """A KD subset, saved with ``datasets``."""
-        return self.root / "kd" / f"kd_{size}"
+    def kd_path(self, size: int, max_length: int = KD_MAX_LENGTH) -> Path:
+        """A KD subset, saved with ``datasets``; one whose teacher saw texts of another length has that in its name."""
+        return self.root / "kd" / (f"kd_{size}" if max_length == KD_MAX_LENGTH else f"kd_{size}_length_{max_length}")
 
     def cache_path(self, kind: Literal["teachers", "logits"], key: str) -> Path:
         """A content-keyed entry of the cache."""
@@ -250,17 +250,28 @@ class Store:
                 "give a folder that can be written with --peft-outputs DIR"
             ) from error
 
+    def record_path(self, record: Record) -> Path:
+        """A case of a run."""
+        return self.runs / record.run_id / f"{record.case}.json"
+
     def save(self, record: Record) -> Path:
-        """Add a record to the history, whole or not at all."""
-        path = self.runs / record.run_id / f"{record.case}.json"
+        """
+        Add a record to the history, whole or not at all.
+
+        Raises:
+            RecordError: If the run has a record of that case already; history is never replaced.
+        """
+        path = self.record_path(record)
+        if path.exists():
+            raise RecordError(f"{path} exists: {record.phase}-{record.name} with seed {record.seed} has run already in this run")
         write_atomically(path, json.dumps(record.to_json(), indent=1) + "\n")
         return path
 
-    def publish(self, letter: str, report: Mapping[str, Any]) -> Path:
-        """Replace the latest result of a phase."""
+    def publish(self, letter: str, report: Callable[[], Mapping[str, Any]]) -> Path:
+        """Replace the latest result of a phase; the report is made while no other process can publish an older one."""
         path = self.report_path(letter)
         with lock(path):
-            write_atomically(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+            write_atomically(path, json.dumps(report(), indent=1, allow_nan=False) + "\n")
         return path
 
     def records(self, run_id: str = "*") -> Iterator[Record | RecordError]:

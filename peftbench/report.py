@@ -119,8 +119,11 @@ def _notes(summaries: Sequence[Summary]) -> list[str]:
             "acc/M, acc/min: dev accuracy per million trained parameters, per minute of training; trained: scalars an optimizer"
         )
         lines.append(
-            "step may change; ships: bytes to store; front *: no phase is at once more accurate (dev), smaller and faster to train"
+            "step may change; ships: bytes to store; front *: none is as good in dev acc, trained, train and better in one"
         )
+    for record in passed[:1]:
+        overlaps = {name: record.data.get(f"{name}_sentences_in_train", 0) for name in ("dev", "test")}
+        lines += [f"warning: {count} {name} sentences also stand in train" for name, count in overlaps.items() if count]
     teachers = {(c.training_seconds, c.logit_seconds, c.cache, r.phase) for r in passed if (c := r.teacher_cost)}
     for training, logits, cache, phase in sorted(teachers, key=lambda t: t[3]):
         spent = f"tuning {render_duration(training)}, logits {render_duration(logits)}, when first made"

@@ -4,10 +4,11 @@ One phase, from settings to record: wires data, models, teacher, loop and evalua
 Free of pytest and of global state: arguments and result can be pickled, so a case can run in any process.
 """
 
+import functools
 import gc
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftbench.assets import Asset, asset_path
+from peftbench.assets import REVIEWS, Asset, asset_path, say
 from peftbench.data import Split, Splits, draw, load_splits
 from peftbench.device import Device
-from peftbench.distill import TeacherKey, TeacherLogits, cached_logits, kd_loss, publish_subset, read_subset
+from peftbench.distill import (
+    CODE_VERSION,
+    LOGIT_BLOCK,
+    TeacherKey,
+    TeacherLogits,
+    cached_logits,
+    kd_loss,
+    publish_subset,
+    read_subset,
+)
 from peftbench.evaluation import METRICS_VERSION, latency_ms, score
 from peftbench.kernels import economize
-from peftbench.measure import PeakMemory, Stopwatch, describe_commit, describe_machine, describe_versions
+from peftbench.measure import PeakMemory, Stopwatch, describe_machine, describe_versions
 from peftbench.models import (
     Weights,
     artifact_bytes,
@@ -41,9 +51,6 @@ from peftbench.records import Efficiency, ParameterCounts, Record, Store, Teache
 from peftbench.sealed import building, fingerprint, lock, unseal
 from peftbench.training import Fit, Progress, fit
 
-TEACHER_VERSION = 1
-"""Raise it when the same recipe would tune another teacher: it is part of the tuned teacher's cache key."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
@@ -56,12 +63,12 @@ class Settings:
         device: ``auto`` or a device as torch writes it.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         run_id: The run that the records belong to.
-        project: The folder whose commit the records name.
+        commit: What `peftbench.measure.describe_commit` said when the session began.
     """
 
     outputs: Path
     run_id: str
-    project: Path
+    commit: Mapping[str, Any] = field(default_factory=dict)
     data: Path | None = None
     device: str = "auto"
     precision: str = "auto"
@@ -86,8 +93,8 @@ class Workbench:
     It can be left out of any call, at the price of making them again.
     """
 
-    def __init__(self, scale: Scale, settings: Settings, progress: Progress = silent) -> None:
-        self.scale, self.settings, self.progress = scale, settings, progress
+    def __init__(self, scale: Scale, settings: Settings, progress: Progress = silent, notify: Callable[[str], None] = say) -> None:
+        self.scale, self.settings, self.progress, self.notify = scale, settings, progress, notify
         self.store = Store(settings.outputs, scale.name)
         self.device = Device.choose(settings.device, settings.precision)
         self.misses = 0  # how often the teacher or its logits were not on disk
@@ -98,8 +105,6 @@ class Workbench:
     @cached_property
     def splits(self) -> Splits:
         """Train, dev and test, with labels checked."""
-        from peftbench.assets import REVIEWS
-
         splits = load_splits(self.scale.data, self.settings.data, lambda: self._fetch(REVIEWS))
         for split in (splits.train, splits.dev, splits.test):
             split.check_labels()
@@ -125,7 +130,7 @@ class Workbench:
         if isinstance(recipe, Pretrained):
             return Teacher(weights=self.weights(recipe), training_seconds=0.0)
         folder = self.store.cache_path("teachers", self.teacher_identity)
-        with lock(folder):
+        with lock(folder, waiting=lambda: self.notify("waiting for another session that is tuning the same teacher")):
             facts = unseal(folder)
             if facts is None:
                 self.misses += 1
@@ -140,12 +145,14 @@ class Workbench:
         if isinstance(recipe, Pretrained):
             return self.weights(recipe).identity
         facts = [self.weights(self.scale.backbone).identity, phase_config(recipe), self.splits.train.fingerprint]
-        return fingerprint([*facts, self.device.precision, self.device.kind, DATA_SEED, TEACHER_VERSION])
+        return fingerprint([*facts, self.device.precision, self.device.kind, DATA_SEED, CODE_VERSION])
 
     def teacher_logits(self, size: int, max_length: int) -> TeacherLogits:
         """The teacher's logits for the first ``size`` examples of the fixed draw, from the cache where they are in it."""
         if (size, max_length) not in self._kd:
-            examples = draw(self.splits.train, size)
+            train = self.splits.train
+            examples = draw(train, size)
+            whole_blocks = draw(train, min(len(train), -(-size // LOGIT_BLOCK) * LOGIT_BLOCK))
             weights = self.teacher.weights
             key = TeacherKey(
                 weights=weights.identity,
@@ -155,22 +162,26 @@ class Workbench:
                 device_kind=self.device.kind,
             )
             logits = cached_logits(
-                examples, key, lambda entry: self.store.cache_path("logits", entry), self._teach(weights, max_length)
+                whole_blocks, key, lambda entry: self.store.cache_path("logits", entry), self._teach(weights, max_length)
             )
             self.misses += not logits.hit
-            self._kd[size, max_length] = logits
+            self._kd[size, max_length] = logits.take_first(len(examples))
         return self._kd[size, max_length]
 
     def kd_subset(self, size: int, max_length: int) -> Path:
         """The folder of a KD subset, written or left as it is if it already says the same."""
-        return publish_subset(self.teacher_logits(size, max_length), self.store.kd_path(size))
+        return publish_subset(self.teacher_logits(size, max_length), self.store.kd_path(size, max_length))
 
     def _fetch(self, asset: Asset) -> Path:
-        return asset_path(asset, self.store.assets)
+        return asset_path(asset, self.store.assets, notify=self.notify)
 
     def _teach(self, weights: Weights, max_length: int) -> Callable[[Split], Tensor]:
+        @functools.cache
+        def load() -> tuple[nn.Module, bool]:
+            return _on_device(load_classifier(weights, tuned=True), self.device)
+
         def compute(examples: Split) -> Tensor:
-            model, packed = _on_device(load_classifier(weights), self.device)
+            model, packed = load()
             encoded = Encoded.from_split(examples, load_tokenizer(weights), max_length=max_length)
             return predict(model, encoded, self.device, packed=packed)
 
@@ -198,15 +209,18 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
         scale: Where roles and data come from.
         seed: Of what the case draws: new weights, dropout, the order of batches. Splits and subsets do not depend on it.
         settings: Of the session.
-        workbench: What earlier cases of the same scale and settings made.
+        workbench: What earlier cases made, of the same scale and settings.
 
     Returns:
         The record of a passed case.
 
     Raises:
-        Exception: Whatever went wrong; `failed_record` makes a record of it.
+        ValueError: If the workbench is of another scale or other settings.
+        Exception: Whatever else went wrong; `failed_record` makes a record of it.
     """
     bench = workbench or Workbench(scale, settings)
+    if (bench.scale, bench.settings) != (scale, settings):
+        raise ValueError(f"the workbench is of scale {bench.scale.name} or of other settings than the case at scale {scale.name}")
     phase = phase.at(scale.name)
     identity = case_fingerprint(phase, bench)
     misses = bench.misses
@@ -215,10 +229,11 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
     examples, logits, kd_path = _training_examples(phase, bench)
     weights = bench.teacher.weights if phase.role == "teacher" else bench.weights(_source(phase, scale))
 
+    gc.collect()
     memory = PeakMemory(bench.device)
     memory.restart()
     seed_everything(seed)
-    model, groups = prepare(load_classifier(weights), phase)
+    model, groups = prepare(load_classifier(weights, tuned=phase.role == "teacher"), phase)
     model, packed = _on_device(model, bench.device)
     total, trainable = count_parameters(model)
     if not phase.epochs:
@@ -228,10 +243,11 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
         encoded = bench.encoded(examples, weights, phase.max_length)
         run = _train(phase, model, groups, encoded, logits.align(examples) if logits else None, packed, bench, seed, phase.id)
 
+    held_out = [bench.encoded(split, weights, phase.max_length) for split in (bench.splits.dev, bench.splits.test)]
     quality, predictions = {}, {}
     with Stopwatch(bench.device) as evaluating:
-        for split in (bench.splits.dev, bench.splits.test):
-            encoded = bench.encoded(split, weights, phase.max_length)
+        for encoded in held_out:
+            split = encoded.split
             quality[split.name], predictions[split.name] = score(predict(model, encoded, bench.device, packed=packed), split)
     peak = memory.read_bytes()
     record = Record(
@@ -261,14 +277,14 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
         peak_memory_bytes=peak,
         peak_memory_scope=memory.scope,
         artifact_bytes=artifact_bytes(model),
-        latency_ms=latency_ms(model, bench.encoded(bench.splits.dev, weights, phase.max_length), bench.device, packed=packed),
+        latency_ms=latency_ms(model, held_out[0], bench.device, packed=packed),
         batching="packed" if packed else "padded to the longest",
         teacher_cost=_teacher_cost(phase, bench, logits, hit=bench.misses == misses),
         data=bench.splits.describe(),
         predictions=predictions,
         machine=describe_machine(bench.device),
         versions=describe_versions(),
-        commit=describe_commit(settings.project),
+        commit=settings.commit,
     )
     del model, groups
     gc.collect()
@@ -291,7 +307,7 @@ def failed_record(phase: Phase, scale: Scale, seed: int, settings: Settings, err
         error=f"{type(error).__name__}: {error}"[:2000],
         config=phase_config(phase),
         versions=describe_versions(),
-        commit=describe_commit(settings.project),
+        commit=settings.commit,
     )
 
 
@@ -338,7 +354,8 @@ def _training_examples(phase: Phase, bench: Workbench) -> tuple[Split, TeacherLo
         return (train if phase.subset is None else draw(train, phase.subset)), None, None
     examples = draw(train, phase.subset)
     path = bench.kd_subset(len(examples), phase.max_length)
-    return examples, read_subset(path), path.as_posix()
+    key = bench.teacher_logits(len(examples), phase.max_length).fingerprint
+    return examples, read_subset(path, key), path.relative_to(bench.settings.outputs.parent).as_posix()
 
 
 def _teacher_cost(phase: Phase, bench: Workbench, logits: TeacherLogits | None, *, hit: bool) -> TeacherCost | None:

@@ -5,12 +5,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 MANIFEST = "manifest.json"
 
@@ -50,10 +50,20 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def lock(target: Path) -> FileLock:
-    """A lock over processes, held by whoever builds or reads the target."""
+@contextmanager
+def lock(target: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold the lock, over processes, of whoever builds or reads the target; ``waiting`` is called if another holds it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(target.parent / f".{target.name}.lock")
+    held = FileLock(target.parent / f".{target.name}.lock")
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        waiting()
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
 
 
 @contextmanager
@@ -61,7 +71,8 @@ def building(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     """
     Give an empty folder to fill; when the block ends well, it replaces the target, sealed.
 
-    The caller holds the target's `lock`, so what else lies aside is left over from a process that died.
+    The caller holds the target's `lock`, so what else lies aside is left over from a process that died. Readers hold it, too:
+    between the two renames that replace a folder there is none.
 
     Args:
         target: Where the folder will be.
@@ -69,6 +80,8 @@ def building(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     for dead in target.parent.glob(f".{target.name}~*"):
+        if not target.exists() and (dead / "replaced").exists():
+            (dead / "replaced").replace(target)
         shutil.rmtree(dead, ignore_errors=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}~", dir=target.parent))
     try:

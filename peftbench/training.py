@@ -33,7 +33,6 @@ class Fit:
     Attributes:
         runtime_seconds: The loop alone: no loading, tokenizing, evaluating or saving.
         learning_curve: Optimizer step and mean training loss since the point before, some fifty points.
-        skipped_steps: Optimizer steps that fp16's loss scaling left out.
     """
 
     runtime_seconds: float
@@ -41,7 +40,6 @@ class Fit:
     examples: int
     tokens: int
     learning_curve: tuple[tuple[int, float], ...]
-    skipped_steps: int
 
 
 def fit(
@@ -81,7 +79,7 @@ def fit(
     parameters = [p for group in groups for p in group["params"]]
     every = max(1, math.ceil(total / CURVE_POINTS))
     curve: list[tuple[int, float]] = []
-    since_point, step, examples, tokens, skipped = 0.0, 0, 0, 0, 0
+    since_point, step, examples, tokens = 0.0, 0, 0, 0
 
     model.train()
     with Stopwatch(device) as watch:
@@ -97,10 +95,8 @@ def fit(
                 scaler.scale(value).backward()  # type: ignore[no-untyped-call]
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(parameters, clip_norm)
-                scale = scaler.get_scale()
                 scaler.step(optimizer)
                 scaler.update()
-                skipped += scaler.get_scale() < scale
                 optimizer.zero_grad()
                 schedule.step()
                 step, examples, tokens = step + 1, examples + len(batch.rows), tokens + batch.tokens
@@ -115,7 +111,6 @@ def fit(
         examples=examples,
         tokens=tokens,
         learning_curve=tuple(curve),
-        skipped_steps=skipped,
     )
 
 

@@ -276,7 +276,7 @@ def fingerprint_of(phase, settings, scale=TINY):
 def test_fingerprint_is_the_same_for_the_same_case(fresh):
     """Run id, outputs, project and changes for other scales are no part of it; the record carries it."""
     settings, records = fresh
-    elsewhere = dataclasses.replace(settings, run_id="other", outputs=Path("nowhere"), project=Path("nowhere"))
+    elsewhere = dataclasses.replace(settings, run_id="other", outputs=Path("nowhere"), commit={"id": "other"})
     for phase in (TEACHER, FULL, KD, HYBRID):
         with_others = dataclasses.replace(phase, at_scale={"thesis": {"max_length": 7}})
         assert records[phase.id].fingerprint == fingerprint_of(phase, settings) == fingerprint_of(with_others, elsewhere)

@@ -38,8 +38,22 @@ def test_workers_of_xdist_write_one_run(study, records, pytester, data_folder):
     assert 0 == done.returncode, done.stdout + done.stderr
     assert ["A-teacher-tiny-s42.json", "K-kd-tiny-s42.json", "S-small-tiny-s42.json"] == sorted(records())
     assert 1 == len({record["run_id"] for record in records().values()})
-    assert 1 == len(
-        list((pytester.path / "outputs/tiny/cache/teachers").iterdir())
-        and {*(pytester.path / "outputs/tiny/cache/teachers").glob("[!.]*")}
-    )
+    assert 1 == len(list((pytester.path / "outputs/tiny/cache/teachers").glob("[!.]*")))
     assert all(phase in done.stdout for phase in ("A-teacher", "S-small", "K-kd"))
+
+
+def test_a_marker_of_the_test_keeps_the_clock_of_the_loop(pytester, data_folder, records):
+    """Whoever groups benchmarks by a marker of their own still gets the time of the training loop."""
+    pytester.makepyfile("""
+        import pytest
+        from peftbench.phases import Phase
+
+        @pytest.mark.benchmark(group="mine")
+        def test_phase(run_phase):
+            run_phase(Phase(id="S-one", role="student", subset=16, epochs=1))
+    """)
+    result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={data_folder}", "--benchmark-json=b.json")
+    result.assert_outcomes(passed=1, deselected=1)
+    [entry] = json.loads((pytester.path / "b.json").read_text())["benchmarks"]
+    [record] = records().values()
+    assert ("mine", pytest.approx(record["train_runtime_seconds"])) == (entry["group"], entry["stats"]["mean"])

@@ -20,3 +20,17 @@ def test_a_bad_file_fails_the_case_with_its_line(study, tmp_path, records):
     assert "Traceback" not in result.stdout.str()
     [record] = records().values()
     assert "failed" == record["outcome"]
+
+
+def test_sentences_of_dev_in_train_are_warned_of_and_counted(study, tmp_path, data_folder, records):
+    """The summary says how many, the record keeps the number, and no warning filter turns it into an error."""
+    for name in ("train", "dev", "test"):
+        (tmp_path / f"{name}.tsv").write_text((data_folder / f"{name}.tsv").read_text())
+    stolen = (tmp_path / "train.tsv").read_text().splitlines()[1]
+    with (tmp_path / "dev.tsv").open("a") as dev:
+        dev.write(stolen + "\n")
+    result = study("-k", "small", "-W", "error", "-W", "ignore::FutureWarning", data=tmp_path)
+    result.assert_outcomes(passed=1, deselected=5)
+    result.stdout.fnmatch_lines(["warning: 1 dev sentences also stand in train"])
+    [record] = records().values()
+    assert 1 == record["data"]["dev_sentences_in_train"]

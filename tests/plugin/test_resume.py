@@ -1,5 +1,6 @@
 """--peft-resume: what has passed at this commit is not run again."""
 
+import json
 import subprocess
 
 
@@ -14,11 +15,9 @@ def test_passed_cases_are_skipped_and_said_so(study, pytester, records):
     study("--collect-only", "-q")
     commit(pytester.path)
     study("-k", "small").assert_outcomes(passed=1, deselected=5)
-    result = study("-k", "small or kd", "--peft-resume", "-rs")
+    result = study("-k", "small or kd", "--peft-resume")
     result.assert_outcomes(passed=1, skipped=1, deselected=4)
-    result.stdout.fnmatch_lines(
-        ["K-kd*", "S-small*", "*resumed: passed with this fingerprint at this commit in run *"], consecutive=False
-    )
+    result.stdout.fnmatch_lines(["K-kd*", "S-small*", "resumed, not run again: S-small at tiny scale, seed 42, passed in run *"])
     assert ["K-kd-tiny-s42.json", "S-small-tiny-s42.json"] == sorted(records())
 
 
@@ -40,6 +39,15 @@ def test_a_corrupt_record_is_left_out_and_named(study, pytester):
     study("-k", "small").assert_outcomes(passed=1, deselected=5)
     [path] = (pytester.path / "outputs/tiny/runs").glob("*/*.json")
     path.write_text(path.read_text()[:100])
-    result = study("-k", "small", "--peft-resume")
-    result.assert_outcomes(passed=1, deselected=5, warnings=1)
+    result = study("-k", "small", "--peft-resume", "-W", "error", "-W", "ignore::FutureWarning")
+    result.assert_outcomes(passed=1, deselected=5)
     result.stdout.fnmatch_lines(["*left out of the history: *S-small-tiny-s42.json*"])
+
+
+def test_a_resumed_seed_stands_in_the_report(study, pytester, records):
+    """The report covers what this run measured and what it resumed."""
+    study("-k", "small", "--peft-seeds", "7").assert_outcomes(passed=1, deselected=5)
+    study("-k", "small", "--peft-seeds", "8,7", "--peft-resume").assert_outcomes(passed=1, skipped=1, deselected=10)
+    report = json.loads((pytester.path / "outputs/tiny/reports/phase_s_metrics.json").read_text())
+    assert [7, 8] == report["seeds"]
+    assert 2 == len(records())
