@@ -299,7 +299,7 @@ def test_logits_are_aligned_by_id(rows, n):
 
 def test_aligning_an_unknown_id_is_refused():
     """An example that the teacher has not seen is named."""
-    with pytest.raises(DataError, match=r"no example with id 3 \('sentence 3'\)"):
+    with pytest.raises(DataError, match=r"no teacher's logits for id 3 \('sentence 3'\)"):
         taught(examples_of(3)).align(examples_of(4))
 
 

@@ -59,7 +59,7 @@ def write_data(folder, *, flipped=False):
 
 def settings_in(folder, data, **changes):
     outputs = folder / "outputs"
-    return Settings(**{"outputs": outputs, "run_id": "run", "project": folder, "data": data, "precision": "fp32", **changes})
+    return Settings(**{"outputs": outputs, "run_id": "run", "data": data, "precision": "fp32", **changes})
 
 
 def outcome(record):
@@ -140,9 +140,8 @@ def test_teacher_phase_writes_the_subsets_that_the_others_learn_from(fresh, data
     larger, smaller = (read_subset(settings.outputs / "tiny" / "kd" / f"kd_{size}") for size in (60, 30))
     assert draw(read_glue_folder(data).train, 60) == larger.examples
     assert larger.examples.ids[:30] == smaller.examples.ids
-    assert [(settings.outputs / "tiny" / "kd" / name).as_posix() for name in ("kd_60", "kd_30")] == [
-        records["C2-kd"].kd_path, records["D-hybrid"].kd_path,
-    ]  # fmt: skip
+    paths = [records[phase].kd_path for phase in ("C2-kd", "D-hybrid")]
+    assert ["outputs/tiny/kd/kd_60", "outputs/tiny/kd/kd_30"] == paths
 
 
 def test_hybrid_trains_adapter_head_and_top_layer(fresh):
