@@ -129,7 +129,7 @@ class Workbench:
         recipe = self.scale.teacher
         if isinstance(recipe, Pretrained):
             return Teacher(weights=self.weights(recipe), training_seconds=0.0)
-        folder = self.store.cache_path("teachers", self.teacher_identity)
+        folder = self.store.cache_path("teachers", fingerprint([self.teacher_identity, CODE_VERSION]))
         with lock(folder, waiting=lambda: self.notify("waiting for another session that is tuning the same teacher")):
             facts = unseal(folder)
             if facts is None:
@@ -140,12 +140,12 @@ class Workbench:
 
     @cached_property
     def teacher_identity(self) -> str:
-        """What the teacher will be, known before it is tuned."""
+        """What the teacher is tuned from and how, or its weights; the code is no part, so that commits can be compared."""
         recipe = self.scale.teacher
         if isinstance(recipe, Pretrained):
             return self.weights(recipe).identity
         facts = [self.weights(self.scale.backbone).identity, phase_config(recipe), self.splits.train.fingerprint]
-        return fingerprint([*facts, self.device.precision, self.device.kind, DATA_SEED, CODE_VERSION])
+        return fingerprint([*facts, self.device.precision, self.device.kind, DATA_SEED])
 
     def teacher_logits(self, size: int, max_length: int) -> TeacherLogits:
         """The teacher's logits for the first ``size`` examples of the fixed draw, from the cache where they are in it."""

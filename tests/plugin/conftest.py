@@ -1,12 +1,14 @@
 """A small study in a folder of its own, run by pytest inside the test."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-import peftbench.runner  # noqa: F401 - torch cannot be loaded twice, as pytester would have it
 from peftbench.data import generate_sentences
+from peftbench.phases import KD_MAX_LENGTH, SCALES
+from peftbench.runner import Settings, Workbench  # at the top: torch cannot be loaded again after pytester unloads it
 
 STUDY = """
     import pytest
@@ -33,6 +35,21 @@ def data_folder(tmp_path_factory):
         rows = [f"{sentence}\t{label}\n" for sentence, label in zip(split.sentences, split.labels, strict=True)]
         (folder / f"{split.name}.tsv").write_text("sentence\tlabel\n" + "".join(rows), "utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tuned_cache(tmp_path_factory, data_folder):
+    """The cache of a session that has tuned the teacher of the small study."""
+    settings = Settings(outputs=tmp_path_factory.mktemp("tuned"), run_id="tuned", data=data_folder)
+    bench = Workbench(SCALES["tiny"], settings)
+    bench.teacher_logits(1000, KD_MAX_LENGTH)
+    return bench.store.root / "cache"
+
+
+@pytest.fixture(autouse=True)
+def warm_outputs(pytester, tuned_cache):
+    """Most tests are about something else than tuning a teacher: they find it in their outputs."""
+    shutil.copytree(tuned_cache, pytester.path / "outputs/tiny/cache")
 
 
 @pytest.fixture(autouse=True)
