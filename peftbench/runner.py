@@ -32,7 +32,7 @@ from peftbench.distill import (
     read_subset,
 )
 from peftbench.evaluation import METRICS_VERSION, latency_ms, score
-from peftbench.kernels import economize
+from peftbench.kernels import economize, retain_memory
 from peftbench.measure import PeakMemory, Stopwatch, describe_machine, describe_versions
 from peftbench.models import (
     Weights,
@@ -343,6 +343,7 @@ def _source(phase: Phase, scale: Scale) -> Pretrained | Untrained:
 def _on_device(model: nn.Module, device: Device) -> tuple[nn.Module, bool]:
     packed = make_packable(model)
     if device.kind == "cpu":
+        retain_memory()
         economize(model)
     return model.to(device.name), packed
 
