@@ -478,4 +478,4 @@ def explained() -> Iterator[None]:
     try:
         yield
     except (AssetError, CorruptError, DataError, ModelError, TrainingDiverged, RecordError) as error:
-        pytest.fail(f"{type(error).__name__}: {error}", pytrace=False)
+        raise pytest.fail.Exception(f"{type(error).__name__}: {error}", pytrace=False) from None
