@@ -140,7 +140,8 @@ def draw(train: Split, size: int | None) -> Split:
     if size is None:
         size = len(train)
     if not 1 <= size <= len(train):
-        raise DataError(f"a subset of {size} cannot be drawn from a train split of {len(train)}; allowed: 1…{len(train)}; give more rows or lower subset")
+        room = f"a train split of {len(train)}; allowed: 1…{len(train)}; give more rows or lower subset"
+        raise DataError(f"a subset of {size} cannot be drawn from {room}")
     rows = list(range(len(train)))
     random.Random(DATA_SEED).shuffle(rows)
     return train.take(rows[:size])
