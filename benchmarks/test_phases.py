@@ -19,7 +19,7 @@ PHASES = [
         learning_rate=5e-4,
         at_scale={
             "mini": {"peft": MINI_LORA, "epochs": 2, "learning_rate": 2e-3, "layer_decay": 0.75, "warmup_fraction": 0.1},
-            "tiny": {"peft": TINY_LORA, "epochs": 6, "learning_rate": 2e-3, "warmup_fraction": 0.1},
+            "tiny": {"peft": TINY_LORA, "epochs": 5, "learning_rate": 2e-3, "warmup_fraction": 0.1},
         },
     ),
     Phase(
@@ -29,7 +29,7 @@ PHASES = [
         learning_rate=3e-5,
         at_scale={
             "mini": {"learning_rate": 3e-4, "layer_decay": 0.7, "warmup_fraction": 0.1},
-            "tiny": {"epochs": 4, "learning_rate": 1e-3, "warmup_fraction": 0.1},
+            "tiny": {"epochs": 3, "learning_rate": 1e-3, "warmup_fraction": 0.1},
         },
     ),
     Phase(
@@ -41,7 +41,7 @@ PHASES = [
         learning_rate=3e-5,
         at_scale={
             "mini": {"epochs": 8, "learning_rate": 2e-4, "warmup_fraction": 0.1},
-            "tiny": {"epochs": 8, "learning_rate": 1e-3, "warmup_fraction": 0.1},
+            "tiny": {"epochs": 5, "learning_rate": 1e-3, "warmup_fraction": 0.1},
         },
     ),
     Phase(

@@ -180,6 +180,7 @@ class Scale:
 
     Attributes:
         teacher: A published teacher, or the phase by which the backbone is tuned once to become it.
+        threads: Of an operation on the CPU; None leaves torch its choice. Operations of a tiny model are too short to share.
     """
 
     name: str
@@ -187,6 +188,7 @@ class Scale:
     backbone: Pretrained | Untrained
     student: Pretrained | Untrained
     teacher: Pretrained | Phase
+    threads: int | None = None
 
 
 def _check_count(what: str, got: object, *, at_least: int) -> None:
@@ -211,6 +213,7 @@ SCALES: Mapping[str, Scale] = {
         backbone=Untrained(architecture="bert", layers=2, hidden_size=64, attention_heads=4),
         student=Untrained(architecture="distilbert", layers=2, hidden_size=64, attention_heads=4),
         teacher=Phase(id="T-tune", role="backbone", epochs=4, learning_rate=1e-3, warmup_fraction=0.1),
+        threads=1,
     ),
     "mini": Scale(
         name="mini",

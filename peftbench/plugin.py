@@ -147,9 +147,7 @@ class Session:
             )
 
     def find_passed(self, store: Store, fingerprint: str, seed: int) -> Record | None:
-        """The newest passed record of the same case at the same commit and changes, on the same machine."""
-        from peftbench.measure import describe_machine
-
+        """The newest passed record of the same case at the same commit and changes, on the same device."""
         if store.runs not in self._history:
             readable = self._history.setdefault(store.runs, [])
             for record in store.records():
@@ -157,9 +155,9 @@ class Session:
                     self.unreadable.add(str(record))
                 else:
                     readable.append(record)
-        wanted = ("passed", fingerprint, seed, self.settings.commit, describe_machine(self.device)["id"])
+        wanted = ("passed", fingerprint, seed, self.settings.commit, self.device.name)
         for record in reversed(self._history[store.runs]):
-            if (record.outcome, record.fingerprint, record.seed, record.commit, record.machine.get("id")) == wanted:
+            if (record.outcome, record.fingerprint, record.seed, record.commit, record.machine.get("device")) == wanted:
                 return record
         return None
 

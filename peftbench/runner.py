@@ -51,6 +51,8 @@ from peftbench.records import Efficiency, ParameterCounts, Record, Store, Teache
 from peftbench.sealed import building, fingerprint, lock, unseal
 from peftbench.training import Fit, Progress, fit
 
+_THREADS = torch.get_num_threads()
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
@@ -172,13 +174,22 @@ class Workbench:
         """The folder of a KD subset, written or left as it is if it already says the same."""
         return publish_subset(self.teacher_logits(size, max_length), self.store.kd_path(size, max_length))
 
+    def place(self, model: nn.Module) -> tuple[nn.Module, bool]:
+        """Bring a model to the device, ready to run there; also says whether it takes packed rows."""
+        packed = make_packable(model)
+        if self.device.kind == "cpu":
+            torch.set_num_threads(self.scale.threads or _THREADS)
+            retain_memory()
+            economize(model)
+        return model.to(self.device.name), packed
+
     def _fetch(self, asset: Asset) -> Path:
         return asset_path(asset, self.store.assets, notify=self.notify)
 
     def _teach(self, weights: Weights, max_length: int) -> Callable[[Split], Tensor]:
         @functools.cache
         def load() -> tuple[nn.Module, bool]:
-            return _on_device(load_classifier(weights, tuned=True), self.device)
+            return self.place(load_classifier(weights, tuned=True))
 
         def compute(examples: Split) -> Tensor:
             model, packed = load()
@@ -192,7 +203,7 @@ class Workbench:
         backbone = self.weights(self.scale.backbone)
         encoded = self.encoded(self.splits.train, backbone, recipe.max_length)
         model, groups = prepare(load_classifier(backbone), recipe)
-        model, packed = _on_device(model, self.device)
+        model, packed = self.place(model)
         run = _train(recipe, model, groups, encoded, None, packed, self, DATA_SEED, "tuning the teacher")
         facts = {"training_seconds": run.runtime_seconds, "recipe": phase_config(recipe)}
         with building(folder, facts) as target:
@@ -234,7 +245,7 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
     memory.restart()
     seed_everything(seed)
     model, groups = prepare(load_classifier(weights, tuned=phase.role == "teacher"), phase)
-    model, packed = _on_device(model, bench.device)
+    model, packed = bench.place(model)
     total, trainable = count_parameters(model)
     if not phase.epochs:
         trainable = 0
@@ -338,14 +349,6 @@ def seed_everything(seed: int) -> None:
 
 def _source(phase: Phase, scale: Scale) -> Pretrained | Untrained:
     return scale.student if phase.role == "student" else scale.backbone
-
-
-def _on_device(model: nn.Module, device: Device) -> tuple[nn.Module, bool]:
-    packed = make_packable(model)
-    if device.kind == "cpu":
-        retain_memory()
-        economize(model)
-    return model.to(device.name), packed
 
 
 def _training_examples(phase: Phase, bench: Workbench) -> tuple[Split, TeacherLogits | None, str | None]:
