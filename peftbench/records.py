@@ -12,14 +12,12 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from peftbench.phases import KD_MAX_LENGTH, Phase
 from peftbench.sealed import lock, write_atomically
 
 SCHEMA_VERSION = 1
-
-T = TypeVar("T")
 
 
 class RecordError(ValueError):
