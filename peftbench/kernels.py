@@ -7,36 +7,64 @@ allocates and clears a gradient as large as the whole vocabulary for the few row
 
 import ctypes
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 _DRAWS = 1 << 16
+_NUMBERS = 1 << 18
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 
 
-def dropout(x: Tensor, p: float) -> Tensor:
+class Noise:
     """
-    Zero elements with probability p, to the nearest 1/65536, and scale the rest so that the mean stays.
+    A stream of random 16-bit integers, seeded from torch's global generator when it is made.
 
-    Four independent 16-bit draws come out of each 64-bit random number of torch's global generator.
+    Four come out of each 64-bit number of numpy's fastest generator, of which many are drawn at once.
     """
-    threshold = round(p * _DRAWS)
-    if threshold == _DRAWS:
-        return x * 0.0
-    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    keep = draws[: x.numel()].view(x.shape) >= threshold - _DRAWS // 2
-    dropped: Tensor = _Dropout.apply(x, keep, _DRAWS / (_DRAWS - threshold))  # type: ignore[no-untyped-call]
-    return dropped
+
+    def __init__(self) -> None:
+        seed = int(torch.empty((), dtype=torch.int64).random_().item())
+        self._generator = np.random.Generator(np.random.SFC64(seed))
+        self._drawn = torch.empty(0, dtype=torch.int16)
+
+    def take(self, n: int) -> Tensor:
+        """The next n integers of -32768…32767, shape (n,), to be changed at will."""
+        if n > len(self._drawn):
+            size = max(_NUMBERS, (n + 3) // 4)
+            numbers = self._generator.integers(-(2**63), 2**63 - 1, size=size, dtype=np.int64, endpoint=True)
+            self._drawn = torch.from_numpy(numbers).view(torch.int16)
+        taken, self._drawn = self._drawn[:n], self._drawn[n:]
+        return taken
 
 
 class Dropout(nn.Dropout):
-    """`torch.nn.Dropout` by `dropout`."""
+    """
+    `torch.nn.Dropout` with p to the nearest 1/65536.
+
+    A draw becomes a mask of all ones or all zeros by integer operations, which the processor does many at a time.
+    """
+
+    noise: Noise
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and type as ``x``."""
-        return dropout(x, self.p) if self.training and 0 < self.p < 1 else super().forward(x)
+        threshold = round(self.p * _DRAWS)
+        if not self.training or threshold == 0:
+            return x
+        if threshold == _DRAWS:
+            return x * 0.0
+        least = threshold - _DRAWS // 2  # of a draw that is kept
+        draws = self.noise.take(x.numel()).view(x.shape)
+        keep = torch.rsub(draws.clamp_(least - 1, least), least - 1).to(_INTEGERS[x.element_size()])  # -1, all bits set, or 0
+        dropped: Tensor = _Dropout.apply(x, keep, _DRAWS / (_DRAWS - threshold))  # type: ignore[no-untyped-call]
+        return dropped
 
 
 class RowEmbedding(nn.Embedding):
@@ -48,13 +76,36 @@ class RowEmbedding(nn.Embedding):
 
     _buffer: Tensor | None = None
     _used: Tensor
+    _row_of: Tensor | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows of the weight: ids of shape (…) give (…, width)."""
+        if self._row_of is not None:
+            ids = self._row_of[ids]
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return super().forward(ids)
         rows: Tensor = _Lookup.apply(self.weight, ids, self)  # type: ignore[no-untyped-call]
         return rows
+
+    @contextmanager
+    def narrowed(self, ids: Tensor) -> Iterator[None]:
+        """
+        For a while, the weight holds only the rows of these ids, shape (N,), so that the optimizer passes over no other.
+
+        Rows that are never looked up get no gradient, so AdamW without weight decay would leave them as they are, too.
+        """
+        whole, padding = self.weight.data, self.padding_idx
+        used = torch.unique(ids if padding is None else torch.cat([ids, torch.tensor([padding])]))
+        self._row_of = torch.full((len(whole),), len(whole))  # an id that was not announced is out of range
+        self._row_of[used] = torch.arange(len(used))
+        self.padding_idx = None if padding is None else int(self._row_of[padding])
+        self.weight.data, self._buffer = whole[used], None
+        try:
+            yield
+        finally:
+            whole[used] = self.weight.data
+            self.weight.data, self.weight.grad = whole, None
+            self.padding_idx, self._row_of, self._buffer = padding, None, None
 
     def add_gradient(self, ids: Tensor, gradient: Tensor) -> None:
         """Accumulate what flows into the rows that were looked up: (N,) and (N, width)."""
@@ -70,6 +121,52 @@ class RowEmbedding(nn.Embedding):
         elif self.weight.grad is self._buffer:
             self._used = torch.cat([self._used, ids])
         self.weight.grad.index_add_(0, ids, gradient.to(self.weight.dtype))
+
+
+class Linear(nn.Linear):
+    """
+    `torch.nn.Linear` that keeps its memory: a frozen weight in autocast's type, and one gradient buffer of a trained one.
+
+    The buffers become the gradients of weight and bias; setting those to None, as ``zero_grad`` does, starts the next step.
+    """
+
+    _cast: tuple[Any, list[Tensor]] | None = None
+    _buffer: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `torch.nn.Linear`: (…, in) → (…, out), in autocast's type where that is on."""
+        weight, *bias = self._parameters_for_use()
+        x = x.to(weight.dtype)
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            out: Tensor = _Linear.apply(x, self.weight, self, weight, *bias)  # type: ignore[no-untyped-call]
+            return out
+        return F.linear(x, weight, *bias)
+
+    def add_gradient(self, x: Tensor, gradient: Tensor) -> None:
+        """Accumulate what flows back from (N, out) for inputs of (N, in)."""
+        if self._buffer is None:
+            self._buffer = torch.empty_like(self.weight)
+        _accumulate(self.weight, torch.mm(gradient.t(), x), self._buffer)
+        if self.bias is not None:
+            _accumulate(self.bias, gradient.sum(0), torch.empty_like(self.bias))
+
+    def _parameters_for_use(self) -> list[Tensor]:
+        """Weight and bias, if there is one, in the type that they are multiplied in."""
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype
+        parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
+        if self.weight.requires_grad:  # cannot be kept: the fused AdamW does not count its changes as new versions
+            return [p.detach().to(dtype) for p in parameters]
+        state = (dtype, *((p.data_ptr(), p._version) for p in parameters))
+        if self._cast is None or self._cast[0] != state:
+            self._cast = state, [p.detach().to(dtype) for p in parameters]
+        return self._cast[1]
+
+
+def _accumulate(parameter: Tensor, gradient: Tensor, buffer: Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = buffer.copy_(gradient)
+    else:
+        parameter.grad.add_(gradient)
 
 
 @functools.cache
@@ -88,12 +185,24 @@ def retain_memory() -> None:
 
 
 def economize(model: nn.Module) -> None:
-    """Replace dropout and word embeddings of a model on the CPU, in place; call it after adapters are attached."""
+    """Replace dropout, linear layers and trained embeddings, in place; for the CPU, and after adapters are attached."""
+    noise = Noise()
     for module in model.modules():
         if type(module) is nn.Dropout:
             module.__class__ = Dropout
+            module.noise = noise  # type: ignore[assignment]
         elif type(module) is nn.Embedding and module.weight.requires_grad and not _has_special_gradient(module):
             module.__class__ = RowEmbedding
+        elif type(module) is nn.Linear and len({p.requires_grad for p in module.parameters(recurse=False)}) == 1:
+            module.__class__ = Linear
+
+
+@contextmanager
+def only_words(model: nn.Module, ids: Tensor) -> Iterator[None]:
+    """Have the trained word embedding of an economized model hold only the rows of these ids; see `RowEmbedding.narrowed`."""
+    words = model.get_input_embeddings()  # type: ignore[operator]
+    with words.narrowed(ids) if isinstance(words, RowEmbedding) else nullcontext():
+        yield
 
 
 def _has_special_gradient(embedding: nn.Embedding) -> bool:
@@ -105,11 +214,32 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, keep: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(keep)
         ctx.scale = scale
-        return torch.ops.aten.native_dropout_backward(x, keep, scale)  # type: ignore[no-any-return]  # x · keep · scale, fused
+        return _masked(x, keep).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return torch.ops.aten.native_dropout_backward(gradient, *ctx.saved_tensors, ctx.scale), None, None
+        return _masked(gradient, *ctx.saved_tensors).mul_(ctx.scale), None, None
+
+
+def _masked(x: Tensor, keep: Tensor) -> Tensor:
+    return torch.bitwise_and(x.contiguous().view(keep.dtype), keep).view(x.dtype)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parameter: Tensor, module: Linear, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        ctx.module = module
+        ctx.save_for_backward(x if parameter.requires_grad else None, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        if x is not None:
+            ctx.module.add_gradient(x.reshape(-1, x.shape[-1]), rows)
+        into = torch.mm(rows, weight).view(*gradient.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        return (into, *[None] * (len(ctx.needs_input_grad) - 1))
 
 
 class _Lookup(torch.autograd.Function):

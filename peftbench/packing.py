@@ -6,6 +6,7 @@ sentence, positions restart, and the classification head reads each sentence's f
 such a row get batches padded to their longest sentence instead.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,6 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from peftbench import kernels
 from peftbench.data import Split
 from peftbench.device import Device
 
@@ -58,19 +58,38 @@ class Spans:
 
     Attributes:
         lengths: Tokens of each sentence, shape (B,).
+        longest: The most of them.
         starts: Position of each sentence's first token in the row, shape (B,).
         positions: Position of each token within its sentence, shape (T,).
-        padded: Position of each token in a (B · longest) layout, shape (T,).
-        mask: Which cells of that layout hold a token, shape (B, 1, 1, longest).
+        bias: What is added to attention's scores so that no token attends to padding, shape (B, 1, 1, longest).
     """
 
     def __init__(self, lengths: Tensor) -> None:
+        self.lengths, self.longest = lengths, int(lengths.max())
         ends = lengths.cumsum(0)
-        self.lengths, self.starts, self.longest = lengths, ends - lengths, int(lengths.max())
-        self.positions = torch.arange(int(ends[-1]), device=lengths.device) - self.starts.repeat_interleave(lengths)
-        row = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
-        self.padded = row * self.longest + self.positions
-        self.mask = (torch.arange(self.longest, device=lengths.device) < lengths[:, None])[:, None, None, :]
+        self.starts = ends - lengths
+        self._sentences = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)  # (T,)
+        self.positions = torch.arange(len(self._sentences), device=lengths.device) - self.starts[self._sentences]
+        self._columns = torch.arange(self.longest, device=lengths.device)
+        padding = self._columns >= lengths[:, None]
+        self.bias = torch.zeros(padding.shape, device=lengths.device).masked_fill_(padding, -math.inf)[:, None, None]
+        self._layouts: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def layout(self, heads: int) -> tuple[Tensor, Tensor]:
+        """
+        The way from token rows, (T · H, D), to the padded cells that attention runs over, (B · H · longest, D), and back.
+
+        Returns:
+            The row that each cell takes, padding taking its sentence's last, shape (B · H · longest,), and the cell of each row,
+            shape (T · H,).
+        """
+        if heads not in self._layouts:
+            head = torch.arange(heads, device=self.lengths.device)
+            token = self.starts[:, None] + torch.minimum(self._columns, self.lengths[:, None] - 1)  # (B, longest)
+            rows = token[:, None] * heads + head[:, None]  # (B, H, longest)
+            cells = (self._sentences[:, None] * heads + head) * self.longest + self.positions[:, None]  # (T, H)
+            self._layouts[heads] = rows.flatten(), cells.flatten()
+        return self._layouts[heads]
 
 
 @dataclass(frozen=True)
@@ -205,27 +224,57 @@ def _attend_within_sentences(
     **_: Any,
 ) -> tuple[Tensor, None]:
     if spans is None:
-        return _attend(query, key, value, attention_mask, dropout, scaling).transpose(1, 2), None
-    batch, longest, heads, size = len(spans.lengths), spans.longest, query.shape[1], query.shape[3]
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
+        return out.transpose(1, 2), None
+    heads, tokens, size = query.shape[1:]
+    rows, cells = spans.layout(heads)
 
     def spread(x: Tensor) -> Tensor:  # (1, H, T, D) → (B, H, longest, D)
-        rows = x[0].transpose(0, 1).reshape(-1, heads * size)
-        cells = rows.new_zeros(batch * longest, heads * size).index_copy(0, spans.padded, rows)
-        return cells.view(batch, longest, heads, size).transpose(1, 2)
+        padded: Tensor = _Spread.apply(x[0].transpose(0, 1).reshape(-1, size), rows, cells)  # type: ignore[no-untyped-call]
+        return padded.view(-1, heads, spans.longest, size)
 
-    out = _attend(spread(query), spread(key), spread(value), spans.mask, dropout, scaling)
-    rows = out.transpose(1, 2).reshape(batch * longest, heads * size).index_select(0, spans.padded)
-    return rows.view(1, -1, heads, size), None  # (1, T, H, D)
+    scaling = size**-0.5 if scaling is None else scaling
+    out = _attend(spread(query * scaling), spread(key), spread(value), spans.bias, dropout, module)
+    collected: Tensor = _Collect.apply(out.reshape(-1, size), cells)  # type: ignore[no-untyped-call]
+    return collected.view(1, tokens, heads, size), None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float | None) -> Tensor:
-    """Scaled dot-product attention, (B, H, L, D) → (B, H, L, D); torch has no CPU kernel with dropout, so it is spelled out."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float, module: Any) -> Tensor:
+    """Dot-product attention, (B, H, L, D) → (B, H, L, D); torch has no CPU kernel with dropout, so there it is spelled out."""
     if not dropout or query.device.type != "cpu":
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
-    scores = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.transpose(-1, -2)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return kernels.dropout(scores.softmax(dim=-1), dropout) @ value
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype), dropout_p=dropout, scale=1.0)
+    wide = torch.promote_types(query.dtype, torch.float32)  # torch's softmax of 16-bit rows is the slower one
+    scores = (query @ key.transpose(-1, -2)).to(wide) + bias
+    dropped: Tensor = module.dropout(scores.softmax(dim=-1).to(value.dtype))
+    return dropped @ value
+
+
+class _Spread(torch.autograd.Function):
+    """Token rows to cells of the padded layout; what a cell of padding holds does not matter, and nothing flows back from it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, tokens: Tensor, cells: Tensor) -> Tensor:
+        ctx.save_for_backward(cells)
+        return rows.index_select(0, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.reshape(-1, gradient.shape[-1]).index_select(0, *ctx.saved_tensors), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Cells of the padded layout back to token rows."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, cells: Tensor) -> Tensor:
+        ctx.save_for_backward(cells)
+        ctx.size = len(padded)
+        return padded.index_select(0, cells)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (cells,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.size, gradient.shape[-1]).index_copy_(0, cells, gradient), None
 
 
 AttentionInterface.register(ATTENTION, _attend_within_sentences)

@@ -8,6 +8,7 @@ import functools
 import gc
 import random
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +33,7 @@ from peftbench.distill import (
     read_subset,
 )
 from peftbench.evaluation import METRICS_VERSION, latency_ms, score
-from peftbench.kernels import economize, retain_memory
+from peftbench.kernels import economize, only_words, retain_memory
 from peftbench.measure import PeakMemory, Stopwatch, describe_machine, describe_versions
 from peftbench.models import (
     Weights,
@@ -395,20 +396,21 @@ def _train(
         return kd_loss(logits, targets[batch.rows], batch.labels, phase.distillation)
 
     generator = torch.Generator().manual_seed(seed)
-    return fit(
-        model,
-        loss,
-        lambda: shuffled_batches(encoded, phase.batch_size, device.name, packed=packed, generator=generator),
-        groups,
-        epochs=phase.epochs,
-        steps_per_epoch=-(-len(encoded) // phase.batch_size),
-        warmup_fraction=phase.warmup_fraction,
-        clip_norm=phase.clip_norm,
-        weight_decay=phase.weight_decay,
-        device=device,
-        progress=bench.progress,
-        what=what,
-    )
+    with nullcontext() if phase.weight_decay else only_words(model, torch.cat(list(encoded.tokens))):
+        return fit(
+            model,
+            loss,
+            lambda: shuffled_batches(encoded, phase.batch_size, device.name, packed=packed, generator=generator),
+            groups,
+            epochs=phase.epochs,
+            steps_per_epoch=-(-len(encoded) // phase.batch_size),
+            warmup_fraction=phase.warmup_fraction,
+            clip_norm=phase.clip_norm,
+            weight_decay=phase.weight_decay,
+            device=device,
+            progress=bench.progress,
+            what=what,
+        )
 
 
 def _describe_checkpoint(phase: Phase, scale: Scale) -> str:

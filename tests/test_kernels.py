@@ -1,4 +1,6 @@
-"""The cheaper kernels are the same mathematics: dropout statistically, embeddings exactly."""
+"""The cheaper kernels are the same mathematics: dropout statistically, linear layers and embeddings exactly."""
+
+import copy
 
 import pytest
 import torch
@@ -7,9 +9,18 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from peftbench.kernels import Dropout, RowEmbedding, dropout, economize
+from peftbench.kernels import Dropout, Linear, RowEmbedding, economize, only_words
 
 N = 200_000
+
+
+def dropout(x, p, *, training=True):
+    """What an economized dropout of a model makes of x."""
+    model = nn.Sequential(nn.Dropout(p)).train(training)
+    economize(model)
+    return model(x)
+
+
 rates = pytest.mark.parametrize("p", [0.02, 0.1, 0.25, 0.5, 0.9])
 
 
@@ -48,9 +59,12 @@ def test_neighbours_are_dropped_independently(p, lag):
 
 
 @rates
-def test_masks_of_two_calls_are_independent(p):
-    """Another call draws another mask, and the two agree as often as chance has it."""
-    first, second = (dropout(torch.ones(N), p) == 0 for _ in range(2))
+@pytest.mark.parametrize("modules", [1, 2])
+def test_masks_of_two_calls_are_independent(p, modules):
+    """Another call, of the same module or another, draws another mask, and the two agree as often as chance has it."""
+    model = nn.ModuleList([nn.Dropout(p) for _ in range(modules)])
+    economize(model)
+    first, second = (model[i % modules](torch.ones(N)) == 0 for i in range(2))
     agree = p**2 + (1 - p) ** 2
     assert abs(int((first == second).sum()) - N * agree) < 4 * (N * agree * (1 - agree)) ** 0.5
 
@@ -104,16 +118,103 @@ def test_rate_of_one_drops_everything(p):
 
 
 @pytest.mark.parametrize(("p", "training"), [(0.5, False), (0.0, True), (0.0, False)])
-def test_module_is_identity_in_evaluation_and_at_rate_zero(p, training):
+def test_dropout_is_identity_in_evaluation_and_at_rate_zero(p, training):
     """As torch.nn.Dropout."""
     x = torch.randn(100)
-    assert torch.equal(x, Dropout(p).train(training)(x))
+    assert torch.equal(x, dropout(x, p, training=training))
 
 
-def test_module_drops_in_training():
-    """In training mode the module is the function, and a rate of 1 is torch's."""
-    assert 0 < int((Dropout(0.5)(torch.ones(1000)) == 0).sum()) < 1000
-    assert torch.equal(torch.zeros(10), Dropout(1.0)(torch.ones(10)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_masks_are_the_same_in_every_type(dtype, dimensions):
+    """The mask is drawn apart from the values: rate and positions do not depend on their type."""
+    shape = (1000,) if dimensions == 1 else (50, 20)
+    torch.manual_seed(3)
+    expected = dropout(torch.ones(shape), 0.3) == 0
+    torch.manual_seed(3)
+    assert torch.equal(expected, dropout(torch.ones(shape, dtype=dtype), 0.3) == 0)
+
+
+def linears(*, bias, dtype=torch.float64):
+    reference = nn.Linear(3, 2, bias=bias, dtype=dtype)
+    model = nn.ModuleList([copy.deepcopy(reference)])
+    economize(model)
+    assert type(model[0]) is Linear
+    return reference, model[0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    steps=st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    bias=st.booleans(),
+    to_none=st.booleans(),
+    into=st.booleans(),
+    fused=st.booleans(),
+)
+def test_linear_is_linear_over_steps(steps, bias, to_none, into, fused):
+    """Values, accumulated gradients, what flows back and trained weights are nn.Linear's over steps of several passes each."""
+    torch.manual_seed(0)
+    modules = linears(bias=bias)
+    optimizers = [torch.optim.AdamW(module.parameters(), lr=0.1, fused=fused) for module in modules]
+    for passes in steps:
+        for _ in range(passes):
+            x, factor = torch.randn(2, 4, 3, dtype=torch.float64), torch.randn(2, 4, 2, dtype=torch.float64)
+            inputs = [x.clone().requires_grad_(into) for _ in modules]
+            for module, given_x in zip(modules, inputs, strict=True):
+                (module(given_x) * factor).sum().backward()
+            torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+            for expected, actual in zip(*(module.parameters() for module in modules), strict=True):
+                torch.testing.assert_close(actual.grad, expected.grad)
+        for module, optimizer in zip(modules, optimizers, strict=True):
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=to_none)
+        for expected, actual in zip(*(module.parameters() for module in modules), strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_linear_under_autocast_is_autocasts_to_the_bit(frozen):
+    """The kept 16-bit weight gives autocast's numbers, and gives way when an optimizer or the user changes the weight."""
+    modules = linears(bias=True, dtype=torch.float32)
+    optimizers = [torch.optim.AdamW(module.parameters(), lr=0.1, fused=True) for module in modules]
+    for module in modules:
+        module.requires_grad_(not frozen)
+    for step in range(4):
+        x = torch.randn(5, 3)
+        results = []
+        for module, optimizer in zip(modules, optimizers, strict=True):
+            given_x = x.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                out = module(given_x)
+            out.float().square().sum().backward()
+            results.append([out, given_x.grad, *(p.grad.clone() for p in module.parameters() if not frozen)])
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 2:
+                module.load_state_dict({name: 2 * value for name, value in module.state_dict().items()})
+        assert torch.bfloat16 == results[1][0].dtype
+        for expected, actual in zip(*results, strict=True):
+            assert torch.equal(expected, actual)
+
+
+def test_linear_whose_bias_alone_trains_stays_torchs():
+    """As with PEFT's option to train biases: the gradient of the bias must not be lost."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    model[0].weight.requires_grad_(False)
+    economize(model)
+    model(torch.ones(5, 3)).sum().backward()
+    assert [5, 5] == model[0].bias.grad.tolist()
+
+
+def test_linear_without_gradient_records_nothing():
+    """Under no_grad, or where neither input nor weight needs it."""
+    reference, linear = linears(bias=True)
+    x = torch.randn(4, 3, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(reference(x), linear(x))
+    linear.requires_grad_(False)
+    assert not linear(x).requires_grad
 
 
 step = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1, max_size=3)
@@ -176,7 +277,66 @@ def test_row_embedding_without_gradient_is_a_plain_lookup(frozen):
     assert torch.equal(rows.weight[[1, 3]][None], out)
 
 
-def test_economizing_replaces_dropout_and_trainable_embeddings():
+class Words(nn.Module):
+    def __init__(self, *, padding_idx):
+        super().__init__()
+        self.words = nn.Embedding(10, 3, padding_idx=padding_idx, dtype=torch.float64)
+        self.head = nn.Linear(3, 1, dtype=torch.float64)
+
+    def get_input_embeddings(self):
+        return self.words
+
+    def forward(self, ids):
+        return self.head(self.words(ids)).square().sum()
+
+
+@pytest.mark.parametrize("padding_idx", [None, 0, 5])
+def test_training_over_the_words_that_occur_is_training_over_all(padding_idx):
+    """AdamW without weight decay, clipped over all gradients: the same weights, those of absent words to the bit."""
+    whole = Words(padding_idx=padding_idx)
+    model = copy.deepcopy(whole)
+    economize(model)
+    before, weight = whole.words.weight.detach().clone(), model.words.weight
+    texts = [torch.tensor(ids) for ids in ([7, 2, 2], [5, 9], [2, 7, 5, 0])]
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1, weight_decay=0.0, fused=True) for m in (whole, model)]
+    with only_words(model, torch.cat(texts)):
+        assert 10 > len(model.words.weight)
+        for ids in (*texts, *texts):
+            for m, optimizer in zip((whole, model), optimizers, strict=True):
+                m(ids).backward()
+                nn.utils.clip_grad_norm_(m.parameters(), 0.5)
+                optimizer.step()
+                optimizer.zero_grad()
+    assert weight is model.words.weight
+    assert padding_idx == model.words.padding_idx
+    torch.testing.assert_close(model.words.weight, whole.words.weight, rtol=1e-12, atol=1e-12)
+    assert torch.equal(before[[1, 3, 4, 6, 8]], model.words.weight[[1, 3, 4, 6, 8]])
+    assert not torch.equal(before[[2, 7, 9]], model.words.weight[[2, 7, 9]])
+    torch.testing.assert_close(model(texts[0]), whole(texts[0]))
+
+
+def test_a_word_that_was_not_announced_is_an_error_and_what_was_learnt_stays():
+    """Nothing is looked up in a wrong row, and leaving on an error restores the whole weight."""
+    model = Words(padding_idx=None)
+    economize(model)
+    with pytest.raises(IndexError), only_words(model, torch.tensor([1, 2])):
+        model.words.weight.data += 1
+        expected = model.words.weight.detach().clone()
+        model(torch.tensor([1, 3]))
+    assert (10, 3) == model.words.weight.shape
+    assert torch.equal(expected, model.words.weight[[1, 2]])
+
+
+def test_frozen_words_are_left_alone():
+    """Under PEFT the word embedding does not train and stays as it is."""
+    model = Words(padding_idx=None)
+    model.words.requires_grad_(False)
+    economize(model)
+    with only_words(model, torch.tensor([1, 2])):
+        assert 10 == len(model.words.weight)
+
+
+def test_economizing_replaces_dropout_linear_layers_and_trainable_embeddings():
     """Only these change, in place and with their weights; frozen embeddings stay torch's."""
     model = nn.ModuleDict(
         {"words": nn.Embedding(5, 2), "frozen": nn.Embedding(5, 2), "drop": nn.Dropout(0.5), "head": nn.Linear(2, 2)}
@@ -184,7 +344,7 @@ def test_economizing_replaces_dropout_and_trainable_embeddings():
     model["frozen"].requires_grad_(False)
     weight = model["words"].weight
     economize(model)
-    assert [RowEmbedding, nn.Embedding, Dropout, nn.Linear] == [type(module) for module in model.values()]
+    assert [RowEmbedding, nn.Embedding, Dropout, Linear] == [type(module) for module in model.values()]
     assert weight is model["words"].weight
 
 

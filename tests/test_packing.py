@@ -1,6 +1,7 @@
 """Packed batches are padded batches without the padding: same logits, same gradients."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -195,8 +196,17 @@ def test_spans_say_where_sentences_lie():
     spans = Spans(torch.tensor([2, 1, 3]))
     assert [0, 2, 3] == spans.starts.tolist()
     assert [0, 1, 0, 0, 1, 2] == spans.positions.tolist()
-    assert [0, 1, 3, 6, 7, 8] == spans.padded.tolist()
-    assert [[1, 1, 0], [1, 0, 0], [1, 1, 1]] == spans.mask[:, 0, 0].int().tolist()
+    assert [[0, 0, -math.inf], [0, -math.inf, -math.inf], [0, 0, 0]] == spans.bias[:, 0, 0].tolist()
+
+
+def test_layout_of_attention_by_hand():
+    """Lengths 2, 1, 3 and one head: padding takes the sentence's last row. With two heads each sentence has a block for each."""
+    rows, cells = Spans(torch.tensor([2, 1, 3])).layout(1)
+    assert [0, 1, 1, 2, 2, 2, 3, 4, 5] == rows.tolist()
+    assert [0, 1, 3, 6, 7, 8] == cells.tolist()
+    rows, cells = Spans(torch.tensor([2, 1])).layout(2)  # rows: (token 0 head 0), (token 0 head 1), (token 1 head 0), ...
+    assert [0, 2, 1, 3, 4, 4, 5, 5] == rows.tolist()
+    assert [0, 2, 1, 3, 4, 6] == cells.tolist()
 
 
 def test_padded_batch_holds_tokens_mask_and_labels():
