@@ -4,6 +4,7 @@ import hashlib
 import math
 import random
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +12,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from peftbench.assets import say
+from peftbench.hub import snapshot
 from peftbench.phases import DATA_SEED, DataSource
 
 SST2_TEST_SIZE = 1821
+GLUE = "nyu-mll/glue"
+LABELLED_TEST = "SetFit/sst2"
 
 
 class DataError(ValueError):
@@ -84,6 +89,7 @@ class Splits:
         source: What they are and where they come from.
         protocol: How labels and splits were made, for the record.
         notes: Counts worth knowing, such as the number of duplicates dropped.
+        revisions: The commit of each repository of the Hub that they come from.
     """
 
     train: Split
@@ -92,6 +98,7 @@ class Splits:
     source: str
     protocol: str
     notes: dict[str, int] = field(default_factory=dict)
+    revisions: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -106,11 +113,14 @@ class Splits:
             "sizes": sizes,
             "fingerprint": self.fingerprint,
             "label_protocol": self.protocol,
+            **({"revisions": self.revisions} if self.revisions else {}),
             **self.notes,
         }
 
 
-def load_splits(source: DataSource, folder: Path | None, reviews: Callable[[], Path]) -> Splits:
+def load_splits(
+    source: DataSource, folder: Path | None, reviews: Callable[[], Path], notify: Callable[[str], None] = say
+) -> Splits:
     """
     The splits of a scale.
 
@@ -118,6 +128,7 @@ def load_splits(source: DataSource, folder: Path | None, reviews: Callable[[], P
         source: The scale's own data.
         folder: GLUE-style TSV files that take its place.
         reviews: Gives the folder of the reviews asset, fetching it if need be.
+        notify: Told when the Hub keeps us waiting.
     """
     if folder is not None:
         return read_glue_folder(folder)
@@ -127,7 +138,7 @@ def load_splits(source: DataSource, folder: Path | None, reviews: Callable[[], P
         case "reviews":
             return read_reviews(reviews() / "reviews.tsv")
         case "glue":
-            return load_glue()
+            return load_glue(notify)
 
 
 def draw(train: Split, size: int | None) -> Split:
@@ -241,41 +252,87 @@ def read_glue_folder(folder: Path) -> Splits:
         held_out = stratify(train, {"test": size}, rest="train")
         train, test = held_out["train"], held_out["test"]
         protocol = f"labels of the files; test held out of train, stratified, seed {DATA_SEED}"
-    in_train = {_normal(s) for s in train.sentences}
-    notes = {f"{s.name}_sentences_in_train": sum(_normal(t) in in_train for t in s.sentences) for s in (dev, test)}
+    notes = _count_in_train(train, dev, test)
     return Splits(train=train, dev=dev, test=test, source=f"GLUE-style folder {folder.name}", protocol=protocol, notes=notes)
 
 
-def load_glue() -> Splits:
+def load_glue(notify: Callable[[str], None] = say) -> Splits:
     """
     SST-2 from the Hub: GLUE's train and validation, and the labelled test of the Stanford split.
 
-    GLUE's own test labels are all -1; the labelled rows are joined to its sentences by text, so that ids are GLUE's.
+    GLUE's own test labels are all -1; the labelled rows are joined to its sentences by their letters and digits, so that ids
+    are GLUE's.
 
     Raises:
-        DataError: If a test sentence finds no partner, naming the first.
+        HubError: If a repository cannot be had.
+        DataError: If one lacks a file or a column, or a sentence finds no partner, naming the first.
     """
-    from datasets import load_dataset
-
-    glue = load_dataset("nyu-mll/glue", "sst2")
-    labelled = {_normal(row["text"]): int(row["label"]) for row in load_dataset("SetFit/sst2", split="test")}
-    splits = {
-        name: Split(name, tuple(rows["idx"]), tuple(rows["sentence"]), tuple(rows["label"]))
-        for name, rows in (("train", glue["train"]), ("dev", glue["validation"]), ("test", glue["test"]))
-    }
-    bare = splits["test"]
-    for sentence in bare.sentences:
-        if _normal(sentence) not in labelled:
-            raise DataError(f"GLUE's test sentence {sentence!r} is not among the labelled test sentences of SetFit/sst2")
-    labels = tuple(labelled[_normal(sentence)] for sentence in bare.sentences)
-    splits["test"] = Split("test", bare.ids, bare.sentences, labels)
-    return Splits(
-        source="SST-2: nyu-mll/glue, test labels of SetFit/sst2",
-        protocol="GLUE train and validation; test joined by text to the labelled Stanford split",
-        train=splits["train"],
-        dev=splits["dev"],
-        test=splits["test"],
+    glue = snapshot(GLUE, kind="dataset", files=["sst2/*"], notify=notify)
+    stanford = snapshot(LABELLED_TEST, kind="dataset", files=["test*"], notify=notify)
+    train, dev, bare = (
+        _split_of_table(glue.folder / "sst2", stem, name)
+        for name, stem in (("train", "train"), ("dev", "validation"), ("test", "test"))
     )
+    rows = _read_table(stanford.folder, "test", ("text", "label"))
+    test = _label(bare, list(zip(rows["text"], rows["label"], strict=True)))
+    return Splits(
+        source=f"SST-2: {GLUE}, test labels of {LABELLED_TEST}",
+        protocol="GLUE train and validation; test joined by text to the labelled Stanford split",
+        notes=_count_in_train(train, dev, test),
+        revisions={GLUE: glue.commit, LABELLED_TEST: stanford.commit},
+        train=train,
+        dev=dev,
+        test=test,
+    )
+
+
+def _label(bare: Split, labelled: Sequence[tuple[str, int]]) -> Split:
+    by_letters: dict[str, set[int]] = {}
+    for text, label in labelled:
+        by_letters.setdefault(_letters(text), set()).add(label)
+    for sentence in bare.sentences:
+        if _letters(sentence) not in by_letters:
+            raise DataError(f"{GLUE}: test sentence {sentence!r} is not among the {len(labelled)} of {LABELLED_TEST}")
+    own = {_letters(sentence) for sentence in bare.sentences}
+    for text, _ in labelled:
+        if _letters(text) not in own:
+            raise DataError(f"{LABELLED_TEST}: test sentence {text!r} is not among the {len(bare)} of {GLUE}")
+        if len(by_letters[_letters(text)]) > 1:
+            raise DataError(f"{LABELLED_TEST}: test sentence {text!r} stands there with both labels")
+    return Split("test", bare.ids, bare.sentences, tuple(min(by_letters[_letters(s)]) for s in bare.sentences))
+
+
+def _split_of_table(folder: Path, stem: str, name: str) -> Split:
+    rows = _read_table(folder, stem, ("idx", "sentence", "label"))
+    return Split(name, tuple(rows["idx"]), tuple(rows["sentence"]), tuple(rows["label"]))
+
+
+def _read_table(folder: Path, stem: str, columns: Sequence[str]) -> Any:
+    """The columns of a split as it lies in a data set's repository: Parquet, or JSON lines."""
+    from datasets import Dataset
+
+    files = sorted(str(file) for file in folder.glob(f"{stem}*") if file.suffix in (".parquet", ".jsonl", ".json"))
+    if not files:
+        raise DataError(f"{folder} has no {stem}*.parquet and no {stem}*.jsonl; was the data set moved on the Hub?")
+    try:
+        table = Dataset.from_parquet(files) if files[0].endswith(".parquet") else Dataset.from_json(files)
+    except Exception as error:  # of pyarrow or of datasets, which wrap each other
+        raise DataError(
+            f"{files[0]} cannot be read: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}"
+        ) from error
+    if missing := [column for column in columns if column not in table.column_names]:
+        raise DataError(f"{files[0]} has columns {table.column_names}, wanted also {missing}")
+    return {column: list(table[column]) for column in columns}
+
+
+def _count_in_train(train: Split, *others: Split) -> dict[str, int]:
+    in_train = {_normal(sentence) for sentence in train.sentences}
+    return {f"{s.name}_sentences_in_train": sum(_normal(text) in in_train for text in s.sentences) for s in others}
+
+
+def _letters(text: str) -> str:
+    """What is left of a sentence under any tokenization, case or accents."""
+    return "".join(c for c in unicodedata.normalize("NFKD", text).casefold() if c.isalnum())
 
 
 _POSITIVE = ["wonderful", "brilliant", "moving", "funny", "delightful", "superb"]

@@ -1,5 +1,6 @@
 """Where the arithmetic happens and in which precision."""
 
+import gc
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -61,6 +62,19 @@ class Device:
         """The context in which a forward pass runs."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         return torch.autocast(self.kind, dtype or torch.bfloat16, enabled=dtype is not None)
+
+    def free_memory(self) -> int | None:
+        """Bytes that a model could still take, or None where the operating system is left to decide."""
+        if self.kind != "cuda":
+            return None
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self.name)[0]
+
+    def release_memory(self) -> None:
+        """Hand back what nothing uses any more."""
+        gc.collect()
+        if self.kind == "cuda":
+            torch.cuda.empty_cache()
 
     def synchronize(self) -> None:
         """Wait until everything that was launched has run."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import TaskType, get_peft_config, get_peft_model
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 from transformers import (
@@ -21,14 +21,26 @@ from transformers import (
     logging,
 )
 
-from peftbench.assets import ASSETS, Asset
+from peftbench.assets import ASSETS, Asset, say
 from peftbench.data import grammar_words
+from peftbench.hub import snapshot
 from peftbench.phases import Phase, Pretrained, Untrained
-from peftbench.sealed import MANIFEST, file_sha256, fingerprint
+from peftbench.sealed import file_sha256, fingerprint
 
 LABELS = {0: "negative", 1: "positive"}
 HEAD = ("classifier", "pre_classifier")
 """The classification head of BERT and DistilBERT; PEFT must be told of it, or a random part of it would stay frozen."""
+
+CHECKPOINT_FILES = (
+    "config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "vocab.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+"""What makes a checkpoint; nothing else is fetched or loaded."""
 
 Fetch = Callable[[Asset], Path]
 
@@ -43,38 +55,50 @@ class Weights:
     Where a role's weights are, resolved to something that can be loaded.
 
     Attributes:
-        origin: Local folder or Hub id; empty for random weights.
+        folder: Where they lie; empty for random weights.
         identity: Fingerprint of their content: equal ones give equal models.
-        revision: The Hub's commit; None for anything local.
+        commit: Of the Hub's repository; None for anything else.
     """
 
     source: Pretrained | Untrained
-    origin: str
+    folder: str
     identity: str
-    revision: str | None = None
+    commit: str | None = None
 
 
-def locate(source: Pretrained | Untrained, fetch: Fetch) -> Weights:
-    """Resolve a role's source, fetching an asset if need be, and fingerprint the content of its weights."""
+def locate(source: Pretrained | Untrained, fetch: Fetch, notify: Callable[[str], None] = say) -> Weights:
+    """
+    Resolve a role's source, fetching an asset or a Hub repository if need be, and fingerprint the content of its weights.
+
+    Raises:
+        HubError: If the source is no asset and no local folder, and cannot be had from the Hub.
+        ModelError: If the checkpoint has no safetensors.
+    """
     if isinstance(source, Untrained):
         facts = [source.architecture, source.layers, source.hidden_size, source.attention_heads, grammar_words()]
         return Weights(source, "", fingerprint(facts))
-    name = source.source.removeprefix("asset:")
-    origin = fetch(ASSETS[name]) if source.source.startswith("asset:") else Path(name)
-    if not origin.is_dir():  # on the Hub, the commit is the content
-        revision = getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)
-        if revision is None:
-            raise ModelError(f"{name} is neither a local folder nor a checkpoint whose commit the Hub tells")
-        return Weights(source, name, fingerprint([name, revision, list(source.layers)]), revision)
-    files = [file for file in sorted(origin.glob("*")) if file.is_file() and file.name != MANIFEST]
+    commit = None
+    if source.source.startswith("asset:"):
+        folder = fetch(ASSETS[source.source.removeprefix("asset:")])
+    elif Path(source.source).is_dir():
+        folder = Path(source.source)
+    else:
+        found = snapshot(source.source, kind="model", files=CHECKPOINT_FILES, revision=source.revision, notify=notify)
+        folder, commit = found.folder, found.commit
+    files = sorted({file for pattern in CHECKPOINT_FILES for file in folder.glob(pattern) if file.is_file()})
+    if not any(file.suffix == ".safetensors" for file in files):
+        raise ModelError(
+            f"{source.source} has no model.safetensors; pickled weights can run code and are not loaded. Name a revision that "
+            "has it (the Hub keeps its conversions as refs/pr/1 and so on), or save the checkpoint anew with safetensors"
+        )
     content = {file.name: file_sha256(file) for file in files}
-    return Weights(source, str(origin), fingerprint([content, list(source.layers)]))
+    return Weights(source, str(folder), fingerprint([content, list(source.layers)]), commit)
 
 
 def load_tokenizer(weights: Weights) -> Any:
     """The tokenizer that belongs to the weights; at tiny scale one word is one token."""
     if not isinstance(weights.source, Untrained):
-        return AutoTokenizer.from_pretrained(weights.origin, revision=weights.revision)
+        return AutoTokenizer.from_pretrained(weights.folder)
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *grammar_words()]
@@ -84,12 +108,13 @@ def load_tokenizer(weights: Weights) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
 
 
-def load_classifier(weights: Weights, *, tuned: bool = False) -> nn.Module:
+def load_classifier(weights: Weights, *, tuned: bool = False, shapes_only: bool = False) -> nn.Module:
     """
     The encoder with a two-label head; what the checkpoint lacks, such as the head, is drawn from torch's global generator.
 
     Args:
         tuned: The checkpoint must bring its own head, as a teacher does.
+        shapes_only: Read no weights; for torch's meta device.
 
     Raises:
         ModelError: If the checkpoint cannot be read, lacks the head it must bring, has another number of labels, or not the
@@ -99,28 +124,43 @@ def load_classifier(weights: Weights, *, tuned: bool = False) -> nn.Module:
     source = weights.source
     if isinstance(source, Untrained):
         return AutoModelForSequenceClassification.from_config(_untrained_config(source, labels))  # type: ignore[no-any-return]
+    model = _from_config(weights, labels) if shapes_only else _from_checkpoint(weights, labels, tuned=tuned)
+    if source.layers:
+        stack = encoder_layers(model)
+        if not all(1 <= layer <= len(stack) for layer in source.layers):
+            raise ModelError(f"layers {source.layers} were asked for, {source.source} has layers 1 to {len(stack)}")
+        kept = nn.ModuleList(stack[i - 1] for i in source.layers)
+        _encoder(model).layer = kept
+        model.config.num_hidden_layers = len(kept)
+    return model  # type: ignore[no-any-return]
+
+
+def _from_config(weights: Weights, labels: dict[str, Any]) -> Any:
+    try:
+        return AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(weights.folder, **labels))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot read the architecture in {weights.folder}: {str(error).strip()[:300]}") from error
+
+
+def _from_checkpoint(weights: Weights, labels: dict[str, Any], *, tuned: bool) -> Any:
+    _check_head(weights)
+    source = weights.source
+    assert isinstance(source, Pretrained)
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # that the head is new is what we want, not news
     try:
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            weights.origin, revision=weights.revision, use_safetensors=True, output_loading_info=True, **labels
+            weights.folder, use_safetensors=True, output_loading_info=True, **labels
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ModelError(f"cannot load a two-label classifier from {weights.origin}: {str(error).strip()[:300]}") from error
+        raise ModelError(f"cannot load a two-label classifier from {source.source}: {str(error).strip()[:300]}") from error
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
     if tuned and (missing := sorted(loaded["missing_keys"])):
-        raise ModelError(f"{weights.origin} is no tuned classifier: it lacks {', '.join(missing)[:200]}")
-    if source.layers:
-        stack = encoder_layers(model)
-        if not all(1 <= layer <= len(stack) for layer in source.layers):
-            raise ModelError(f"layers {source.layers} were asked for, {weights.origin} has layers 1 to {len(stack)}")
-        kept = nn.ModuleList(stack[i - 1] for i in source.layers)
-        _encoder(model).layer = kept
-        model.config.num_hidden_layers = len(kept)
-    return model  # type: ignore[no-any-return]
+        raise ModelError(f"{source.source} is no tuned classifier: it lacks {', '.join(missing)[:200]}")
+    return model
 
 
 def encoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -212,6 +252,17 @@ def tokenizer_identity(tokenizer: Any) -> str:
         path = Path(scratch) / "tokenizer.json"
         tokenizer.backend_tokenizer.save(str(path))
         return file_sha256(path)
+
+
+def _check_head(weights: Weights) -> None:
+    assert isinstance(weights.source, Pretrained)
+    try:
+        with safe_open(Path(weights.folder) / "model.safetensors", framework="pt") as file:
+            heads = [file.get_slice(name).get_shape()[0] for name in file.keys() if name == "classifier.weight"]  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return  # sharded, or not readable, which loading will say
+    if heads not in ([], [2]):
+        raise ModelError(f"{weights.source.source} classifies into {heads[0]} labels, wanted 2: negative and positive")
 
 
 def _encoder(model: nn.Module) -> Any:

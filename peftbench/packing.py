@@ -64,15 +64,19 @@ class Spans:
         bias: What is added to attention's scores so that no token attends to padding, shape (B, 1, 1, longest).
     """
 
-    def __init__(self, lengths: Tensor) -> None:
-        self.lengths, self.longest = lengths, int(lengths.max())
-        ends = lengths.cumsum(0)
-        self.starts = ends - lengths
-        self._sentences = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)  # (T,)
-        self.positions = torch.arange(len(self._sentences), device=lengths.device) - self.starts[self._sentences]
-        self._columns = torch.arange(self.longest, device=lengths.device)
-        padding = self._columns >= lengths[:, None]
-        self.bias = torch.zeros(padding.shape, device=lengths.device).masked_fill_(padding, -math.inf)[:, None, None]
+    def __init__(self, lengths: Tensor, device: str = "cpu") -> None:
+        self.longest = int(lengths.max())
+        columns = torch.arange(self.longest)
+        padding = columns >= lengths[:, None]
+        starts = lengths.cumsum(0) - lengths
+        sentences = torch.arange(len(lengths)).repeat_interleave(lengths)  # (T,)
+        positions = torch.arange(len(sentences)) - starts[sentences]
+        token_of_cell = starts[:, None] + torch.minimum(columns, lengths[:, None] - 1)  # (B, longest)
+        # All of it is known from the lengths alone: a device is given the results and never asked for one.
+        self.lengths, self.starts, self.positions, self._sentences, self._token_of_cell = (
+            x.to(device) for x in (lengths, starts, positions, sentences, token_of_cell)
+        )
+        self.bias = torch.zeros(padding.shape).masked_fill_(padding, -math.inf)[:, None, None].to(device)
         self._layouts: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layout(self, heads: int) -> tuple[Tensor, Tensor]:
@@ -85,8 +89,7 @@ class Spans:
         """
         if heads not in self._layouts:
             head = torch.arange(heads, device=self.lengths.device)
-            token = self.starts[:, None] + torch.minimum(self._columns, self.lengths[:, None] - 1)  # (B, longest)
-            rows = token[:, None] * heads + head[:, None]  # (B, H, longest)
+            rows = self._token_of_cell[:, None] * heads + head[:, None]  # (B, H, longest)
             cells = (self._sentences[:, None] * heads + head) * self.longest + self.positions[:, None]  # (T, H)
             self._layouts[heads] = rows.flatten(), cells.flatten()
         return self._layouts[heads]
@@ -136,10 +139,10 @@ def make_batch(encoded: Encoded, rows: Sequence[int], device: str, *, packed: bo
     """The examples at these positions, packed end to end or padded to the longest."""
     index = torch.tensor(rows)
     tokens = [encoded.tokens[i] for i in rows]
-    lengths = torch.tensor([len(t) for t in tokens]).to(device)
+    lengths = torch.tensor([len(t) for t in tokens])
     inputs: dict[str, Any]
     if packed:
-        spans = Spans(lengths)
+        spans = Spans(lengths, device)
         inputs = {
             "input_ids": torch.cat(tokens).to(device)[None],  # (1, T)
             "position_ids": spans.positions[None],  # (1, T)
@@ -147,15 +150,15 @@ def make_batch(encoded: Encoded, rows: Sequence[int], device: str, *, packed: bo
         }
     else:
         ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(device)  # (B, longest)
-        inputs = {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()}
+        inputs = {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)}
     return Batch(index, encoded.labels[index].to(device), inputs, sum(len(t) for t in tokens))
 
 
-def shuffled_batches(encoded: Encoded, size: int, device: str, *, packed: bool, generator: torch.Generator) -> Iterator[Batch]:
-    """One epoch: every example exactly once, in an order drawn from the generator; the last batch may be smaller."""
-    order = torch.randperm(len(encoded), generator=generator).tolist()
-    for start in range(0, len(order), size):
-        yield make_batch(encoded, order[start : start + size], device, packed=packed)
+def shuffled_rows(n: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """One epoch: every row of n exactly once, in an order drawn from the generator; the last batch may be smaller."""
+    order = torch.randperm(n, generator=generator).tolist()
+    for start in range(0, n, size):
+        yield order[start : start + size]
 
 
 def predict(model: nn.Module, encoded: Encoded, device: Device, *, packed: bool, batch_size: int = 64) -> Tensor:
@@ -193,10 +196,14 @@ class _FirstTokens:
         encoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         encoder.register_forward_hook(self._end)
         if classifier.config.model_type == "bert":
+            encoder.layer[-1].attention.register_forward_pre_hook(self._begin_attention, with_kwargs=True)
             encoder.layer[-1].attention.output.register_forward_pre_hook(self._narrow)
 
     def _begin(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.spans, self.narrowed = kwargs.get("spans"), False
+
+    def _begin_attention(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.spans = kwargs.get("spans")  # again, because gradient checkpointing runs the layer once more after the encoder
 
     def _narrow(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if self.spans is None:

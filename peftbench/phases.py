@@ -157,10 +157,12 @@ class Pretrained:
 
     Attributes:
         layers: The encoder layers to keep, counted from 1; empty keeps all.
+        revision: Branch, tag or commit on the Hub; None takes the main branch. Of no meaning elsewhere.
     """
 
     source: str
     layers: tuple[int, ...] = ()
+    revision: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -470,10 +470,11 @@ def explained() -> Iterator[None]:
     """Let errors that explain themselves fail the test without the traceback of a library on top."""
     from peftbench.assets import AssetError
     from peftbench.data import DataError
+    from peftbench.hub import HubError
     from peftbench.models import ModelError
     from peftbench.training import TrainingDiverged
 
     try:
         yield
-    except (AssetError, CorruptError, DataError, ModelError, TrainingDiverged, RecordError) as error:
+    except (AssetError, CorruptError, DataError, HubError, ModelError, TrainingDiverged, RecordError) as error:
         raise pytest.fail.Exception(f"{type(error).__name__}: {error}", pytrace=False) from None

@@ -72,6 +72,22 @@ class TeacherCost:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryUse:
+    """
+    How a batch went through the device.
+
+    Attributes:
+        examples_at_once: Together in one forward and backward pass; a step adds up the passes of its batch.
+        times_out_of_memory: How often that number had to be lowered, or the next measure taken.
+        gradient_checkpointing: Whether activations were computed a second time instead of kept.
+    """
+
+    examples_at_once: int
+    times_out_of_memory: int = 0
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Predictions:
     """
     Predicted and gold labels of a split, one bit an example each, so that two records can be compared in pairs.
@@ -134,6 +150,8 @@ class Record:
     samples_per_second: float | None = None
     tokens_per_second: float | None = None
     optimizer_steps: int | None = None
+    skipped_steps: int | None = None
+    memory_use: MemoryUse | None = None
     learning_curve: tuple[tuple[int, float], ...] = ()
     peak_memory_bytes: int | None = None
     peak_memory_scope: str | None = None

@@ -5,7 +5,6 @@ Free of pytest and of global state: arguments and result can be pickled, so a ca
 """
 
 import functools
-import gc
 import random
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -46,8 +45,9 @@ from peftbench.models import (
     save_classifier,
     tokenizer_identity,
 )
-from peftbench.packing import Batch, Encoded, make_packable, predict, shuffled_batches
+from peftbench.packing import Batch, Encoded, make_batch, make_packable, predict, shuffled_rows
 from peftbench.phases import DATA_SEED, Phase, Pretrained, Scale, Untrained
+from peftbench.plan import examples_at_once
 from peftbench.records import Efficiency, ParameterCounts, Record, Store, TeacherCost, phase_config
 from peftbench.sealed import building, fingerprint, lock, unseal
 from peftbench.training import Fit, Progress, fit
@@ -108,7 +108,7 @@ class Workbench:
     @cached_property
     def splits(self) -> Splits:
         """Train, dev and test, with labels checked."""
-        splits = load_splits(self.scale.data, self.settings.data, lambda: self._fetch(REVIEWS))
+        splits = load_splits(self.scale.data, self.settings.data, lambda: self._fetch(REVIEWS), self.notify)
         for split in (splits.train, splits.dev, splits.test):
             split.check_labels()
         return splits
@@ -116,7 +116,7 @@ class Workbench:
     def weights(self, source: Pretrained | Untrained) -> Weights:
         """A role's weights, located once."""
         if source not in self._weights:
-            self._weights[source] = locate(source, self._fetch)
+            self._weights[source] = locate(source, self._fetch, self.notify)
         return self._weights[source]
 
     def encoded(self, split: Split, weights: Weights, max_length: int) -> Encoded:
@@ -241,7 +241,7 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
     examples, logits, kd_path = _training_examples(phase, bench)
     weights = bench.teacher.weights if phase.role == "teacher" else bench.weights(_source(phase, scale))
 
-    gc.collect()
+    bench.device.release_memory()
     memory = PeakMemory(bench.device)
     memory.restart()
     seed_everything(seed)
@@ -271,7 +271,7 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
         outcome="passed",
         fingerprint=identity,
         config=phase_config(phase),
-        checkpoint=_describe_checkpoint(phase, scale),
+        checkpoint=_describe_checkpoint(phase, scale, weights),
         dev=quality["dev"],
         test=quality["test"],
         majority_accuracy=bench.splits.dev.majority_accuracy,
@@ -285,6 +285,8 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
         samples_per_second=run.examples / run.runtime_seconds if run else None,
         tokens_per_second=run.tokens / run.runtime_seconds if run else None,
         optimizer_steps=run.steps if run else 0,
+        skipped_steps=run.skipped_steps if run else 0,
+        memory_use=run.memory if run else None,
         learning_curve=run.learning_curve if run else (),
         peak_memory_bytes=peak,
         peak_memory_scope=memory.scope,
@@ -299,9 +301,7 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
         commit=settings.commit,
     )
     del model, groups
-    gc.collect()
-    if bench.device.kind == "cuda":
-        torch.cuda.empty_cache()
+    bench.device.release_memory()
     return record
 
 
@@ -400,10 +400,12 @@ def _train(
         return fit(
             model,
             loss,
-            lambda: shuffled_batches(encoded, phase.batch_size, device.name, packed=packed, generator=generator),
+            lambda: shuffled_rows(len(encoded), phase.batch_size, generator),
+            lambda rows: make_batch(encoded, rows, device.name, packed=packed),
             groups,
             epochs=phase.epochs,
             steps_per_epoch=-(-len(encoded) // phase.batch_size),
+            examples_at_once=examples_at_once(model, encoded, phase.batch_size, device),
             warmup_fraction=phase.warmup_fraction,
             clip_norm=phase.clip_norm,
             weight_decay=phase.weight_decay,
@@ -413,12 +415,10 @@ def _train(
         )
 
 
-def _describe_checkpoint(phase: Phase, scale: Scale) -> str:
-    if phase.role == "teacher":
-        if isinstance(scale.teacher, Pretrained):
-            return scale.teacher.source
+def _describe_checkpoint(phase: Phase, scale: Scale, weights: Weights) -> str:
+    if phase.role == "teacher" and isinstance(scale.teacher, Phase):
         return f"tuned once from {_describe_source(scale.backbone)}"
-    return _describe_source(_source(phase, scale))
+    return _describe_source(weights.source) + (f" at {weights.commit}" if weights.commit else "")
 
 
 def _describe_source(source: Pretrained | Untrained) -> str:

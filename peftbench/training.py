@@ -1,5 +1,6 @@
 """The loop. It knows a loss of a batch; not which method, adapter or teacher is behind it."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,17 @@ from torch import Tensor, nn
 from peftbench.device import Device
 from peftbench.measure import Stopwatch
 from peftbench.packing import Batch
+from peftbench.records import MemoryUse
 
 CURVE_POINTS = 50
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818 - a state, not a mistake
     """The loss is no longer a finite number."""
+
+
+class DoesNotFit(RuntimeError):  # noqa: N818 - a state, not a mistake
+    """Not even one example at a time fits the device's memory."""
 
 
 class Progress(Protocol):
@@ -33,6 +39,8 @@ class Fit:
     Attributes:
         runtime_seconds: The loop alone: no loading, tokenizing, evaluating or saving.
         learning_curve: Optimizer step and mean training loss since the point before, some fifty points.
+        skipped_steps: Optimizer steps that fp16's loss scaling left out because a gradient overflowed.
+        memory: How the batches went through the device in the end.
     """
 
     runtime_seconds: float
@@ -40,16 +48,20 @@ class Fit:
     examples: int
     tokens: int
     learning_curve: tuple[tuple[int, float], ...]
+    skipped_steps: int
+    memory: MemoryUse
 
 
 def fit(
     model: nn.Module,
     loss: Callable[[Batch], Tensor],
-    epoch: Callable[[], Iterator[Batch]],
+    epoch: Callable[[], Iterator[Sequence[int]]],
+    collate: Callable[[Sequence[int]], Batch],
     groups: Sequence[dict[str, Any]],
     *,
     epochs: int,
     steps_per_epoch: int,
+    examples_at_once: int,
     warmup_fraction: float,
     clip_norm: float,
     weight_decay: float,
@@ -60,16 +72,22 @@ def fit(
     """
     Train with AdamW, linear warm-up and decay, and gradient clipping.
 
+    A step always learns from its whole batch. Where memory runs out, fewer examples go through the device at once from then on,
+    and if one alone is too many, activations are computed a second time instead of kept.
+
     Args:
         model: Put into training mode; its parameters change in place.
         loss: Mean loss of a batch, shape (); runs under the device's autocast.
-        epoch: The batches of one pass, in a fresh order each time.
+        epoch: The rows of each step of one pass, in a fresh order each time.
+        collate: Makes the batch of some rows.
         groups: Parameters with their peak learning rates.
+        examples_at_once: How many go through the device together at first.
         progress: Told each step.
         what: Name of the work, for progress and errors.
 
     Raises:
-        TrainingDiverged: If a loss is not finite, naming step and learning rate.
+        TrainingDiverged: If a loss is not finite, or loss scaling finds no scale that is, naming step and learning rate.
+        DoesNotFit: If one example at a time, with activations computed twice, is too much.
     """
     total = epochs * steps_per_epoch
     warmup = int(warmup_fraction * total)
@@ -77,29 +95,56 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, warmup=warmup, total=total))
     scaler = torch.amp.GradScaler(device.kind, enabled=device.precision == "fp16")
     parameters = [p for group in groups for p in group["params"]]
+    memory = MemoryUse(examples_at_once=examples_at_once)
     every = max(1, math.ceil(total / CURVE_POINTS))
     curve: list[tuple[int, float]] = []
-    since_point, step, examples, tokens = 0.0, 0, 0, 0
+    since_point, step, examples, tokens, skipped = 0.0, 0, 0, 0, 0
+
+    def diverged(why: str) -> TrainingDiverged:
+        rates = ", ".join(f"{rate:.3g}" for rate in schedule.get_last_lr())
+        return TrainingDiverged(f"{what}: {why} at step {step + 1} of {total}, learning rate {rates}; lower it")
+
+    def gradients(rows: Sequence[int]) -> tuple[float, int] | None:
+        """The batch's mean loss and tokens, its gradients left in the parameters; None if memory ran out."""
+        mean, count = 0.0, 0
+        try:
+            for start in range(0, len(rows), memory.examples_at_once):
+                batch = collate(rows[start : start + memory.examples_at_once])
+                with device.autocast():
+                    value = loss(batch) * (len(batch.rows) / len(rows))
+                scaler.scale(value).backward()  # type: ignore[no-untyped-call]
+                mean, count = mean + value.item(), count + batch.tokens
+        except torch.OutOfMemoryError:
+            return None
+        return mean, count
 
     model.train()
     with Stopwatch(device) as watch:
         for _ in range(epochs):
-            for batch in epoch():
-                with device.autocast():
-                    value = loss(batch)
-                if not math.isfinite(number := value.item()):
-                    rates = ", ".join(f"{rate:.3g}" for rate in schedule.get_last_lr())
-                    raise TrainingDiverged(
-                        f"{what}: loss is {number} at step {step + 1} of {total}, learning rate {rates}; lower it"
-                    )
-                scaler.scale(value).backward()  # type: ignore[no-untyped-call]
+            for rows in epoch():
+                while (done := gradients(rows)) is None:
+                    optimizer.zero_grad()
+                    device.release_memory()
+                    memory = _relieve(memory, model, device, what)
+                number, batch_tokens = done
+                if not math.isfinite(number):
+                    raise diverged(f"loss is {number}")
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(parameters, clip_norm)
-                scaler.step(optimizer)
+                try:
+                    scaler.step(optimizer)
+                except torch.OutOfMemoryError:
+                    raise DoesNotFit(f"{what}: weights, gradients and optimizer state alone do not fit {device.name}") from None
+                scale = scaler.get_scale()
                 scaler.update()
                 optimizer.zero_grad()
-                schedule.step()
-                step, examples, tokens = step + 1, examples + len(batch.rows), tokens + batch.tokens
+                if scaler.get_scale() < scale:
+                    skipped += 1
+                    if scaler.get_scale() < 1.0:
+                        raise diverged("gradients overflow fp16 at any loss scale")
+                else:
+                    schedule.step()
+                step, examples, tokens = step + 1, examples + len(rows), tokens + batch_tokens
                 since_point += number
                 if step % every == 0 or step == total:
                     curve.append((step, since_point / (step - (curve[-1][0] if curve else 0))))
@@ -111,7 +156,27 @@ def fit(
         examples=examples,
         tokens=tokens,
         learning_curve=tuple(curve),
+        skipped_steps=skipped,
+        memory=memory,
     )
+
+
+def _relieve(memory: MemoryUse, model: Any, device: Device, what: str) -> MemoryUse:
+    """Half as many examples at once, or, where it is one already, activations computed twice (but on CPU, whose masks are not)."""
+    if memory.examples_at_once > 1:
+        return dataclasses.replace(
+            memory, examples_at_once=memory.examples_at_once // 2, times_out_of_memory=memory.times_out_of_memory + 1
+        )
+    if memory.gradient_checkpointing or device.kind == "cpu" or not getattr(model, "supports_gradient_checkpointing", False):
+        raise DoesNotFit(f"{what}: out of memory with one example at a time; use a smaller model or a larger device")
+    checkpoint_activations(model)
+    return dataclasses.replace(memory, gradient_checkpointing=True, times_out_of_memory=memory.times_out_of_memory + 1)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Have a transformers model keep the input of each layer only and run it again in the backward pass."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # transformers < 5.20
+    enable({"use_reentrant": False})
 
 
 def rate_factor(step: int, *, warmup: int, total: int) -> float:

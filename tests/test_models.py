@@ -208,7 +208,7 @@ def test_assets_are_fetched_by_name(saved):
     _, folder = saved()
     asked = []
     weights = locate(Pretrained(source="asset:encoder"), lambda asset: asked.append(asset.name) or folder)
-    assert (["encoder"], str(folder)) == (asked, weights.origin)
+    assert (["encoder"], str(folder)) == (asked, weights.folder)
 
 
 def test_one_word_is_one_token_at_tiny_scale():

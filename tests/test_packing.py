@@ -14,8 +14,9 @@ from peftbench.data import Split
 from peftbench.device import Device
 from peftbench.kernels import economize
 from peftbench.models import load_tokenizer, locate, prepare
-from peftbench.packing import Encoded, Spans, make_batch, make_packable, predict, shuffled_batches
+from peftbench.packing import Encoded, Spans, make_batch, make_packable, predict, shuffled_rows
 from peftbench.phases import Phase, Untrained
+from peftbench.training import checkpoint_activations
 
 CPU = Device(name="cpu", precision="fp32", why="test")
 VOCABULARY, LONGEST = 50, 12
@@ -228,32 +229,42 @@ def test_packed_batch_lays_tokens_end_to_end():
 
 
 @settings(max_examples=50, deadline=None)
-@given(n=st.integers(1, 40), size=st.integers(1, 45), seed=st.integers(0, 2**32 - 1), packed=st.booleans())
-def test_an_epoch_has_every_example_exactly_once(n, size, seed, packed):
-    """For any number of examples and any batch size; only the last batch may be smaller."""
-    encoded = encoded_of([1 + i % 3 for i in range(n)])
-    batches = list(shuffled_batches(encoded, size, "cpu", packed=packed, generator=torch.Generator().manual_seed(seed)))
-    assert list(range(n)) == sorted(row for batch in batches for row in batch.rows.tolist())
+@given(n=st.integers(1, 40), size=st.integers(1, 45), seed=st.integers(0, 2**32 - 1))
+def test_an_epoch_has_every_row_exactly_once(n, size, seed):
+    """For any number of rows and any batch size; only the last batch may be smaller."""
+    batches = list(shuffled_rows(n, size, torch.Generator().manual_seed(seed)))
+    assert list(range(n)) == sorted(row for batch in batches for row in batch)
     assert -(-n // size) == len(batches)
-    assert [size] * (n // size) == [len(batch.rows) for batch in batches][: n // size]
-    assert sum(len(tokens) for tokens in encoded.tokens) == sum(batch.tokens for batch in batches)
+    assert [size] * (n // size) == [len(batch) for batch in batches][: n // size]
 
 
 def test_order_comes_from_the_generator_alone():
     """The same generator state gives the same order, the next epoch another one, and the global seed plays no part."""
-    encoded = encoded_of([1] * 32)
 
     def epochs(global_seed):
         torch.manual_seed(global_seed)
         generator = torch.Generator().manual_seed(5)
-        return [
-            [row for batch in shuffled_batches(encoded, 5, "cpu", packed=True, generator=generator) for row in batch.rows.tolist()]
-            for _ in range(2)
-        ]
+        return [[row for batch in shuffled_rows(32, 5, generator) for row in batch] for _ in range(2)]
 
     first, second = epochs(0)
     assert [first, second] == epochs(1)
     assert first != second
+
+
+@architectures
+@pytest.mark.parametrize("peft", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(architecture, peft):
+    """Layers that run a second time in the backward pass narrow their rows as they did the first time."""
+    model = adapted(architecture, "LORA")[0] if peft else classifier(architecture)
+    assert make_packable(model)
+    batch = make_batch(encoded_of([6, 2, 11]), range(3), "cpu", packed=True)
+    expected, expected_gradients = loss_and_gradients(model.train(), batch)
+    checkpoint_activations(model)
+    actual, gradients = loss_and_gradients(model, batch)
+    torch.testing.assert_close(actual, expected)
+    assert expected_gradients.keys() == gradients.keys()
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient)
 
 
 @settings(max_examples=15, deadline=None)

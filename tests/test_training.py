@@ -15,11 +15,20 @@ from transformers import AutoModelForSequenceClassification, BertConfig, get_lin
 from peftbench.data import Split
 from peftbench.device import Device
 from peftbench.kernels import economize
-from peftbench.packing import Batch, Encoded, make_packable, shuffled_batches
-from peftbench.training import CURVE_POINTS, TrainingDiverged, fit, rate_factor
+from peftbench.packing import Batch, Encoded, make_batch, make_packable, shuffled_rows
+from peftbench.records import MemoryUse
+from peftbench.training import CURVE_POINTS, DoesNotFit, TrainingDiverged, fit, rate_factor
 
 CPU = Device(name="cpu", precision="fp32", why="test")
-DEFAULTS = {"epochs": 1, "warmup_fraction": 0.0, "clip_norm": 1.0, "weight_decay": 0.0, "device": CPU, "what": "X-test"}
+DEFAULTS = {
+    "epochs": 1,
+    "examples_at_once": 1000,
+    "warmup_fraction": 0.0,
+    "clip_norm": 1.0,
+    "weight_decay": 0.0,
+    "device": CPU,
+    "what": "X-test",
+}
 
 
 def silent(what, done, total):
@@ -39,6 +48,12 @@ def batches_of(n, size=4, seed=0):
     ]
 
 
+def fit_batches(model, loss, batches, groups, **arguments):
+    """`fit` over batches that are made already, the same ones in the same order each epoch."""
+    rows = [[(i, row) for row in range(len(batch.rows))] for i, batch in enumerate(batches)]
+    return fit(model, loss, lambda: iter(rows), lambda some: batches[some[0][0]], groups, **arguments)
+
+
 def perceptron(seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
@@ -51,10 +66,10 @@ def fit_losses(values, **options):
     batch = Batch(rows=torch.arange(2), labels=torch.zeros(2), inputs={}, tokens=3)
     arguments = {**DEFAULTS, "progress": silent, "steps_per_epoch": len(values), **options}
     groups = [{"params": list(model.parameters()), "lr": arguments.pop("lr", 1e-3)}]
-    return fit(
+    return fit_batches(
         model,
         lambda _: next(losses) + 0 * model.weight.sum(),
-        lambda: iter([batch] * arguments["steps_per_epoch"]),
+        [batch] * arguments["steps_per_epoch"],
         groups,
         **arguments,
     )
@@ -106,10 +121,10 @@ def test_twenty_steps_are_those_of_a_plain_loop(clip_norm, weight_decay):
         schedule.step()
         losses.append(loss.item())
 
-    run = fit(
+    run = fit_batches(
         model.eval(),
         lambda batch: F.cross_entropy(model(**batch.inputs), batch.labels),
-        lambda: iter(batches),
+        batches,
         groups_of(model),
         **{**DEFAULTS, "epochs": 2, "warmup_fraction": 0.25, "clip_norm": clip_norm, "weight_decay": weight_decay},
         steps_per_epoch=10,
@@ -124,10 +139,10 @@ def test_twenty_steps_are_those_of_a_plain_loop(clip_norm, weight_decay):
 def test_costs_are_counted_by_hand():
     """Ten batches of four examples and 10 to 19 tokens, twice."""
     model, batches = perceptron(), batches_of(10)
-    run = fit(
+    run = fit_batches(
         model,
         lambda batch: F.cross_entropy(model(**batch.inputs), batch.labels),
-        lambda: iter(batches),
+        batches,
         [{"params": list(model.parameters()), "lr": 1e-3}],
         **{**DEFAULTS, "epochs": 2},
         steps_per_epoch=10,
@@ -142,10 +157,10 @@ def test_parameters_outside_the_groups_stay():
     model, batches = perceptron(), batches_of(3)
     frozen = model[0].weight.detach().clone()
     head = model[2].weight.detach().clone()
-    fit(
+    fit_batches(
         model,
         lambda batch: F.cross_entropy(model(**batch.inputs), batch.labels),
-        lambda: iter(batches),
+        batches,
         [{"params": list(model[2].parameters()), "lr": 1e-2}],
         **DEFAULTS,
         steps_per_epoch=3,
@@ -173,8 +188,8 @@ def test_diverging_training_leaves_the_weights_of_the_last_good_step():
         return model.weight.sum() * (math.nan if len(weights) == 3 else 1.0)
 
     with pytest.raises(TrainingDiverged):
-        fit(
-            model, loss, lambda: iter([batch] * 4), [{"params": list(model.parameters()), "lr": 0.1}],
+        fit_batches(
+            model, loss, [batch] * 4, [{"params": list(model.parameters()), "lr": 0.1}],
             **DEFAULTS, steps_per_epoch=4, progress=silent,
         )  # fmt: skip
     assert weights[2] == model.weight.item()
@@ -226,7 +241,8 @@ def train_bert(seed):
     run = fit(
         model,
         lambda batch: F.cross_entropy(model(**batch.inputs).logits, batch.labels),
-        lambda: shuffled_batches(encoded, 5, "cpu", packed=packed, generator=generator),
+        lambda: shuffled_rows(n, 5, generator),
+        lambda rows: make_batch(encoded, rows, "cpu", packed=packed),
         [{"params": list(model.parameters()), "lr": 1e-3}],
         **{**DEFAULTS, "epochs": 2},
         steps_per_epoch=5,
@@ -251,10 +267,10 @@ def test_parameters_stay_fp32_and_learn(precision):
     model = perceptron()
     x = torch.randn(32, 3)
     batch = Batch(rows=torch.arange(32), labels=(x[:, 0] > 0).long(), inputs={"input": x}, tokens=1)
-    run = fit(
+    run = fit_batches(
         model,
         lambda b: F.cross_entropy(model(**b.inputs).float(), b.labels),
-        lambda: iter([batch] * 30),
+        [batch] * 30,
         [{"params": list(model.parameters()), "lr": 5e-2}],
         **{**DEFAULTS, "device": Device(name="cpu", precision=precision, why="test")},
         steps_per_epoch=30,
@@ -262,3 +278,107 @@ def test_parameters_stay_fp32_and_learn(precision):
     )
     assert {torch.float32} == {p.dtype for p in model.parameters()}
     assert run.learning_curve[-1][1] < run.learning_curve[0][1] / 2
+
+
+class Memory:
+    """A loss on a device that takes only so many examples at once."""
+
+    def __init__(self, model, x, labels, room):
+        self.model, self.x, self.labels, self.room = model, x, labels, room
+        self.sizes = []
+
+    def collate(self, rows):
+        index = torch.tensor(rows)
+        return Batch(rows=index, labels=self.labels[index], inputs={"input": self.x[index]}, tokens=len(rows))
+
+    def loss(self, batch):
+        self.sizes.append(len(batch.rows))
+        if len(batch.rows) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return F.cross_entropy(self.model(**batch.inputs), batch.labels)
+
+
+def train_within(room, *, at_once=16, model=None):
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(40, 3, generator=generator), torch.randint(0, 2, (40,), generator=generator)
+    model = model or perceptron()
+    memory = Memory(model, x, labels, room)
+    groups = [{"params": list(model.parameters()), "lr": 1e-2}]
+    rows = list(range(40))
+    epoch = lambda: iter([rows[:16], rows[16:32], rows[32:]])  # noqa: E731
+    options = {**DEFAULTS, "epochs": 2, "examples_at_once": at_once}
+    run = fit(model, memory.loss, epoch, memory.collate, groups, **options, steps_per_epoch=3, progress=silent)
+    return run, memory.sizes, torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize(("room", "at_once", "times"), [(16, 16, 0), (5, 4, 2), (1, 1, 4)])
+def test_running_out_of_memory_changes_the_portions_and_not_the_mathematics(room, at_once, times):
+    """The number at once is halved until it fits, stays there, and losses, weights and counts are those of whole batches."""
+    whole, _, expected = train_within(1000)
+    run, sizes, weights = train_within(room)
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-7)
+    assert [loss for _, loss in whole.learning_curve] == pytest.approx([loss for _, loss in run.learning_curve], rel=1e-5)
+    assert (6, 80, 80) == (run.steps, run.examples, run.tokens)
+    assert MemoryUse(examples_at_once=at_once, times_out_of_memory=times) == run.memory
+    assert times == sum(size > room for size in sizes)
+
+
+def test_a_number_at_once_can_be_given():
+    """As a plan has it: nothing larger is tried."""
+    run, sizes, weights = train_within(1000, at_once=4)
+    assert 4 == max(sizes)
+    assert MemoryUse(examples_at_once=4) == run.memory
+    torch.testing.assert_close(weights, train_within(1000)[2], rtol=1e-5, atol=1e-7)
+
+
+def test_one_example_that_does_not_fit_is_an_error():
+    """Its message says what to do, and has no traceback of an allocator."""
+    with pytest.raises(DoesNotFit, match="X-test: out of memory with one example at a time; use a smaller model"):
+        train_within(0)
+
+
+def test_optimizer_state_that_does_not_fit_is_an_error(monkeypatch):
+    """Fewer examples would not help there."""
+
+    def refuse(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", refuse)
+    with pytest.raises(DoesNotFit, match="optimizer state alone do not fit cpu"):
+        train_within(16)
+
+
+FP16 = Device(name="cpu", precision="fp16", why="test")
+
+
+def train_scaled(losses):
+    """One weight at 1.0 whose loss at step i is losses[i](weight)."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    steps = iter(losses)
+    batch = Batch(rows=torch.arange(1), labels=torch.zeros(1), inputs={}, tokens=1)
+    groups = [{"params": list(model.parameters()), "lr": 0.25}]
+    options = {**DEFAULTS, "device": FP16, "clip_norm": 1e9, "steps_per_epoch": len(losses)}
+    run = fit_batches(model, lambda _: next(steps)(model.weight.sum()), [batch] * len(losses), groups, **options, progress=silent)
+    return run, model.weight.item()
+
+
+def test_steps_that_overflow_fp16_are_skipped_and_counted():
+    """The scaled gradient of step 2 is beyond fp32: no update, a lower scale, the rate stays, and the rest trains on."""
+    run, weight = train_scaled([lambda w: w, lambda w: 1e38 * (w - 0.75), lambda w: w])
+    assert (3, 1) == (run.steps, run.skipped_steps)
+    plain = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([plain], weight_decay=0.0)
+    for rate in (0.25, 0.25 * 2 / 3):
+        optimizer.param_groups[0]["lr"] = rate
+        plain.grad = torch.ones(1)
+        optimizer.step()
+    assert plain.item() == pytest.approx(weight, rel=1e-6)
+
+
+def test_gradients_that_overflow_at_any_scale_stop_training():
+    """The scale falls below one: named with step and rate."""
+    with pytest.raises(
+        TrainingDiverged, match=r"X-test: gradients overflow fp16 at any loss scale at step 17 of 60, learning rate"
+    ):
+        train_scaled([lambda w: (w - 1).sqrt()] * 60)

@@ -1,0 +1,181 @@
+"""What a phase will cost, told before it is run: examples, tokens, arithmetic, memory, minutes."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from peftbench.device import Device
+from peftbench.models import Weights, count_parameters, load_classifier, prepare
+from peftbench.packing import Encoded, make_batch, make_packable, shuffled_rows
+from peftbench.phases import DATA_SEED, Phase
+
+SAMPLED_STEPS = 16
+"""Steps of an epoch whose arithmetic is counted; the rest is taken to cost the same a token."""
+
+MATRIX_SHARE = 0.4
+"""Share of a step that matrix multiplication takes; on two CPU cores at mini scale it was measured at 0.36 to 0.5."""
+
+USABLE = 0.9
+"""Share of the free memory that a plan may fill; the rest is left to fragments and to the libraries."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """
+    What one phase will need.
+
+    Attributes:
+        steps: Optimizer steps; 0 for a phase that only evaluates.
+        tokens: That go through the model in training, over all epochs.
+        training_flops: Multiplications and additions of the matrix products of training, forward and backward.
+        other_flops: The same for evaluation on dev and test, and for the teacher's logits that the phase learns from.
+        weight_bytes: Weights, their 16-bit copies, gradients and AdamW's state.
+        activation_bytes: Kept for the backward pass of the longest batch, as many examples at once as fit.
+    """
+
+    phase: str
+    parameters: int
+    trainable: int
+    examples: int
+    steps: int
+    tokens: int
+    training_flops: float
+    other_flops: float
+    examples_at_once: int
+    weight_bytes: int
+    activation_bytes: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """Weights and activations together."""
+        return self.weight_bytes + self.activation_bytes
+
+    def seconds(self, matrix_rate: float) -> float:
+        """Estimated duration at that many matrix operations a second."""
+        return (self.training_flops + self.other_flops) / (matrix_rate * MATRIX_SHARE)
+
+
+def plan_phase(
+    phase: Phase,
+    weights: Weights,
+    train: Encoded,
+    held_out: Sequence[Encoded],
+    device: Device,
+    *,
+    teacher: Weights | None = None,
+    memory_bytes: int | None = None,
+) -> Plan:
+    """
+    Count what a phase costs by running some of its steps on shapes alone, without weights and without arithmetic.
+
+    Args:
+        phase: With its changes for the scale made.
+        weights: Of the role that it trains.
+        train: What it learns from.
+        held_out: What it is evaluated on.
+        teacher: Whose logits it learns from.
+        memory_bytes: Free on the device; None asks the device.
+    """
+    model, packed = _shapes(weights, phase)
+    total, trainable = count_parameters(model)
+    trainable = trainable if phase.epochs else 0
+    forward = _flops_per_token(model, train, phase, packed=packed, training=False)
+    tokens = sum(map(len, train.tokens)) if phase.epochs else 0
+    other = forward * sum(len(t) for encoded in held_out for t in encoded.tokens)
+    if teacher is not None:
+        teaching, teacher_packed = _shapes(teacher, Phase(id=phase.id, role="teacher"))
+        other += _flops_per_token(teaching, train, phase, packed=teacher_packed, training=False) * tokens
+    free = device.free_memory() if memory_bytes is None else memory_bytes
+    weight_bytes = _weight_bytes(total, trainable, device)
+    at_once = _fitting(model, train, phase.batch_size, device, None if free is None else free - weight_bytes)
+    return Plan(
+        phase=phase.id,
+        parameters=total,
+        trainable=trainable,
+        examples=len(train) if phase.epochs else 0,
+        steps=phase.epochs * -(-len(train) // phase.batch_size),
+        tokens=phase.epochs * tokens,
+        training_flops=_flops_per_token(model, train, phase, packed=packed, training=True) * phase.epochs * tokens
+        if phase.epochs
+        else 0,
+        other_flops=other,
+        examples_at_once=at_once,
+        weight_bytes=weight_bytes,
+        activation_bytes=_activation_bytes(model, _longest(train, at_once), device) if phase.epochs else 0,
+    )
+
+
+def examples_at_once(model: nn.Module, encoded: Encoded, batch_size: int, device: Device) -> int:
+    """How many examples of a step fit the free memory together, the longest ones at that; halved from the batch size."""
+    free = device.free_memory()
+    total, trainable = count_parameters(model)
+    room = None if free is None else free - _weight_bytes(total, trainable, device) + 4 * total  # the weights are there already
+    return _fitting(model, encoded, batch_size, device, room)
+
+
+def measure_matrix_rate(device: Device, *, tokens: int = 512, width: int = 1024, rounds: int = 9) -> float:
+    """Multiplications and additions a second of a feed-forward layer's product on this device, in its precision; median."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(device.precision, torch.float32)
+    x = torch.ones(tokens, width, dtype=dtype, device=device.name)
+    w = torch.ones(width, 4 * width, dtype=dtype, device=device.name)
+    seconds = []
+    for _ in range(rounds):
+        device.synchronize()
+        began = time.perf_counter()
+        x @ w
+        device.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return 2 * tokens * width * 4 * width / statistics.median(seconds[1:])
+
+
+def _shapes(weights: Weights, phase: Phase) -> tuple[nn.Module, bool]:
+    with torch.device("meta"):
+        model, _ = prepare(load_classifier(weights, shapes_only=True), phase)
+        return model.train(), make_packable(model)
+
+
+def _flops_per_token(model: nn.Module, encoded: Encoded, phase: Phase, *, packed: bool, training: bool) -> float:
+    generator = torch.Generator().manual_seed(DATA_SEED)
+    batches = [
+        rows for rows, _ in zip(shuffled_rows(len(encoded), phase.batch_size, generator), range(SAMPLED_STEPS), strict=False)
+    ]
+    tokens = 0
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
+        for rows in batches:
+            batch = make_batch(encoded, rows, "meta", packed=packed)
+            loss = F.cross_entropy(model(**batch.inputs).logits, batch.labels)
+            if training:
+                loss.backward()  # type: ignore[no-untyped-call]
+            tokens += batch.tokens
+    return float(counter.get_total_flops()) / tokens
+
+
+def _fitting(model: nn.Module, encoded: Encoded, batch_size: int, device: Device, room: int | None) -> int:
+    size = batch_size
+    while room is not None and size > 1 and _activation_bytes(model, _longest(encoded, size), device) > USABLE * room:
+        size //= 2
+    return size
+
+
+def _longest(encoded: Encoded, n: int) -> list[int]:
+    return sorted(map(len, encoded.tokens))[-n:]
+
+
+def _weight_bytes(total: int, trainable: int, device: Device) -> int:
+    copies = 0 if device.precision == "fp32" else 2 * total
+    return 4 * total + copies + 12 * trainable
+
+
+def _activation_bytes(model: nn.Module, lengths: Sequence[int], device: Device) -> int:
+    """By Korthikanti et al. 2022, arXiv:2205.05198, equation 2, which counts 16-bit activations of every layer in full."""
+    config: Any = model.config
+    layers, width, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
+    tokens, cells = sum(lengths), len(lengths) * max(lengths) ** 2
+    return int(layers * (34 * tokens * width + 5 * heads * cells) * (2 if device.precision == "fp32" else 1))
