@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +14,9 @@ from peftbench.device import Device
 from peftbench.models import Weights, count_parameters, load_classifier, prepare
 from peftbench.packing import Encoded, make_batch, make_packable, shuffled_rows
 from peftbench.phases import DATA_SEED, Phase
+from peftbench.records import Plan
 
-SAMPLED_STEPS = 16
+SAMPLED_STEPS = 8
 """Steps of an epoch whose arithmetic is counted; the rest is taken to cost the same a token."""
 
 MATRIX_SHARE = 0.4
@@ -24,42 +24,6 @@ MATRIX_SHARE = 0.4
 
 USABLE = 0.9
 """Share of the free memory that a plan may fill; the rest is left to fragments and to the libraries."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """
-    What one phase will need.
-
-    Attributes:
-        steps: Optimizer steps; 0 for a phase that only evaluates.
-        tokens: That go through the model in training, over all epochs.
-        training_flops: Multiplications and additions of the matrix products of training, forward and backward.
-        other_flops: The same for evaluation on dev and test, and for the teacher's logits that the phase learns from.
-        weight_bytes: Weights, their 16-bit copies, gradients and AdamW's state.
-        activation_bytes: Kept for the backward pass of the longest batch, as many examples at once as fit.
-    """
-
-    phase: str
-    parameters: int
-    trainable: int
-    examples: int
-    steps: int
-    tokens: int
-    training_flops: float
-    other_flops: float
-    examples_at_once: int
-    weight_bytes: int
-    activation_bytes: int
-
-    @property
-    def memory_bytes(self) -> int:
-        """Weights and activations together."""
-        return self.weight_bytes + self.activation_bytes
-
-    def seconds(self, matrix_rate: float) -> float:
-        """Estimated duration at that many matrix operations a second."""
-        return (self.training_flops + self.other_flops) / (matrix_rate * MATRIX_SHARE)
 
 
 def plan_phase(
@@ -120,6 +84,11 @@ def examples_at_once(model: nn.Module, encoded: Encoded, batch_size: int, device
     return _fitting(model, encoded, batch_size, device, room)
 
 
+def estimate_seconds(plan: Plan, matrix_rate: float) -> float:
+    """Duration of a phase on a device that does that many multiplications and additions of matrix products a second."""
+    return (plan.training_flops + plan.other_flops) / (matrix_rate * MATRIX_SHARE)
+
+
 def measure_matrix_rate(device: Device, *, tokens: int = 512, width: int = 1024, rounds: int = 9) -> float:
     """Multiplications and additions a second of a feed-forward layer's product on this device, in its precision; median."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(device.precision, torch.float32)
@@ -150,7 +119,8 @@ def _flops_per_token(model: nn.Module, encoded: Encoded, phase: Phase, *, packed
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
         for rows in batches:
             batch = make_batch(encoded, rows, "meta", packed=packed)
-            loss = F.cross_entropy(model(**batch.inputs).logits, batch.labels)
+            inputs = {name: value for name, value in batch.inputs.items() if name != "attention_mask"}  # its values are asked for
+            loss = F.cross_entropy(model(**inputs).logits, batch.labels)
             if training:
                 loss.backward()  # type: ignore[no-untyped-call]
             tokens += batch.tokens

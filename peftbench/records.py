@@ -17,7 +17,10 @@ from typing import Any, Literal
 from peftbench.phases import KD_MAX_LENGTH, Phase
 from peftbench.sealed import lock, write_atomically
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+_ADDED: Mapping[int, Sequence[str]] = {2: ("skipped_steps", "memory_use")}
+"""The top-level keys that each version of the schema brought; in records of older ones they are null."""
 
 
 class RecordError(ValueError):
@@ -85,6 +88,38 @@ class MemoryUse:
     examples_at_once: int
     times_out_of_memory: int = 0
     gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """
+    What one phase will need.
+
+    Attributes:
+        steps: Optimizer steps; 0 for a phase that only evaluates.
+        tokens: That go through the model in training, over all epochs.
+        training_flops: Multiplications and additions of the matrix products of training, forward and backward.
+        other_flops: The same for evaluation on dev and test, and for the teacher's logits that the phase learns from.
+        weight_bytes: Weights, their 16-bit copies, gradients and AdamW's state.
+        activation_bytes: Kept for the backward pass of the longest batch, as many examples at once as fit.
+    """
+
+    phase: str
+    parameters: int
+    trainable: int
+    examples: int
+    steps: int
+    tokens: int
+    training_flops: float
+    other_flops: float
+    examples_at_once: int
+    weight_bytes: int
+    activation_bytes: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """Weights and activations together."""
+        return self.weight_bytes + self.activation_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,9 +220,11 @@ class Record:
         """
         if not isinstance(content, dict) or "schema_version" not in content or "outcome" not in content:
             raise RecordError("not a peftbench record: no schema_version and outcome at the top level")
-        if content["schema_version"] != SCHEMA_VERSION:
-            raise RecordError(f"schema_version must be {SCHEMA_VERSION}, got {content['schema_version']!r}")
-        record: Record = _from_json(cls, content, "record")
+        version = content["schema_version"]
+        if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
+            raise RecordError(f"schema_version must be 1 to {SCHEMA_VERSION}, got {version!r}; a newer peftbench may read it")
+        later = {key: None for added, keys in _ADDED.items() if added > version for key in keys}
+        record: Record = _from_json(cls, {**later, **content, "schema_version": SCHEMA_VERSION}, "record")
         return record
 
 
@@ -357,7 +394,7 @@ def _from_json(kind: Any, value: Any, where: str) -> Any:
         return {key: _from_json(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
-    if kind in (int, str) and type(value) is kind:
+    if kind in (int, str, bool) and type(value) is kind:
         return value
     raise RecordError(f"{where} must be {getattr(kind, '__name__', kind)}, got {str(value)[:80]!r}")
 

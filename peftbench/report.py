@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from peftbench.compare import Summary, pareto_front, summarize
-from peftbench.records import Record
+from peftbench.records import Plan, Record
 
 HEADERS = (
     "phase",
@@ -37,6 +37,48 @@ def render_summary(records: Sequence[Record]) -> str:
         table = tabulate(rows, headers=HEADERS, tablefmt="simple", disable_numparse=True, colalign=("left",) + ("right",) * 11)
         blocks.append("\n".join([table, *_notes(summaries)]))
     return "\n\n".join(blocks)
+
+
+def render_plans(plans: Sequence[Plan], seconds: Sequence[float], *, matrix_rate: float, free_bytes: int | None) -> str:
+    """
+    What phases will cost, one row each, and whether it fits.
+
+    Args:
+        plans: Of the phases, in their order.
+        seconds: Estimated duration of each.
+        matrix_rate: Multiplications and additions a second that the estimate goes by.
+        free_bytes: Memory of the device; None where it has no memory of its own.
+    """
+    from tabulate import tabulate
+
+    rows = [
+        [
+            plan.phase,
+            render_count(plan.trainable),
+            plan.examples,
+            plan.steps,
+            render_count(plan.tokens),
+            f"{plan.training_flops / 1e12:.1f}",
+            f"{plan.other_flops / 1e12:.1f}",
+            render_bytes(plan.memory_bytes),
+            plan.examples_at_once,
+            render_duration(duration),
+        ]
+        for plan, duration in zip(plans, seconds, strict=True)
+    ]
+    headers = ["phase", "trained", "examples", "steps", "tokens", "TFLOP train", "other", "memory", "at once", "about"]
+    lines = [tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True, colalign=("left",) + ("right",) * 9)]
+    lines.append(
+        f"all: about {render_duration(sum(seconds))}, at {matrix_rate / 1e9:.0f} GFLOP/s measured for a matrix product here"
+    )
+    lines.append("TFLOP: matrix products, forward and backward; other: evaluation and the teacher's logits; at once: examples")
+    if free_bytes is None:
+        lines.append("memory: weights, gradients, optimizer and activations; the device shares the machine's memory")
+        return "\n".join(lines)
+    needed = max((plan.memory_bytes for plan in plans), default=0)
+    verdict = "fits" if needed <= free_bytes else "does not fit"
+    lines.append(f"memory: {verdict}: needs {render_bytes(needed)} of the {render_bytes(free_bytes)} that are free")
+    return "\n".join(lines)
 
 
 def render_duration(seconds: float) -> str:

@@ -6,7 +6,7 @@ Free of pytest and of global state: arguments and result can be pickled, so a ca
 
 import functools
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -47,8 +47,8 @@ from peftbench.models import (
 )
 from peftbench.packing import Batch, Encoded, make_batch, make_packable, predict, shuffled_rows
 from peftbench.phases import DATA_SEED, Phase, Pretrained, Scale, Untrained
-from peftbench.plan import examples_at_once
-from peftbench.records import Efficiency, ParameterCounts, Record, Store, TeacherCost, phase_config
+from peftbench.plan import examples_at_once, plan_phase
+from peftbench.records import Efficiency, ParameterCounts, Plan, Record, Store, TeacherCost, phase_config
 from peftbench.sealed import building, fingerprint, lock, unseal
 from peftbench.training import Fit, Progress, fit
 
@@ -303,6 +303,30 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
     del model, groups
     bench.device.release_memory()
     return record
+
+
+def plan_phases(phases: Sequence[Phase], bench: Workbench, *, memory_bytes: int | None = None) -> list[Plan]:
+    """What each phase will cost on the bench's device, that of tuning the teacher first where the scale has none published."""
+    scale, device = bench.scale, bench.device
+    recipe = scale.teacher
+    teacher = bench.weights(recipe if isinstance(recipe, Pretrained) else scale.backbone)
+    plans = []
+    for phase in (*([recipe] if isinstance(recipe, Phase) else []), *(phase.at(scale.name) for phase in phases)):
+        weights = teacher if phase.role == "teacher" else bench.weights(_source(phase, scale))
+        splits = bench.splits
+        train = splits.train if phase.subset is None else draw(splits.train, phase.subset)
+        plans.append(
+            plan_phase(
+                phase,
+                weights,
+                bench.encoded(train, weights, phase.max_length),
+                [] if phase is recipe else [bench.encoded(split, weights, phase.max_length) for split in (splits.dev, splits.test)],
+                device,
+                teacher=teacher if phase.distillation is not None else None,
+                memory_bytes=memory_bytes,
+            )
+        )
+    return plans
 
 
 def failed_record(phase: Phase, scale: Scale, seed: int, settings: Settings, error: BaseException) -> Record:

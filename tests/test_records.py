@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import numpy
 import pytest
@@ -16,6 +17,7 @@ from peftbench.phases import LORA, Distillation, Phase
 from peftbench.records import (
     SCHEMA_VERSION,
     Efficiency,
+    MemoryUse,
     ParameterCounts,
     Predictions,
     Record,
@@ -48,6 +50,8 @@ PASSED = Record(
     efficiency=Efficiency(accuracy_per_million_params=9e4, accuracy_per_minute=4.32),
     teacher_cost=TeacherCost(training_seconds=30.0, logit_seconds=2.0, cache="hit"),
     learning_curve=((1, 0.7), (2, 0.5)),
+    skipped_steps=1,
+    memory_use=MemoryUse(examples_at_once=8, times_out_of_memory=1, gradient_checkpointing=True),
     predictions={"dev": Predictions.from_labels([1, 0, 1], [1, 1, 1], "s" * 64)},
     versions={"torch": "2.6"},
 )
@@ -190,8 +194,8 @@ def without(key):
         ),
         pytest.param(json.dumps(changed("latency_ms", 10**400)), "latency_ms", id="whole-number-beyond-floats"),
         pytest.param(json.dumps(changed("config.x", "@")).replace('"@"', "1e999"), "config", id="1e999-in-config"),
-        pytest.param(json.dumps(changed("schema_version", 2)), "schema_version must be 1, got 2", id="newer-schema"),
-        pytest.param(json.dumps(changed("schema_version", "1")), "schema_version must be 1, got '1'", id="schema-text"),
+        pytest.param(json.dumps(changed("schema_version", 3)), "schema_version must be 1 to 2, got 3", id="newer-schema"),
+        pytest.param(json.dumps(changed("schema_version", "1")), "schema_version must be 1 to 2, got '1'", id="schema-text"),
         pytest.param(json.dumps(changed("schema_version", True)), "schema_version", id="schema-bool"),
         pytest.param(json.dumps(changed("outcome", "skipped")), "outcome", id="unknown-outcome"),
         pytest.param(json.dumps(changed("teacher_cost.cache", "maybe")), "teacher_cost.cache", id="unknown-choice"),
@@ -416,3 +420,13 @@ def test_a_phases_configuration_holds_every_hyperparameter():
     assert {field.name for field in dataclasses.fields(Phase)} - {"id", "at_scale"} == set(config)
     assert {"alpha": 0.5, "temperature": 2.0} == config["distillation"]
     assert config == json.loads(json.dumps(config))
+
+
+def test_records_of_the_first_schema_are_read():
+    """A file as version 1 wrote it: its figures are there, and what it did not know is null."""
+    path = Path(__file__).parent / "data/record_schema_1.json"
+    written, record = json.loads(path.read_text("utf-8")), read_record(path)
+    assert (1, SCHEMA_VERSION) == (written["schema_version"], record.schema_version)
+    assert (None, None) == (record.skipped_steps, record.memory_use)
+    again = record.to_json()
+    assert written == {**{key: again[key] for key in written}, "schema_version": 1}
