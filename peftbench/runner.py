@@ -182,6 +182,8 @@ class Workbench:
             torch.set_num_threads(self.scale.threads or _THREADS)
             retain_memory()
             economize(model)
+        else:
+            torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32, where the chip has it
         return model.to(self.device.name), packed
 
     def _fetch(self, asset: Asset) -> Path:

@@ -116,3 +116,58 @@ def test_help_names_the_options(capsys):
 def test_both_pinned_assets_are_fetched():
     """The encoder and the reviews, and nothing else."""
     assert {"encoder": ENCODER, "reviews": REVIEWS} == cli.ASSETS
+
+
+PHASES_FILE = """
+from peftbench.phases import LORA, Distillation, Phase
+
+PHASES = [
+    Phase(id="A-teacher", role="teacher"),
+    Phase(id="D-hybrid", role="backbone", subset=64, peft=LORA, unfreeze_top_layers=1, epochs=2, distillation=Distillation()),
+]
+"""
+
+
+def test_plan_has_a_row_for_each_phase_and_the_teachers_tuning(tmp_path, capsys):
+    """At tiny scale, where nothing is fetched: 64 examples twice are 8 steps."""
+    (tmp_path / "phases.py").write_text(PHASES_FILE, "utf-8")
+    arguments = ["plan", "--scale", "tiny", "--phases", str(tmp_path / "phases.py"), "--outputs", str(tmp_path / "outputs")]
+    assert 0 == cli.main([*arguments, "--device", "cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split() for line in lines[3:6]}
+    assert ["T-tune", "A-teacher", "D-hybrid"] == list(rows)
+    assert ["0", "0", "0", "0"] == rows["A-teacher"][1:5]
+    assert ["64", "8"] == rows["D-hybrid"][2:4]
+    assert "GFLOP/s measured" in lines[6]
+    assert 0 == cli.main([*arguments, "--memory", "0.001"])
+    assert "does not fit: needs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "--phases must be a Python file"),
+        ("PHASES = []", "must have a list PHASES"),
+        ("PHASES = ['B']", "must have a list PHASES"),
+    ],
+)
+def test_plan_without_phases_is_explained(tmp_path, capsys, content, message):
+    """No file, none in it, or something else: what was wanted, and exit status 2."""
+    path = tmp_path / "phases.py"
+    if content is not None:
+        path.write_text(content, "utf-8")
+    assert 2 == cli.main(["plan", "--scale", "tiny", "--phases", str(path), "--outputs", str(tmp_path)])
+    assert message in capsys.readouterr().err
+
+
+def test_command_loads_no_torch_before_it_needs_it():
+    """`peftbench --help` answers at once."""
+    code = "import sys, peftbench.cli; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "[]" == done.stdout.strip()
+
+
+def test_module_runs_as_the_command():
+    """`python -m peftbench`, as the notebook has it."""
+    done = subprocess.run([sys.executable, "-m", "peftbench", "--help"], capture_output=True, text=True, check=False)
+    assert (0, True) == (done.returncode, "plan" in done.stdout)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftbench.records import Efficiency, ParameterCounts, Record, SplitMetrics, TeacherCost
-from peftbench.report import HEADERS, render_bytes, render_count, render_duration, render_summary
+from peftbench.records import Efficiency, ParameterCounts, Plan, Record, SplitMetrics, TeacherCost
+from peftbench.report import HEADERS, render_bytes, render_count, render_duration, render_plans, render_summary
 
 LORA = Record(
     run_id="20250102T030405Z-abcdef",
@@ -250,3 +250,35 @@ def test_scales_have_a_table_each():
 def test_no_records_are_no_table():
     """A session without cases prints nothing."""
     assert "" == render_summary([])
+
+
+PLAN = Plan(
+    phase="B-lora",
+    parameters=23_160_000,
+    trainable=591_000,
+    examples=8241,
+    steps=1032,
+    tokens=441_700,
+    training_flops=18.3e12,
+    other_flops=1.04e12,
+    examples_at_once=16,
+    weight_bytes=200 << 20,
+    activation_bytes=51 << 20,
+)
+
+
+@pytest.mark.parametrize(
+    ("free", "verdict"),
+    [
+        (15 << 30, "memory: fits: needs 251 MiB of the 15.0 GiB that are free"),
+        (250 << 20, "memory: does not fit: needs 251 MiB of the 250 MiB that are free"),
+        (None, "shares the machine's memory"),
+    ],
+)
+def test_plan_by_hand(free, verdict):
+    """Each figure in its unit, the sum of the durations, and whether the largest phase fits."""
+    text = render_plans([PLAN, PLAN], [60.0, 90.4], matrix_rate=3.4e11, free_bytes=free)
+    row = text.splitlines()[2].split()
+    assert ["B-lora", "591.0k", "8241", "1032", "441.7k", "18.3", "1.0", "251", "MiB", "16", "1:00", "min"] == row
+    assert "all: about 2:30 min, at 340 GFLOP/s" in text
+    assert verdict in text.splitlines()[-1]

@@ -1,0 +1,91 @@
+"""
+BERT-large and DistilBERT at full size with random weights, on real sentence lengths: does each phase run, does the plan hold?
+
+Not part of the study: `pytest benchmarks/full_size.py --peft-data DIR` runs 20 optimizer steps of each phase through the code of a
+real run and counts their arithmetic. It needs the data, 12 GB of memory and some ten minutes of two CPU cores.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForSequenceClassification, BertConfig, DistilBertConfig
+
+from peftbench import runner
+from peftbench.assets import ENCODER, asset_path
+from peftbench.data import draw, read_glue_folder
+from peftbench.models import load_tokenizer, locate, save_classifier
+from peftbench.phases import LORA, SCALES, Distillation, Phase, Pretrained
+from peftbench.records import Store
+from peftbench.runner import Settings, Workbench, plan_phases, run_phase
+
+STEPS, BATCH = 20, 16
+CONFIGS = {
+    "bert-large": BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
+    "distilbert": DistilBertConfig(),
+}
+PHASES = [
+    Phase(id="A-teacher", role="teacher"),
+    Phase(id="B-lora", role="backbone", peft=LORA, epochs=1, subset=STEPS * BATCH),
+    Phase(id="C1-full", role="student", epochs=1, subset=STEPS * BATCH),
+    Phase(id="C2-kd", role="student", epochs=1, subset=STEPS * BATCH, distillation=Distillation()),
+    Phase(
+        id="D-hybrid",
+        role="backbone",
+        peft=LORA,
+        unfreeze_top_layers=2,
+        epochs=1,
+        subset=STEPS * BATCH,
+        distillation=Distillation(),
+    ),
+]
+
+
+@pytest.fixture(scope="session")
+def bench(pytestconfig, tmp_path_factory):
+    """The thesis scale over checkpoints made here, a thousand training sentences and a few to evaluate."""
+    given = pytestconfig.getoption("peft_data")
+    if not given:
+        raise pytest.UsageError("benchmarks/full_size.py needs --peft-data DIR, real sentences in GLUE's format")
+    folder = tmp_path_factory.mktemp("full_size")
+    splits = read_glue_folder(Path(given))
+    for split, rows in ((splits.train, 1000), (splits.dev, 32), (splits.test, 32)):
+        some = draw(split, rows)
+        lines = [f"{sentence}\t{label}\n" for sentence, label in zip(some.sentences, some.labels, strict=True)]
+        (folder / f"{split.name}.tsv").write_text("sentence\tlabel\n" + "".join(lines), "utf-8")
+    outputs = Path(pytestconfig.getoption("peft_outputs") or "outputs").absolute()
+    words = locate(Pretrained(source=str(asset_path(ENCODER, Store(outputs, "mini").assets))), fetch=None)
+    for name, config in CONFIGS.items():
+        torch.manual_seed(0)
+        save_classifier(AutoModelForSequenceClassification.from_config(config), load_tokenizer(words), folder / name)
+    large, small = Pretrained(source=str(folder / "bert-large")), Pretrained(source=str(folder / "distilbert"))
+    scale = dataclasses.replace(SCALES["thesis"], backbone=large, teacher=large, student=small)
+    return Workbench(scale, Settings(outputs=folder / "outputs", run_id="full-size", data=folder))
+
+
+@pytest.mark.parametrize("phase", PHASES, ids=lambda phase: phase.id)
+def test_plan_holds_over_twenty_steps(phase, bench, monkeypatch, capsys, pytestconfig):
+    """The phase takes its steps, and the arithmetic that torch counts in them is the plan's within 5%."""
+    [planned] = plan_phases([phase], bench)
+    counter = FlopCounterMode(display=False)
+
+    def fit(*arguments, **options):
+        with counter:
+            return original(*arguments, **options)
+
+    original = runner.fit
+    monkeypatch.setattr(runner, "fit", fit)
+    record = run_phase(phase, bench.scale, 42, bench.settings, workbench=bench)
+    assert (STEPS if phase.epochs else 0) == record.optimizer_steps
+    counted = counter.get_total_flops() if phase.epochs else 0
+    tera, gib, counts = 1e12, 2**30, record.parameter_counts
+    with capsys.disabled():
+        pytestconfig.pluginmanager.getplugin("terminalreporter").write_line(
+            f"\n{phase.id}: {counts.trainable / 1e6:.1f}M of {counts.total / 1e6:.1f}M trained, "
+            f"{record.optimizer_steps} steps in {record.train_runtime_seconds:.0f} s; "
+            f"TFLOP planned {planned.training_flops / tera:.3f}, counted {counted / tera:.3f}; "
+            f"GiB planned {planned.memory_bytes / gib:.1f}, peak {record.peak_memory_bytes / gib:.1f}"
+        )
+    assert planned.training_flops == pytest.approx(counted, rel=0.05)
