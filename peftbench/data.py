@@ -287,19 +287,23 @@ def load_glue(notify: Callable[[str], None] = say) -> Splits:
 
 
 def _label(bare: Split, labelled: Sequence[tuple[str, int]]) -> Split:
-    by_letters: dict[str, set[int]] = {}
+    known: dict[str, set[int]] = {}
     for text, label in labelled:
-        by_letters.setdefault(_letters(text), set()).add(label)
-    for sentence in bare.sentences:
-        if _letters(sentence) not in by_letters:
-            raise DataError(f"{GLUE}: test sentence {sentence!r} is not among the {len(labelled)} of {LABELLED_TEST}")
-    own = {_letters(sentence) for sentence in bare.sentences}
+        for spelling in _spellings(text):
+            known.setdefault(spelling, set()).add(label)
+    own = {spelling for sentence in bare.sentences for spelling in _spellings(sentence)}
     for text, _ in labelled:
-        if _letters(text) not in own:
+        if own.isdisjoint(_spellings(text)):
             raise DataError(f"{LABELLED_TEST}: test sentence {text!r} is not among the {len(bare)} of {GLUE}")
-        if len(by_letters[_letters(text)]) > 1:
-            raise DataError(f"{LABELLED_TEST}: test sentence {text!r} stands there with both labels")
-    return Split("test", bare.ids, bare.sentences, tuple(min(by_letters[_letters(s)]) for s in bare.sentences))
+    labels: list[int] = []
+    for sentence in bare.sentences:
+        found: set[int] = set().union(*(known.get(spelling, ()) for spelling in _spellings(sentence)))
+        if not found:
+            raise DataError(f"{GLUE}: test sentence {sentence!r} is not among the {len(labelled)} of {LABELLED_TEST}")
+        if len(found) > 1:
+            raise DataError(f"{LABELLED_TEST}: test sentence {sentence!r} stands there with both labels")
+        labels += found
+    return Split("test", bare.ids, bare.sentences, tuple(labels))
 
 
 def _split_of_table(folder: Path, stem: str, name: str) -> Split:
@@ -313,7 +317,10 @@ def _read_table(folder: Path, stem: str, columns: Sequence[str]) -> Any:
 
     files = sorted(str(file) for file in folder.glob(f"{stem}*") if file.suffix in (".parquet", ".jsonl", ".json"))
     if not files:
-        raise DataError(f"{folder} has no {stem}*.parquet and no {stem}*.jsonl; was the data set moved on the Hub?")
+        raise DataError(
+            f"{folder} has no {stem}*.parquet and no {stem}*.jsonl; was the data set moved on the Hub, "
+            "or is its copy in the cache not whole? Then run once online"
+        )
     try:
         table = Dataset.from_parquet(files) if files[0].endswith(".parquet") else Dataset.from_json(files)
     except Exception as error:  # of pyarrow or of datasets, which wrap each other
@@ -330,9 +337,14 @@ def _count_in_train(train: Split, *others: Split) -> dict[str, int]:
     return {f"{s.name}_sentences_in_train": sum(_normal(text) in in_train for text in s.sentences) for s in others}
 
 
-def _letters(text: str) -> str:
-    """What is left of a sentence under any tokenization, case or accents."""
-    return "".join(c for c in unicodedata.normalize("NFKD", text).casefold() if c.isalnum())
+def _spellings(text: str) -> tuple[str, str]:
+    """
+    What is left of a sentence under any tokenization, case and bracket, accents folded, and, for text whose accents were spoilt,
+    without any letter that has one.
+    """
+    plain = re.sub(r"-[lr][rsc]b-", "", text.casefold())  # the Penn Treebank's brackets
+    folded = unicodedata.normalize("NFKD", plain)
+    return ("".join(c for c in folded if c.isalnum()), "".join(c for c in plain if c.isalnum() and c.isascii()))
 
 
 _POSITIVE = ["wonderful", "brilliant", "moving", "funny", "delightful", "superb"]

@@ -63,6 +63,11 @@ class Device:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         return torch.autocast(self.kind, dtype or torch.bfloat16, enabled=dtype is not None)
 
+    def set_up(self) -> None:
+        """Let fp32 products that a 16-bit precision leaves use TF32, where the chip has it; fp32 on request stays exact."""
+        if self.kind == "cuda":
+            torch.set_float32_matmul_precision("highest" if self.precision == "fp32" else "high")
+
     def free_memory(self) -> int | None:
         """Bytes that a model could still take, or None where the operating system is left to decide."""
         if self.kind != "cuda":

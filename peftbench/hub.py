@@ -1,6 +1,7 @@
 """Repositories of the Hugging Face Hub as local folders: fetched once, at one commit, into the Hub's own cache."""
 
 import errno
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def snapshot(
             status = _status(error)
             if status not in BUSY or pause is None or constants.HF_HUB_OFFLINE:
                 raise HubError(_explain(error, repo, kind, revision)) from None
-            wait = _retry_after(error) or pause
+            wait = _pause_asked_for(error) or pause
             if wait > LONGEST_PAUSE:
                 raise HubError(f"the Hub wants a pause of {wait:.0f} s before it gives {repo} ({status}); run again then") from None
             notify(f"the Hub answered {status} for {repo}; asking again in {wait:.0f} s")
@@ -87,7 +88,8 @@ def _explain(error: Exception, repo: str, kind: Kind, revision: str | None) -> s
             f"run once without it, {instead}"
         )
     if any(isinstance(cause, GatedRepoError) for cause in causes):
-        return f"{what} is gated: ask for access at {constants.ENDPOINT}/{repo} and set HF_TOKEN, {instead}"
+        page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
+        return f"{what} is gated: ask for access at {page} and set HF_TOKEN, {instead}"
     if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
         return f"{what} has no revision {revision!r}: name a branch, a tag or a commit of it"
     status = _status(error)
@@ -116,9 +118,12 @@ def _status(error: Exception) -> int | None:
     return next((response.status_code for response in responses if response is not None), None)
 
 
-def _retry_after(error: Exception) -> float | None:
+def _pause_asked_for(error: Exception) -> float | None:
+    """Seconds by ``Retry-After``, or until the window of the Hub's ``RateLimit: "api";r=0;t=55`` ends."""
     for cause in _causes(error):
-        response = getattr(cause, "response", None)
-        if response is not None and (seconds := response.headers.get("Retry-After", "")).isdecimal():
+        headers = getattr(getattr(cause, "response", None), "headers", {})
+        if (seconds := headers.get("Retry-After", "")).isdecimal():
             return float(seconds)
+        if window := re.search(r";\s*t=(\d+)", headers.get("RateLimit", "")):
+            return float(window[1]) + 1
     return None

@@ -127,7 +127,8 @@ class Linear(nn.Linear):
     """
     `torch.nn.Linear` that keeps its memory: a frozen weight in autocast's type, and one gradient buffer of a trained one.
 
-    The buffers become the gradients of weight and bias; setting those to None, as ``zero_grad`` does, starts the next step.
+    A frozen weight is written anew when torch counts a new version of it, which writing to its ``.data`` does not. The buffers
+    become the gradients of weight and bias; setting those to None, as ``zero_grad`` does, starts the next step.
     """
 
     _cast: tuple[Any, list[Tensor]] | None = None
@@ -158,7 +159,8 @@ class Linear(nn.Linear):
             return [p.detach().to(dtype) for p in parameters]
         state = (dtype, *((p.data_ptr(), p._version) for p in parameters))
         if self._cast is None or self._cast[0] != state:
-            self._cast = state, [p.detach().to(dtype) for p in parameters]
+            with torch.inference_mode(False):  # what is kept may be used in training later
+                self._cast = state, [p.detach().to(dtype) for p in parameters]
         return self._cast[1]
 
 

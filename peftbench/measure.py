@@ -109,7 +109,7 @@ def describe_commit(folder: Path) -> dict[str, Any]:
     commit = _git(folder, "rev-parse", "HEAD")
     if not commit:
         return {"id": None, "dirty": None, "changes": None}
-    changes = _git(folder, "diff", "HEAD")
+    changes = _git(folder, "diff", "HEAD", "--", ":/", ":(top,exclude)*.ipynb")  # notebooks save what they print
     modules = _git(folder, "ls-files", "--others", "--exclude-standard", "--", "*.py")
     if changes is None or modules is None:
         return {"id": commit.strip(), "dirty": None, "changes": None}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import TaskType, get_peft_config, get_peft_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -90,6 +91,7 @@ def locate(source: Pretrained | Untrained, fetch: Fetch, notify: Callable[[str],
         raise ModelError(
             f"{source.source} has no model.safetensors; pickled weights can run code and are not loaded. Name a revision that "
             "has it (the Hub keeps its conversions as refs/pr/1 and so on), or save the checkpoint anew with safetensors"
+            + ("" if commit is None else f". If it does have it, its copy in {folder} is not whole: run once online")
         )
     content = {file.name: file_sha256(file) for file in files}
     return Weights(source, str(folder), fingerprint([content, list(source.layers)]), commit)
@@ -151,7 +153,7 @@ def _from_checkpoint(weights: Weights, labels: dict[str, Any], *, tuned: bool) -
     logging.set_verbosity_error()  # that the head is new is what we want, not news
     try:
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            weights.folder, use_safetensors=True, output_loading_info=True, **labels
+            weights.folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **labels
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot load a two-label classifier from {source.source}: {str(error).strip()[:300]}") from error

@@ -163,7 +163,7 @@ def shuffled_rows(n: int, size: int, generator: torch.Generator) -> Iterator[lis
 
 def predict(model: nn.Module, encoded: Encoded, device: Device, *, packed: bool, batch_size: int = 64) -> Tensor:
     """
-    Logits of every example without dropout, sentences of like length together.
+    Logits of every example without dropout, sentences of like length together, in smaller batches where memory runs out.
 
     Returns:
         Shape (N, C), fp32, on the CPU, in the order of the examples.
@@ -173,9 +173,18 @@ def predict(model: nn.Module, encoded: Encoded, device: Device, *, packed: bool,
     was_training = model.training
     model.eval()
     with torch.inference_mode(), device.autocast():
-        for start in range(0, len(order), batch_size):
+        start = 0
+        while start < len(order):
             batch = make_batch(encoded, order[start : start + batch_size], device.name, packed=packed)
-            out = model(**batch.inputs).logits.float().cpu()
+            try:
+                out = model(**batch.inputs).logits.float().cpu()
+            except torch.OutOfMemoryError:
+                if batch_size == 1:
+                    raise
+                batch_size //= 2
+                device.release_memory()
+                continue
+            start += len(batch.rows)
             logits = out.new_empty(len(encoded), out.shape[1]) if logits is None else logits
             logits[batch.rows] = out
     model.train(was_training)

@@ -1,7 +1,6 @@
 """What a phase will cost, told before it is run: examples, tokens, arithmetic, memory, minutes."""
 
 import statistics
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from peftbench.device import Device
+from peftbench.measure import Stopwatch
 from peftbench.models import Weights, count_parameters, load_classifier, prepare
 from peftbench.packing import Encoded, make_batch, make_packable, shuffled_rows
 from peftbench.phases import DATA_SEED, Phase
@@ -20,7 +20,10 @@ SAMPLED_STEPS = 8
 """Steps of an epoch whose arithmetic is counted; the rest is taken to cost the same a token."""
 
 MATRIX_SHARE = 0.4
-"""Share of a step that matrix multiplication takes; on two CPU cores at mini scale it was measured at 0.36 to 0.5."""
+"""Share of a step that matrix multiplication takes, as measured on two CPU cores at mini scale; on a GPU it was not measured."""
+
+LEAST_SECONDS = 0.05
+"""Of one round of the matrix rate's measurement."""
 
 USABLE = 0.9
 """Share of the free memory that a plan may fill; the rest is left to fragments and to the libraries."""
@@ -89,19 +92,23 @@ def estimate_seconds(plan: Plan, matrix_rate: float) -> float:
     return (plan.training_flops + plan.other_flops) / (matrix_rate * MATRIX_SHARE)
 
 
-def measure_matrix_rate(device: Device, *, tokens: int = 512, width: int = 1024, rounds: int = 9) -> float:
+def measure_matrix_rate(device: Device, *, tokens: int = 512, width: int = 1024, rounds: int = 5) -> float:
     """Multiplications and additions a second of a feed-forward layer's product on this device, in its precision; median."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(device.precision, torch.float32)
     x = torch.ones(tokens, width, dtype=dtype, device=device.name)
     w = torch.ones(width, 4 * width, dtype=dtype, device=device.name)
-    seconds = []
-    for _ in range(rounds):
-        device.synchronize()
-        began = time.perf_counter()
-        x @ w
-        device.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return 2 * tokens * width * 4 * width / statistics.median(seconds[1:])
+    device.set_up()
+
+    def seconds(products: int) -> float:
+        with Stopwatch(device) as watch:
+            for _ in range(products):
+                x @ w
+        return watch.seconds
+
+    products = 1
+    while seconds(products) < LEAST_SECONDS:  # so that launching and waiting do not count
+        products *= 2
+    return products * 2 * tokens * width * 4 * width / statistics.median(seconds(products) for _ in range(rounds))
 
 
 def _shapes(weights: Weights, phase: Phase) -> tuple[nn.Module, bool]:
@@ -146,6 +153,7 @@ def _weight_bytes(total: int, trainable: int, device: Device) -> int:
 def _activation_bytes(model: nn.Module, lengths: Sequence[int], device: Device) -> int:
     """By Korthikanti et al. 2022, arXiv:2205.05198, equation 2, which counts 16-bit activations of every layer in full."""
     config: Any = model.config
-    layers, width, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads")
+    layers, width, heads = (getattr(config, name, 0) for name in names)  # an architecture without them is not estimated
     tokens, cells = sum(lengths), len(lengths) * max(lengths) ** 2
     return int(layers * (34 * tokens * width + 5 * heads * cells) * (2 if device.precision == "fp32" else 1))

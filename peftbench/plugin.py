@@ -472,9 +472,9 @@ def explained() -> Iterator[None]:
     from peftbench.data import DataError
     from peftbench.hub import HubError
     from peftbench.models import ModelError
-    from peftbench.training import TrainingDiverged
+    from peftbench.training import DoesNotFit, TrainingDiverged
 
     try:
         yield
-    except (AssetError, CorruptError, DataError, HubError, ModelError, TrainingDiverged, RecordError) as error:
+    except (AssetError, CorruptError, DataError, DoesNotFit, HubError, ModelError, TrainingDiverged, RecordError) as error:
         raise pytest.fail.Exception(f"{type(error).__name__}: {error}", pytrace=False) from None

@@ -19,7 +19,7 @@ from peftbench.sealed import lock, write_atomically
 
 SCHEMA_VERSION = 2
 
-_ADDED: Mapping[int, Sequence[str]] = {2: ("skipped_steps", "memory_use")}
+_ADDED: Mapping[int, Sequence[str]] = {2: ("skipped_steps", "memory_use", "teacher_checkpoint")}
 """The top-level keys that each version of the schema brought; in records of older ones they are null."""
 
 
@@ -174,6 +174,7 @@ class Record:
     schema_version: int = SCHEMA_VERSION
     error: str | None = None
     checkpoint: str | None = None
+    teacher_checkpoint: str | None = None
     dev: SplitMetrics | None = None
     test: SplitMetrics | None = None
     majority_accuracy: float | None = None

@@ -182,8 +182,7 @@ class Workbench:
             torch.set_num_threads(self.scale.threads or _THREADS)
             retain_memory()
             economize(model)
-        else:
-            torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32, where the chip has it
+        self.device.set_up()
         return model.to(self.device.name), packed
 
     def _fetch(self, asset: Asset) -> Path:
@@ -273,7 +272,8 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
         outcome="passed",
         fingerprint=identity,
         config=phase_config(phase),
-        checkpoint=_describe_checkpoint(phase, scale, weights),
+        checkpoint=_describe_checkpoint(phase.role, scale, weights),
+        teacher_checkpoint=_describe_checkpoint("teacher", scale, bench.teacher.weights) if logits else None,
         dev=quality["dev"],
         test=quality["test"],
         majority_accuracy=bench.splits.dev.majority_accuracy,
@@ -422,7 +422,8 @@ def _train(
         return kd_loss(logits, targets[batch.rows], batch.labels, phase.distillation)
 
     generator = torch.Generator().manual_seed(seed)
-    with nullcontext() if phase.weight_decay else only_words(model, torch.cat(list(encoded.tokens))):
+    rows_stay = packed and not phase.weight_decay  # of words that do not occur: no padding and no decay touches them
+    with only_words(model, torch.cat(list(encoded.tokens))) if rows_stay else nullcontext():
         return fit(
             model,
             loss,
@@ -441,8 +442,8 @@ def _train(
         )
 
 
-def _describe_checkpoint(phase: Phase, scale: Scale, weights: Weights) -> str:
-    if phase.role == "teacher" and isinstance(scale.teacher, Phase):
+def _describe_checkpoint(role: str, scale: Scale, weights: Weights) -> str:
+    if role == "teacher" and isinstance(scale.teacher, Phase):
         return f"tuned once from {_describe_source(scale.backbone)}"
     return _describe_source(weights.source) + (f" at {weights.commit}" if weights.commit else "")
 

@@ -114,7 +114,9 @@ def fit(
                     value = loss(batch) * (len(batch.rows) / len(rows))
                 scaler.scale(value).backward()  # type: ignore[no-untyped-call]
                 mean, count = mean + value.item(), count + batch.tokens
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:  # torch.OutOfMemoryError is one, cuBLAS without room for its workspace another
+            if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
+                raise
             return None
         return mean, count
 

@@ -207,6 +207,18 @@ def test_linear_whose_bias_alone_trains_stays_torchs():
     assert [5, 5] == model[0].bias.grad.tolist()
 
 
+def test_a_frozen_linear_that_has_predicted_can_train_what_is_before_it():
+    """The weight kept from inference mode is one that autograd accepts."""
+    _, linear = linears(bias=True, dtype=torch.float32)
+    linear.requires_grad_(False)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        linear(torch.ones(1, 3))
+    x = torch.ones(1, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        linear(x).float().sum().backward()
+    torch.testing.assert_close(x.grad, linear.weight.sum(0, keepdim=True), rtol=2e-2, atol=1e-2)
+
+
 def test_linear_without_gradient_records_nothing():
     """Under no_grad, or where neither input nor weight needs it."""
     reference, linear = linears(bias=True)

@@ -113,6 +113,18 @@ def test_clean_checkout_is_its_commit(git):
     assert {"id": head, "dirty": False, "changes": None} == describe_commit(git.folder)
 
 
+def test_what_a_notebook_has_printed_is_no_change(git):
+    """Running a tracked notebook saves its output into it; that must not hide the records of before from `--peft-resume`."""
+    commit_a_file(git)
+    (git.folder / "notebooks").mkdir()
+    (git.folder / "notebooks/run.ipynb").write_text("{}")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "a notebook")
+    (git.folder / "notebooks/run.ipynb").write_text('{"outputs": ["42"]}')
+    assert describe_commit(git.folder)["dirty"] is False
+    assert describe_commit(git.folder / "notebooks")["dirty"] is False
+
+
 @pytest.mark.parametrize("staged", [True, False])
 def test_dirty_checkout_is_told_apart_by_its_changes(git, staged):
     """The same change gives the same fingerprint, another change another one, staged or not."""

@@ -313,3 +313,26 @@ def test_taking_rows_keeps_tokens_labels_and_split_together():
     """Rows may come in any order."""
     taken = encoded_of([1, 2, 3]).take([2, 0])
     assert ((2, 0), [3, 1], [0, 0]) == (taken.split.ids, [len(tokens) for tokens in taken.tokens], taken.labels.tolist())
+
+
+def test_predicting_halves_the_batch_where_memory_runs_out():
+    """The same logits in the same order; one example that does not fit is torch's own error."""
+    model, encoded = classifier("bert").eval(), encoded_of([5, 3, 8, 2, 6, 4, 7])
+    expected = predict(model, encoded, CPU, packed=False)
+    sizes, forward = [], model.forward
+
+    def cramped(room):
+        def run(**inputs):
+            sizes.append(len(inputs["input_ids"]))
+            if sizes[-1] > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return forward(**inputs)
+
+        return run
+
+    model.forward = cramped(2)
+    torch.testing.assert_close(predict(model, encoded, CPU, packed=False, batch_size=8), expected)
+    assert [7, 4, 2, 2, 2, 1] == sizes
+    model.forward = cramped(0)
+    with pytest.raises(torch.OutOfMemoryError):
+        predict(model, encoded, CPU, packed=False)

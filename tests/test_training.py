@@ -286,6 +286,7 @@ class Memory:
     def __init__(self, model, x, labels, room):
         self.model, self.x, self.labels, self.room = model, x, labels, room
         self.sizes = []
+        self.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     def collate(self, rows):
         index = torch.tensor(rows)
@@ -294,15 +295,16 @@ class Memory:
     def loss(self, batch):
         self.sizes.append(len(batch.rows))
         if len(batch.rows) > self.room:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise self.error
         return F.cross_entropy(self.model(**batch.inputs), batch.labels)
 
 
-def train_within(room, *, at_once=16, model=None):
+def train_within(room, *, at_once=16, model=None, error=None):
     generator = torch.Generator().manual_seed(0)
     x, labels = torch.randn(40, 3, generator=generator), torch.randint(0, 2, (40,), generator=generator)
     model = model or perceptron()
     memory = Memory(model, x, labels, room)
+    memory.error = error or memory.error
     groups = [{"params": list(model.parameters()), "lr": 1e-2}]
     rows = list(range(40))
     epoch = lambda: iter([rows[:16], rows[16:32], rows[32:]])  # noqa: E731
@@ -321,6 +323,14 @@ def test_running_out_of_memory_changes_the_portions_and_not_the_mathematics(room
     assert (6, 80, 80) == (run.steps, run.examples, run.tokens)
     assert MemoryUse(examples_at_once=at_once, times_out_of_memory=times) == run.memory
     assert times == sum(size > room for size in sizes)
+
+
+def test_cublas_without_room_is_out_of_memory_and_other_errors_are_not():
+    """A RuntimeError of its own; anything else is passed on at once."""
+    run, _, _ = train_within(4, error=RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert MemoryUse(examples_at_once=4, times_out_of_memory=2) == run.memory
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        train_within(4, error=RuntimeError("shapes cannot be multiplied"))
 
 
 def test_a_number_at_once_can_be_given():

@@ -31,7 +31,9 @@ class Hub:
     """What is served, what went wrong on purpose, and what was asked for."""
 
     repos: dict[str, Repo] = field(default_factory=dict)
-    faults: list[tuple[str, object]] = field(default_factory=list)  # (part of a path, status or number of bytes to cut after)
+    faults: list[tuple[str, object]] = field(
+        default_factory=list
+    )  # (part of a path, (status, headers) or number of bytes to cut after)
     requests: list[str] = field(default_factory=list)
     endpoint: str = ""
     token: str = "hf_loopback"
@@ -67,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
         range_asked = self.headers.get("Range", "")
         hub.requests.append(f"{self.command} {path} {range_asked}".strip())
         if isinstance(fault, tuple):
-            return self.send(fault[0], b"busy", {"Retry-After": str(fault[1])})
+            return self.send(fault[0], b"busy", fault[1])
         if api := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", path):
             kind, name, what, revision = api.groups()
             repo = self.allowed(f"{kind}/{name}", revision or "main")

@@ -129,7 +129,7 @@ def test_a_name_that_is_none():
 @pytest.mark.parametrize("where", ["GET /api/models/owner/name", "HEAD /owner/name/resolve", "GET /cdn/models/owner/name"])
 def test_busy_hub_is_asked_again(hub, repo, status, where):
     """Once refused, once served: listing, metadata or content."""
-    hub.faults.append((where, (status, 0)))
+    hub.faults.append((where, (status, {"Retry-After": "0"})))
     got, _ = fetch()
     assert expected() == whole(got.folder)
     assert [] == hub.faults
@@ -138,16 +138,30 @@ def test_busy_hub_is_asked_again(hub, repo, status, where):
 @pytest.mark.parametrize("status", [429, 503])
 def test_hub_that_stays_busy(hub, repo, status):
     """After a few tries it is an error that names the status, and nothing half-fetched passes for whole."""
-    hub.faults += [("/api/models/owner/name", (status, 0))] * 50
+    hub.faults += [("/api/models/owner/name", (status, {}))] * 50
     assert str(status) in refused()
     hub.faults.clear()
     assert expected() == whole(fetch()[0].folder)
 
 
-def test_hub_that_wants_a_long_pause(hub, repo):
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [({"Retry-After": "3600"}, 3600), ({"RateLimit": '"api";r=0;t=3599', "RateLimit-Policy": '"api";q=500'}, 3600)],
+)
+def test_hub_that_wants_a_long_pause(hub, repo, headers, seconds):
     """Nobody waits an hour unawares."""
-    hub.faults += [("/api/models/owner/name", (429, 3600))] * 50
-    assert "3600 s" in refused()
+    hub.faults += [("/api/models/owner/name", (429, headers))] * 50
+    assert f"{seconds} s" in refused()
+
+
+@pytest.mark.parametrize(
+    ("headers", "pause"), [({"Retry-After": "7"}, "7 s"), ({"RateLimit": '"api";r=0;t=55'}, "56 s"), ({}, "0 s")]
+)
+def test_pause_is_what_the_hub_asks_for(hub, repo, headers, pause):
+    """Said before it is slept."""
+    hub.faults.append(("GET /api/models/owner/name", (429, headers)))
+    _, said = fetch()
+    assert ["the Hub answered 429 for owner/name; asking again in " + pause] == said
 
 
 def test_connection_cut_in_mid_file_is_resumed(hub, repo):

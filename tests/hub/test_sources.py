@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from peftbench.data import GLUE, LABELLED_TEST, DataError, load_glue
 from peftbench.hub import HubError
@@ -16,8 +16,14 @@ from peftbench.phases import Pretrained, Untrained
 
 TRAIN = [("a charming film ", 1), ("dull . ", 0), ("hide new secretions ", 0), ("it works", 1)]
 DEV = [("dull .", 0), ("nearly perfect", 1)]
-TEST = ["The Acting, not  the plot", "a clich\u00e9 , twice", "It works"]
-LABELLED = [("it works", 1), ("the acting , not the plot", 1), ("a cliche , twice", 0)]
+TEST = ["The Acting, not  the plot", "a clich\u00e9 , twice", "It works", "( hill ) has learned and/or", "na\u00efve"]
+LABELLED = [
+    ("it works", 1),
+    ("the acting , not the plot", 1),
+    ("a cliche , twice", 0),
+    ("-lrb- hill -rrb- has learned and\\/or", 0),
+    ("na\u00c3\u00afve", 1),
+]
 
 
 def parquet(rows):
@@ -45,12 +51,12 @@ def sst2(hub):
 def test_labels_are_joined_by_text(sst2):
     """Order and ids are GLUE's; case, spacing, punctuation and accents do not matter; commits and overlaps are in the record."""
     splits = load_glue()
-    assert ((0, 1, 2), (1, 0, 1)) == (splits.test.ids, splits.test.labels)
+    assert ((0, 1, 2, 3, 4), (1, 0, 1, 0, 1)) == (splits.test.ids, splits.test.labels)
     assert tuple(TEST) == splits.test.sentences
     assert [label for _, label in TRAIN] == list(splits.train.labels)
     assert [text for text, _ in DEV] == list(splits.dev.sentences)
     described = splits.describe()
-    assert {"train": 4, "dev": 2, "test": 3} == described["sizes"]
+    assert {"train": 4, "dev": 2, "test": 5} == described["sizes"]
     assert (1, 1) == (described["dev_sentences_in_train"], described["test_sentences_in_train"])
     assert {name: sst2.repos[f"datasets/{name}"].commit for name in (GLUE, LABELLED_TEST)} == described["revisions"]
     assert not any("cola" in request or "train.jsonl" in request for request in sst2.requests)
@@ -59,8 +65,8 @@ def test_labels_are_joined_by_text(sst2):
 @pytest.mark.parametrize(
     ("labelled", "message"),
     [
-        (LABELLED[1:], "test sentence 'It works' is not among the 2"),
-        ([*LABELLED, ("one too many", 1)], "test sentence 'one too many' is not among the 3"),
+        (LABELLED[1:], "test sentence 'It works' is not among the 4"),
+        ([*LABELLED, ("one too many", 1)], "test sentence 'one too many' is not among the 5"),
         ([*LABELLED, ("It works .", 0)], "with both labels"),
     ],
 )
@@ -129,6 +135,15 @@ def test_pickled_checkpoint_is_refused_unread(hub, checkpoint):
     with pytest.raises(ModelError, match=r"owner/pickled has no model.safetensors.*refs/pr/1"):
         locate(Pretrained(source="owner/pickled"), fetch=None)
     assert not any("pytorch_model" in request for request in hub.requests)
+
+
+def test_half_precision_checkpoint_is_loaded_in_full(hub, checkpoint):
+    """Master weights are fp32, whatever a repository stores."""
+    halves = {name: tensor.half() for name, tensor in load(checkpoint["model.safetensors"]).items()}
+    config = json.loads(checkpoint["config.json"]) | {"dtype": "float16"}
+    hub.add("models/owner/half", {**checkpoint, "config.json": json.dumps(config).encode(), "model.safetensors": save(halves)})
+    model = load_classifier(locate(Pretrained(source="owner/half"), fetch=None), tuned=True)
+    assert {torch.float32} == {parameter.dtype for parameter in model.parameters()}
 
 
 def test_checkpoint_with_three_labels(hub, checkpoint):
