@@ -40,7 +40,7 @@ PHASES = [
         epochs=3,
         learning_rate=3e-5,
         at_scale={
-            "mini": {"epochs": 6, "learning_rate": 3e-4, "layer_decay": 0.7, "warmup_fraction": 0.1},
+            "mini": {"epochs": 10, "learning_rate": 3e-4, "layer_decay": 0.7, "warmup_fraction": 0.1},
             "tiny": {"epochs": 5, "learning_rate": 1e-3, "warmup_fraction": 0.1},
         },
     ),

@@ -282,6 +282,8 @@ def _untrained_config(source: Untrained, labels: dict[str, Any]) -> Any:
             num_attention_heads=source.attention_heads,
             intermediate_size=4 * source.hidden_size,
             max_position_embeddings=128,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
             **labels,
         )
     return DistilBertConfig(
@@ -291,6 +293,8 @@ def _untrained_config(source: Untrained, labels: dict[str, Any]) -> Any:
         n_heads=source.attention_heads,
         hidden_dim=4 * source.hidden_size,
         max_position_embeddings=128,
+        dropout=0.0,
+        attention_dropout=0.0,
         **labels,
     )
 
