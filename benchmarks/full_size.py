@@ -2,7 +2,7 @@
 BERT-large and DistilBERT at full size with random weights, on real sentence lengths: does each phase run, does the plan hold?
 
 Not part of the study: `pytest benchmarks/full_size.py --peft-data DIR` runs 20 optimizer steps of each phase through the code of a
-real run and counts their arithmetic. It needs the data, 12 GB of memory and some ten minutes of two CPU cores.
+real run and counts their arithmetic. It needs the data, some 5 GiB of memory and ten minutes.
 """
 
 import dataclasses

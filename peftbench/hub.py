@@ -28,7 +28,7 @@ LONGEST_PAUSE = 300.0
 BUSY = (408, 429, 500, 502, 503, 504)
 
 
-class HubError(Exception):
+class HubError(OSError):
     """A repository cannot be had from the Hub; the message says why and what to do."""
 
 

@@ -164,7 +164,11 @@ def fit(
 
 
 def _relieve(memory: MemoryUse, model: Any, device: Device, what: str) -> MemoryUse:
-    """Half as many examples at once, or, where it is one already, activations computed twice (but on CPU, whose masks are not)."""
+    """
+    Half as many examples at once or, where it is one already, activations computed twice.
+
+    Not so on CPU: `kernels.Noise` would draw other dropout masks the second time.
+    """
     if memory.examples_at_once > 1:
         return dataclasses.replace(
             memory, examples_at_once=memory.examples_at_once // 2, times_out_of_memory=memory.times_out_of_memory + 1
@@ -177,7 +181,7 @@ def _relieve(memory: MemoryUse, model: Any, device: Device, what: str) -> Memory
 
 def checkpoint_activations(model: Any) -> None:
     """Have a transformers model keep the input of each layer only and run it again in the backward pass."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # transformers < 5.20
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # older transformers
     enable({"use_reentrant": False})
 
 
