@@ -57,14 +57,14 @@ class Spans:
     Where the sentences of a packed row begin and end.
 
     Attributes:
-        lengths: Tokens of each sentence, shape (B,).
-        longest: The most of them.
+        longest: Tokens of the longest sentence.
         starts: Position of each sentence's first token in the row, shape (B,).
         positions: Position of each token within its sentence, shape (T,).
         bias: What is added to attention's scores so that no token attends to padding, shape (B, 1, 1, longest).
     """
 
     def __init__(self, lengths: Tensor, device: str = "cpu") -> None:
+        """Of sentences with these many tokens, shape (B,), on the CPU; the results are on the device."""
         self.longest = int(lengths.max())
         columns = torch.arange(self.longest)
         padding = columns >= lengths[:, None]
@@ -73,8 +73,8 @@ class Spans:
         positions = torch.arange(len(sentences)) - starts[sentences]
         token_of_cell = starts[:, None] + torch.minimum(columns, lengths[:, None] - 1)  # (B, longest)
         # All of it is known from the lengths alone: a device is given the results and never asked for one.
-        self.lengths, self.starts, self.positions, self._sentences, self._token_of_cell = (
-            x.to(device) for x in (lengths, starts, positions, sentences, token_of_cell)
+        self.starts, self.positions, self._sentences, self._token_of_cell = (
+            x.to(device) for x in (starts, positions, sentences, token_of_cell)
         )
         self.bias = torch.zeros(padding.shape).masked_fill_(padding, -math.inf)[:, None, None].to(device)
         self._layouts: dict[int, tuple[Tensor, Tensor]] = {}
@@ -88,7 +88,7 @@ class Spans:
             shape (T · H,).
         """
         if heads not in self._layouts:
-            head = torch.arange(heads, device=self.lengths.device)
+            head = torch.arange(heads, device=self.starts.device)
             rows = self._token_of_cell[:, None] * heads + head[:, None]  # (B, H, longest)
             cells = (self._sentences[:, None] * heads + head) * self.longest + self.positions[:, None]  # (T, H)
             self._layouts[heads] = rows.flatten(), cells.flatten()
