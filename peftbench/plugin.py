@@ -247,6 +247,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "tiny: smoke version of a peftbench case; runs only when asked for with -m tiny.")
+    config.addinivalue_line("markers", "peer: comparison with another way to train; runs only when asked for with -m peer.")
     session = config.stash[SESSION] = Session(config)
     config.pluginmanager.register(session, "peftbench-session")
     if not config.pluginmanager.hasplugin("benchmark"):
@@ -282,15 +283,15 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the tiny versions out unless something in the command line names them."""
+    """Leave tiny versions and comparisons with peers out unless something in the command line names them."""
     named = [config.option.markexpr, config.option.keyword, config.stash[SESSION].options.scale]
     named += [argument for argument in config.args if "::" in argument]
-    if any("tiny" in text for text in named):
-        return
-    tiny = [item for item in items if "peft_scale" in getattr(item, "fixturenames", ()) and item.get_closest_marker("tiny")]
-    if tiny:
-        config.hook.pytest_deselected(items=tiny)
-        items[:] = [item for item in items if item not in tiny]
+    unnamed = [marker for marker in ("tiny", "peer") if not any(marker in text for text in named)]
+    cases = [item for item in items if "peft_scale" in getattr(item, "fixturenames", ())]
+    left_out = [item for item in cases if any(item.get_closest_marker(marker) for marker in unnamed)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.hookimpl(tryfirst=True)

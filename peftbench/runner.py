@@ -206,7 +206,7 @@ class Workbench:
         encoded = self.encoded(self.splits.train, backbone, recipe.max_length)
         model, groups = prepare(load_classifier(backbone), recipe)
         model, packed = self.place(model)
-        run = _train(recipe, model, groups, encoded, None, packed, self, DATA_SEED, "tuning the teacher")
+        run = train(recipe, model, groups, encoded, self, teacher=None, packed=packed, seed=DATA_SEED, what="tuning the teacher")
         facts = {"training_seconds": run.runtime_seconds, "recipe": phase_config(recipe)}
         with building(folder, facts) as target:
             save_classifier(model, load_tokenizer(backbone), target)
@@ -254,7 +254,8 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
     run = None
     if phase.epochs:
         encoded = bench.encoded(examples, weights, phase.max_length)
-        run = _train(phase, model, groups, encoded, logits.align(examples) if logits else None, packed, bench, seed, phase.id)
+        aligned = logits.align(examples) if logits else None
+        run = train(phase, model, groups, encoded, bench, teacher=aligned, packed=packed, seed=seed, what=phase.id)
 
     held_out = [bench.encoded(split, weights, phase.max_length) for split in (bench.splits.dev, bench.splits.test)]
     quality, predictions = {}, {}
@@ -305,6 +306,59 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
     del model, groups
     bench.device.release_memory()
     return record
+
+
+def train(
+    phase: Phase,
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    encoded: Encoded,
+    bench: Workbench,
+    *,
+    teacher: Tensor | None,
+    packed: bool,
+    seed: int,
+    what: str,
+) -> Fit:
+    """
+    Train a model that `Workbench.place` made ready on a phase's examples.
+
+    Args:
+        phase: With its changes for the scale made.
+        groups: Parameters with their learning rates, as `peftbench.models.prepare` gives them.
+        teacher: Logits in the order of the examples, shape (N, 2), for a phase that distils.
+        packed: What `Workbench.place` said.
+        seed: Of the order of batches.
+        what: Name of the work, for progress and errors.
+    """
+    device = bench.device
+    targets = None if teacher is None else teacher.to(device.name)  # (N, 2)
+
+    def loss(batch: Batch) -> Tensor:
+        logits = model(**batch.inputs).logits.float()  # (B, 2)
+        if targets is None or phase.distillation is None:
+            return F.cross_entropy(logits, batch.labels)
+        return kd_loss(logits, targets[batch.rows], batch.labels, phase.distillation)
+
+    generator = torch.Generator().manual_seed(seed)
+    rows_stay = packed and not phase.weight_decay  # of words that do not occur: no padding and no decay touches them
+    with only_words(model, torch.cat(list(encoded.tokens))) if rows_stay else nullcontext():
+        return fit(
+            model,
+            loss,
+            lambda: shuffled_rows(len(encoded), phase.batch_size, generator),
+            lambda rows: make_batch(encoded, rows, device.name, packed=packed),
+            groups,
+            epochs=phase.epochs,
+            steps_per_epoch=-(-len(encoded) // phase.batch_size),
+            examples_at_once=examples_at_once(model, encoded, phase.batch_size, device),
+            warmup_fraction=phase.warmup_fraction,
+            clip_norm=phase.clip_norm,
+            weight_decay=phase.weight_decay,
+            device=device,
+            progress=bench.progress,
+            what=what,
+        )
 
 
 def plan_phases(phases: Sequence[Phase], bench: Workbench, *, memory_bytes: int | None = None) -> list[Plan]:
@@ -399,47 +453,6 @@ def _teacher_cost(phase: Phase, bench: Workbench, logits: TeacherLogits | None, 
         logit_seconds=max((u.seconds for u in used), default=0.0),
         cache="hit" if hit else "miss",
     )
-
-
-def _train(
-    phase: Phase,
-    model: nn.Module,
-    groups: list[dict[str, Any]],
-    encoded: Encoded,
-    teacher: Tensor | None,
-    packed: bool,
-    bench: Workbench,
-    seed: int,
-    what: str,
-) -> Fit:
-    device = bench.device
-    targets = None if teacher is None else teacher.to(device.name)  # (N, 2)
-
-    def loss(batch: Batch) -> Tensor:
-        logits = model(**batch.inputs).logits.float()  # (B, 2)
-        if targets is None or phase.distillation is None:
-            return F.cross_entropy(logits, batch.labels)
-        return kd_loss(logits, targets[batch.rows], batch.labels, phase.distillation)
-
-    generator = torch.Generator().manual_seed(seed)
-    rows_stay = packed and not phase.weight_decay  # of words that do not occur: no padding and no decay touches them
-    with only_words(model, torch.cat(list(encoded.tokens))) if rows_stay else nullcontext():
-        return fit(
-            model,
-            loss,
-            lambda: shuffled_rows(len(encoded), phase.batch_size, generator),
-            lambda rows: make_batch(encoded, rows, device.name, packed=packed),
-            groups,
-            epochs=phase.epochs,
-            steps_per_epoch=-(-len(encoded) // phase.batch_size),
-            examples_at_once=examples_at_once(model, encoded, phase.batch_size, device),
-            warmup_fraction=phase.warmup_fraction,
-            clip_norm=phase.clip_norm,
-            weight_decay=phase.weight_decay,
-            device=device,
-            progress=bench.progress,
-            what=what,
-        )
 
 
 def _describe_checkpoint(role: str, scale: Scale, weights: Weights) -> str:

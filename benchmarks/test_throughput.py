@@ -1,0 +1,174 @@
+"""
+peftbench's loop beside transformers' Trainer: the same examples, model, precision and number of updates, on this machine, now.
+
+Not part of the default run: ``pytest benchmarks -m peer``, with ``--peft-data DIR`` for SST-2's sentences besides the reviews. Each
+contender has a process of its own, and they take turns, so that what else the machine does meets all of them.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from tabulate import tabulate
+
+from peftbench.device import Device
+from peftbench.records import Store
+from peftbench.sealed import lock, write_atomically
+
+pytestmark = pytest.mark.peer
+
+EXAMPLES, TINY_EXAMPLES, BATCH = 256, 32, 16
+ROUNDS = 3
+CONTENDERS = {
+    "full": ("notebook", "tuned", "peftbench"),
+    "lora": ("notebook", "tuned", "peftbench"),
+    "kd": ("notebook", "live-teacher", "tuned", "peftbench"),
+}
+MIB = 2**20
+
+
+def pytest_generate_tests(metafunc):
+    """The scale's own data and, where it is given, the folder's."""
+    if "source" in metafunc.fixturenames:
+        given = metafunc.config.getoption("peft_data") or metafunc.config.getini("peft_data")
+        metafunc.parametrize("source", ["reviews", "sst2"] if given else ["reviews"])
+
+
+class Contender:
+    """A process of benchmarks/throughput.py."""
+
+    def __init__(self, **spec):
+        self.name = spec["contender"]
+        script = Path(__file__).with_name("throughput.py")
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", script, json.dumps(spec)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._process.kill()
+        self._process.__exit__(None, None, None)
+
+    def ask(self, command):
+        """What it answers; fails the test with the end of what it said if it has ended."""
+        try:
+            self._process.stdin.write(f"{command}\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            pytest.fail(f"{self.name} ended:\n{self._process.stderr.read()[-2000:]}", pytrace=False)
+        return json.loads(answer)
+
+
+@pytest.fixture(scope="session")
+def report(pytestconfig):
+    """Rows of this session by cell, printed as a table at its end."""
+    rows = []
+    yield rows
+    if rows:
+        reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
+        with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            reporter.ensure_newline()
+            reporter.write_line(render(rows))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "native"])
+@pytest.mark.parametrize("method", CONTENDERS)
+def test_peftbench_is_ahead_of_a_tuned_trainer(source, method, precision, peft_scale, peft_workbench, report, pytestconfig):
+    """On the same work, peftbench's median is above that of a Trainer as well set up as its user can, and so far the notebook's."""
+    settings = peft_workbench.settings
+    if precision == "native":
+        precision = Device.choose(settings.device).precision
+        if precision == "fp32":
+            pytest.skip("this device computes in fp32 natively, which is measured already")
+    examples = TINY_EXAMPLES if peft_scale.name == "tiny" else EXAMPLES
+    spec = {
+        "method": method,
+        "precision": precision,
+        "scale": peft_scale.name,
+        "data": str(settings.data) if source == "sst2" else "",
+        "device": settings.device,
+        "outputs": str(settings.outputs),
+        "examples": examples,
+    }
+    rounds = {name: [] for name in CONTENDERS[method]}
+    with ExitStack() as stack:
+        contenders = [stack.enter_context(Contender(contender=name, **spec)) for name in rounds]
+        for contender in ROUNDS * contenders:
+            rounds[contender.name].append(contender.ask("round"))
+        matrix_seconds = {contender.name: contender.ask("matrices")["matrix_seconds"] for contender in contenders}
+
+    cell = {"data": source, "method": method, "precision": precision}
+    rows = [
+        {
+            **cell,
+            "contender": name,
+            **summarize([examples / one["seconds"] for one in measured]),
+            "peak_memory_bytes": max(one["peak_memory_bytes"] for one in measured),
+            "matrix_share": matrix_seconds[name] / statistics.median(one["seconds"] for one in measured),
+            "updates": measured[0]["updates"],
+            "run_id": settings.run_id,
+        }
+        for name, measured in rounds.items()
+    ]
+    report += rows
+    publish(Store(settings.outputs, peft_scale.name).root / "reports" / "throughput.json", cell, rows)
+    assert {one["updates"] for measured in rounds.values() for one in measured} == {examples // BATCH}
+    medians = {row["contender"]: row["examples_per_second"] for row in rows}
+    if peft_scale.name != "tiny":  # whose matrices are too small to tell
+        assert medians["peftbench"] > medians["tuned"]
+        assert medians["peftbench"] > medians["notebook"]
+
+
+def summarize(rates):
+    """Median, number and relative range of examples per second."""
+    median = statistics.median(rates)
+    return {"examples_per_second": median, "rounds": len(rates), "spread": (max(rates) - min(rates)) / median}
+
+
+def publish(path, cell, rows):
+    """Replace the rows of a cell in the file and leave the others."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock(path):
+        known = json.loads(path.read_text("utf-8")) if path.exists() else []
+        others = [row for row in known if any(row[key] != value for key, value in cell.items())]
+        write_atomically(path, json.dumps(others + rows, indent=1) + "\n")
+
+
+def render(rows):
+    """The rows as a table, each rate also as what peftbench's is a multiple of."""
+    ours = {cell_of(row): row["examples_per_second"] for row in rows if row["contender"] == "peftbench"}
+    return tabulate(
+        [
+            [
+                *cell_of(row),
+                row["contender"],
+                f"{row['examples_per_second']:.1f}",
+                f"{100 * row['spread']:.0f}%",
+                f"{ours[cell_of(row)] / row['examples_per_second']:.2f} ×",
+                f"{row['peak_memory_bytes'] / MIB:.0f} MiB",
+                f"{100 * row['matrix_share']:.0f}%",
+            ]
+            for row in rows
+        ],
+        ["data", "method", "precision", "contender", "examples/s", "spread", "peftbench", "peak", "matrix"],
+        disable_numparse=True,
+        colalign=(*["left"] * 4, *["right"] * 5),
+    )
+
+
+def cell_of(row):
+    """What the contenders of a row share."""
+    return row["data"], row["method"], row["precision"]
