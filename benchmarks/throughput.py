@@ -151,7 +151,9 @@ class Contest:
                 seed=SEED,
             )
             trainer = _DistillingTrainer if phase.distillation is not None else Trainer
-            options: dict[str, Any] = {"distillation": phase.distillation, "teacher": live} if phase.distillation is not None else {}
+            options: dict[str, Any] = (
+                {"distillation": phase.distillation, "teacher": live} if phase.distillation is not None else {}
+            )
             done = trainer(
                 model=model,
                 args=arguments,

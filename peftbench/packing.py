@@ -16,12 +16,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
+from transformers.models.bert.modeling_bert import BertLayer
+from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 
 from peftbench.data import Split
 from peftbench.device import Device
 
 ATTENTION = "peftbench_packed"
-PACKABLE = ("bert", "distilbert")
+
+ROW_STEP, ATTENTION_STEP = 16, 8
+"""
+Packed rows have a multiple of the one as tokens, attention room for a multiple of the other in a sentence: a library of matrix
+products prepares code for each shape that it meets, which in bf16 on CPU takes as long as a third of the product.
+"""
 
 
 @dataclass(frozen=True)
@@ -56,25 +63,33 @@ class Spans:
     """
     Where the sentences of a packed row begin and end.
 
+    The shortest sentence is followed by as many tokens of filling as bring the row to a multiple of `ROW_STEP`; no token attends to
+    them and nothing of them reaches the head.
+
     Attributes:
-        longest: Tokens of the longest sentence.
+        longest: Tokens that attention has room for in each sentence.
         starts: Position of each sentence's first token in the row, shape (B,).
-        positions: Position of each token within its sentence, shape (T,).
-        bias: What is added to attention's scores so that no token attends to padding, shape (B, 1, 1, longest).
+        positions: Position of each token within its sentence, shape (T,); of filling 0.
+        bias: What is added to attention's scores so that no token attends to padding or filling, shape (B, 1, 1, longest).
+        filled: The sentence that is followed by filling, and by how much.
     """
 
     def __init__(self, lengths: Tensor, device: str = "cpu") -> None:
         """Of sentences with these many tokens, shape (B,), on the CPU; the results are on the device."""
-        self.longest = int(lengths.max())
+        self.filled = int(lengths.argmin()), -int(lengths.sum()) % ROW_STEP
+        room = lengths.clone()
+        room[self.filled[0]] += self.filled[1]
+        self.longest = _round_up(int(room.max()), ATTENTION_STEP)
         columns = torch.arange(self.longest)
         padding = columns >= lengths[:, None]
-        starts = lengths.cumsum(0) - lengths
-        sentences = torch.arange(len(lengths)).repeat_interleave(lengths)  # (T,)
-        positions = torch.arange(len(sentences)) - starts[sentences]
-        token_of_cell = starts[:, None] + torch.minimum(columns, lengths[:, None] - 1)  # (B, longest)
+        starts = room.cumsum(0) - room
+        sentences = torch.arange(len(room)).repeat_interleave(room)  # (T,)
+        columns_of_tokens = torch.arange(len(sentences)) - starts[sentences]
+        token_of_cell = starts[:, None] + torch.minimum(columns, room[:, None] - 1)  # (B, longest)
+        positions = columns_of_tokens.masked_fill(columns_of_tokens >= lengths[sentences], 0)
         # All of it is known from the lengths alone: a device is given the results and never asked for one.
-        self.starts, self.positions, self._sentences, self._token_of_cell = (
-            x.to(device) for x in (starts, positions, sentences, token_of_cell)
+        self.starts, self.positions, self._sentences, self._columns, self._token_of_cell = (
+            x.to(device) for x in (starts, positions, sentences, columns_of_tokens, token_of_cell)
         )
         self.bias = torch.zeros(padding.shape).masked_fill_(padding, -math.inf)[:, None, None].to(device)
         self._layouts: dict[int, tuple[Tensor, Tensor]] = {}
@@ -90,7 +105,7 @@ class Spans:
         if heads not in self._layouts:
             head = torch.arange(heads, device=self.starts.device)
             rows = self._token_of_cell[:, None] * heads + head[:, None]  # (B, H, longest)
-            cells = (self._sentences[:, None] * heads + head) * self.longest + self.positions[:, None]  # (T, H)
+            cells = (self._sentences[:, None] * heads + head) * self.longest + self._columns[:, None]  # (T, H)
             self._layouts[heads] = rows.flatten(), cells.flatten()
         return self._layouts[heads]
 
@@ -117,9 +132,8 @@ def make_packable(model: nn.Module) -> bool:
     """
     Teach a BERT or DistilBERT classifier, plain or under PEFT, to take packed rows.
 
-    Attention is replaced through transformers' attention interface, and the encoder hands the head only each sentence's first
-    token, which is all that it reads; BERT's last layer computes nothing else past its keys and values. Padded input works as
-    before.
+    Attention is replaced through transformers' attention interface. The encoder's last layer computes, past its keys and values,
+    only the first token of each sentence, which is all that the head reads. Padded input works as before.
 
     Returns:
         False if the architecture, or a PEFT method that puts virtual tokens before the text, cannot be packed.
@@ -128,10 +142,13 @@ def make_packable(model: nn.Module) -> bool:
     if config is not None and config.is_prompt_learning:
         return False
     classifier = model.get_base_model() if config is not None else model  # type: ignore[operator]
-    if not isinstance(classifier, PreTrainedModel) or classifier.config.model_type not in PACKABLE:
+    last = LAST_LAYERS.get(classifier.config.model_type) if isinstance(classifier, PreTrainedModel) else None
+    if last is None:
         return False
     classifier.set_attn_implementation(ATTENTION)
-    _FirstTokens().attach(classifier)
+    encoder: Any = getattr(classifier.base_model, "encoder", None) or classifier.base_model.transformer
+    encoder.register_forward_hook(_sentences_as_batch, with_kwargs=True)
+    encoder.layer[-1].__class__ = last
     return True
 
 
@@ -143,8 +160,10 @@ def make_batch(encoded: Encoded, rows: Sequence[int], device: str, *, packed: bo
     inputs: dict[str, Any]
     if packed:
         spans = Spans(lengths, device)
+        shortest, filling = spans.filled
+        row = [*tokens[: shortest + 1], tokens[shortest].new_zeros(filling), *tokens[shortest + 1 :]]
         inputs = {
-            "input_ids": torch.cat(tokens).to(device)[None],  # (1, T)
+            "input_ids": torch.cat(row).to(device)[None],  # (1, T)
             "position_ids": spans.positions[None],  # (1, T)
             "spans": spans,
         }
@@ -193,39 +212,40 @@ def predict(model: nn.Module, encoded: Encoded, device: Device, *, packed: bool,
     return logits.clone()  # a plain tensor again, not an inference one
 
 
-class _FirstTokens:
-    """Hooks that narrow a packed row to the first token of each sentence as early as the architecture lets them."""
+class _LastBertLayer(BertLayer):
+    """Past keys and values, only the first token of each sentence matters, and nothing else is computed."""
 
-    def __init__(self) -> None:
-        self.spans: Spans | None = None
-        self.narrowed = False
+    def forward(self, hidden_states: Tensor, *args: Any, spans: Spans | None = None, **kwargs: Any) -> Tensor:
+        if spans is None:
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
+        first, attention = hidden_states.index_select(1, spans.starts), self.attention.self  # (1, B, E)
+        query, key, value = attention.query(first), attention.key(hidden_states), attention.value(hidden_states)
+        attended = _attend_from_first(query, key, value, spans, attention, attention.num_attention_heads, attention.dropout.p)
+        return self.feed_forward_chunk(self.attention.output(attended, first))  # type: ignore[no-any-return]
 
-    def attach(self, classifier: PreTrainedModel) -> None:
-        encoder: Any = getattr(classifier.base_model, "encoder", None) or classifier.base_model.transformer
-        encoder.register_forward_pre_hook(self._begin, with_kwargs=True)
-        encoder.register_forward_hook(self._end)
-        if classifier.config.model_type == "bert":
-            encoder.layer[-1].attention.register_forward_pre_hook(self._begin_attention, with_kwargs=True)
-            encoder.layer[-1].attention.output.register_forward_pre_hook(self._narrow)
 
-    def _begin(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.spans, self.narrowed = kwargs.get("spans"), False
+class _LastDistilBertLayer(TransformerBlock):
+    """As `_LastBertLayer`."""
 
-    def _begin_attention(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.spans = kwargs.get("spans")  # again, because gradient checkpointing runs the layer once more after the encoder
+    def forward(self, hidden_states: Tensor, *args: Any, spans: Spans | None = None, **kwargs: Any) -> Tensor:
+        if spans is None:
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
+        first, attention = hidden_states.index_select(1, spans.starts), self.attention  # (1, B, E)
+        query, key, value = attention.q_lin(first), attention.k_lin(hidden_states), attention.v_lin(hidden_states)
+        attended = _attend_from_first(query, key, value, spans, attention, attention.n_heads, attention.dropout.p)
+        mixed = self.sa_layer_norm(attention.out_lin(attended) + first)
+        return self.output_layer_norm(self.ffn(mixed) + mixed)  # type: ignore[no-any-return]
 
-    def _narrow(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if self.spans is None:
-            return None
-        self.narrowed = True
-        return tuple(x[:, self.spans.starts] for x in args)  # attention's output and the residual: (1, T, E) → (1, B, E)
 
-    def _end(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        if self.spans is not None:
-            hidden = output.last_hidden_state[0]  # (T, E), or (B, E) where the last layer was narrowed
-            output["last_hidden_state"] = (hidden if self.narrowed else hidden[self.spans.starts])[:, None]  # (B, 1, E)
-        self.spans = None
-        return output
+LAST_LAYERS = {"bert": _LastBertLayer, "distilbert": _LastDistilBertLayer}
+"""By the type of model: what can be packed."""
+
+
+def _sentences_as_batch(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """The head reads the first token of each sentence: (1, B, E) → (B, 1, E)."""
+    if kwargs.get("spans") is not None:
+        output["last_hidden_state"] = output.last_hidden_state.transpose(0, 1)
+    return output
 
 
 def _attend_within_sentences(
@@ -243,16 +263,28 @@ def _attend_within_sentences(
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
         return out.transpose(1, 2), None
     heads, tokens, size = query.shape[1:]
-    rows, cells = spans.layout(heads)
-
-    def spread(x: Tensor) -> Tensor:  # (1, H, T, D) → (B, H, longest, D)
-        padded: Tensor = _Spread.apply(x[0].transpose(0, 1).reshape(-1, size), rows, cells)  # type: ignore[no-untyped-call]
-        return padded.view(-1, heads, spans.longest, size)
-
     scaling = size**-0.5 if scaling is None else scaling
-    out = _attend(spread(query * scaling), spread(key), spread(value), spans.bias, dropout, module)
-    collected: Tensor = _Collect.apply(out.reshape(-1, size), cells)  # type: ignore[no-untyped-call]
+    query, key, value = (_spread(x[0].transpose(0, 1), spans) for x in (query * scaling, key, value))
+    out = _attend(query, key, value, spans.bias, dropout, module)
+    collected: Tensor = _Collect.apply(out.reshape(-1, size), spans.layout(heads)[1])  # type: ignore[no-untyped-call]
     return collected.view(1, tokens, heads, size), None
+
+
+def _attend_from_first(
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, module: nn.Module, heads: int, dropout: float
+) -> Tensor:
+    """Attention of each sentence's first token alone: (1, B, E) over keys and values of (1, T, E) gives (1, B, E)."""
+    size = query.shape[-1] // heads
+    keys, values = (_spread(x.view(-1, heads, size), spans) for x in (key, value))
+    queries = (query * size**-0.5).view(-1, heads, 1, size)
+    return _attend(queries, keys, values, spans.bias, dropout if module.training else 0.0, module).view(query.shape)
+
+
+def _spread(x: Tensor, spans: Spans) -> Tensor:
+    """Token rows to the padded layout: (T, H, D) → (B, H, longest, D)."""
+    heads, size = x.shape[1:]
+    padded: Tensor = _Spread.apply(x.reshape(-1, size), *spans.layout(heads))  # type: ignore[no-untyped-call]
+    return padded.view(-1, heads, spans.longest, size)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float, module: Any) -> Tensor:
@@ -291,6 +323,10 @@ class _Collect(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (cells,) = ctx.saved_tensors
         return gradient.new_zeros(ctx.size, gradient.shape[-1]).index_copy_(0, cells, gradient), None
+
+
+def _round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
 
 
 AttentionInterface.register(ATTENTION, _attend_within_sentences)

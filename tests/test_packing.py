@@ -14,7 +14,7 @@ from peftbench.data import Split
 from peftbench.device import Device
 from peftbench.kernels import economize
 from peftbench.models import load_tokenizer, locate, prepare
-from peftbench.packing import Encoded, Spans, make_batch, make_packable, predict, shuffled_rows
+from peftbench.packing import ATTENTION_STEP, ROW_STEP, Encoded, Spans, make_batch, make_packable, predict, shuffled_rows
 from peftbench.phases import Phase, Untrained
 from peftbench.training import checkpoint_activations
 
@@ -193,21 +193,33 @@ def test_other_architectures_are_not_packed(model):
 
 
 def test_spans_say_where_sentences_lie():
-    """Lengths 2, 1, 3 by hand."""
-    spans = Spans(torch.tensor([2, 1, 3]))
-    assert [0, 2, 3] == spans.starts.tolist()
-    assert [0, 1, 0, 0, 1, 2] == spans.positions.tolist()
-    assert [[0, 0, -math.inf], [0, -math.inf, -math.inf], [0, 0, 0]] == spans.bias[:, 0, 0].tolist()
+    """Lengths 6, 1, 8 by hand: one token of filling after the shortest makes 16, and attention has room for 8."""
+    spans = Spans(torch.tensor([6, 1, 8]))
+    assert ((1, 1), 8) == (spans.filled, spans.longest)
+    assert [0, 6, 8] == spans.starts.tolist()
+    assert [0, 1, 2, 3, 4, 5, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7] == spans.positions.tolist()
+    padding = -math.inf
+    assert [[0] * 6 + [padding] * 2, [0] + [padding] * 7, [0] * 8] == spans.bias[:, 0, 0].tolist()
 
 
 def test_layout_of_attention_by_hand():
-    """Lengths 2, 1, 3 and one head: padding takes the sentence's last row. With two heads each sentence has a block for each."""
-    rows, cells = Spans(torch.tensor([2, 1, 3])).layout(1)
-    assert [0, 1, 1, 2, 2, 2, 3, 4, 5] == rows.tolist()
-    assert [0, 1, 3, 6, 7, 8] == cells.tolist()
-    rows, cells = Spans(torch.tensor([2, 1])).layout(2)  # rows: (token 0 head 0), (token 0 head 1), (token 1 head 0), ...
-    assert [0, 2, 1, 3, 4, 4, 5, 5] == rows.tolist()
-    assert [0, 2, 1, 3, 4, 6] == cells.tolist()
+    """Lengths 6, 1, 8 and one head: padding takes the last row of its sentence, filling included. Two heads have a block each."""
+    rows, cells = Spans(torch.tensor([6, 1, 8])).layout(1)
+    assert [0, 1, 2, 3, 4, 5, 5, 5, 6, *[7] * 7, *range(8, 16)] == rows.tolist()
+    assert [*range(6), 8, 9, *range(16, 24)] == cells.tolist()
+    rows, cells = Spans(torch.tensor([8, 8])).layout(2)  # rows: (token 0 head 0), (token 0 head 1), (token 1 head 0), ...
+    assert [*range(0, 16, 2), *range(1, 16, 2), *range(16, 32, 2), *range(17, 32, 2)] == rows.tolist()
+    assert [0, 8, 1, 9, 2, 10] == cells.tolist()[:6]
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=20))
+def test_shapes_come_in_steps(lengths):
+    """Rows and attention have few different sizes, with less than a step of filling and room for every sentence."""
+    spans = Spans(torch.tensor(lengths))
+    tokens = len(spans.positions)
+    assert (0, 0) == (tokens % ROW_STEP, spans.longest % ATTENTION_STEP)
+    assert sum(lengths) <= tokens < sum(lengths) + ROW_STEP
+    assert spans.longest >= max(lengths)
 
 
 def test_padded_batch_holds_tokens_mask_and_labels():
@@ -220,11 +232,11 @@ def test_padded_batch_holds_tokens_mask_and_labels():
 
 
 def test_packed_batch_lays_tokens_end_to_end():
-    """The same rows in one row, positions restarting."""
+    """The same rows in one row, positions restarting, with filling after the shortest that does not count."""
     encoded = Encoded(Split("dev", (7, 8), ("a", "b"), (1, 0)), [torch.tensor([4, 5, 6]), torch.tensor([9])], torch.tensor([1, 0]))
     batch = make_batch(encoded, [1, 0], "cpu", packed=True)
-    assert [[9, 4, 5, 6]] == batch.inputs["input_ids"].tolist()
-    assert [[0, 0, 1, 2]] == batch.inputs["position_ids"].tolist()
+    assert [[9, *[0] * 12, 4, 5, 6]] == batch.inputs["input_ids"].tolist()
+    assert [[0, *[0] * 12, 0, 1, 2]] == batch.inputs["position_ids"].tolist()
     assert ([1, 0], [0, 1], 4) == (batch.rows.tolist(), batch.labels.tolist(), batch.tokens)
 
 
