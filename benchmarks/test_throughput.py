@@ -86,7 +86,7 @@ def report(pytestconfig):
 
 @pytest.mark.parametrize("precision", ["fp32", "native"])
 @pytest.mark.parametrize("method", CONTENDERS)
-def test_peftbench_is_ahead_of_a_tuned_trainer(source, method, precision, peft_scale, peft_workbench, report, pytestconfig):
+def test_peftbench_is_ahead_of_a_tuned_trainer(source, method, precision, peft_scale, peft_workbench, report):
     """On the same work, peftbench's median is above that of a Trainer as well set up as its user can, and so far the notebook's."""
     settings = peft_workbench.settings
     if precision == "native":

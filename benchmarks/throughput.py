@@ -23,6 +23,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, Trai
 
 from peftbench.data import draw
 from peftbench.distill import kd_loss
+from peftbench.kernels import ONEDNN_LINEAR
 from peftbench.measure import PeakMemory, Stopwatch
 from peftbench.models import load_classifier, load_tokenizer, prepare
 from peftbench.packing import predict
@@ -35,7 +36,13 @@ PHASES = {
     "lora": Phase(id="P-lora", role="backbone", epochs=1, learning_rate=2e-3, peft=LORA),
     "kd": Phase(id="P-kd", role="student", epochs=1, learning_rate=3e-4, distillation=Distillation()),
 }
-MATRIX_PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
+MATRIX_PRODUCTS = {
+    torch.ops.aten.mm,
+    torch.ops.aten.addmm,
+    torch.ops.aten.bmm,
+    torch.ops.aten.baddbmm,
+    ONEDNN_LINEAR,
+}
 LEAST_SECONDS = 0.01
 """That a matrix product is repeated for when it is timed alone."""
 
@@ -192,7 +199,7 @@ class _DistillingTrainer(Trainer):
         self.distillation, self.teacher = distillation, teacher
         self.model_accepts_loss_kwargs = False
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         labels = inputs.pop("labels")
         logits = inputs.pop("teacher_logits", None)
         inputs.pop("token_type_ids", None)  # all zero, as without
@@ -212,14 +219,14 @@ class _MatrixProducts(TorchDispatchMode):
         self.counts: Counter[Any] = Counter()
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if operation.overloadpacket in MATRIX_PRODUCTS and str(operation).endswith(".default"):
-            operands = tuple((tuple(x.shape), x.stride(), x.dtype) for x in args if isinstance(x, torch.Tensor))
-            self.counts[operation, operands] += 1
+        if operation.overloadpacket in MATRIX_PRODUCTS:
+            described = [(tuple(x.shape), x.stride(), x.dtype) if isinstance(x, torch.Tensor) else x for x in args]
+            self.counts[operation.overloadpacket.default, tuple(tuple(x) if isinstance(x, list) else x for x in described)] += 1
         return operation(*args, **(kwargs or {}))
 
 
-def _time_alone(device: Any, operation: Callable[..., Any], operands: tuple[Any, ...]) -> float:
-    made = [_make(device, *operand) for operand in operands]
+def _time_alone(device: Any, operation: Callable[..., Any], described: tuple[Any, ...]) -> float:
+    made = [_make(device, *x) if isinstance(x, tuple) and x else list(x) if isinstance(x, tuple) else x for x in described]
     with torch.no_grad():
         operation(*made)
         device.synchronize()

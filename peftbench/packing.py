@@ -141,12 +141,13 @@ def make_packable(model: nn.Module) -> bool:
     config = getattr(model, "active_peft_config", None)
     if config is not None and config.is_prompt_learning:
         return False
-    classifier = model.get_base_model() if config is not None else model  # type: ignore[operator]
+    classifier: Any = model.get_base_model() if config is not None else model  # type: ignore[operator]
     last = LAST_LAYERS.get(classifier.config.model_type) if isinstance(classifier, PreTrainedModel) else None
     if last is None:
         return False
     classifier.set_attn_implementation(ATTENTION)
-    encoder: Any = getattr(classifier.base_model, "encoder", None) or classifier.base_model.transformer
+    body: Any = classifier.base_model
+    encoder = getattr(body, "encoder", None) or body.transformer
     encoder.register_forward_hook(_sentences_as_batch, with_kwargs=True)
     encoder.layer[-1].__class__ = last
     return True
@@ -212,7 +213,7 @@ def predict(model: nn.Module, encoded: Encoded, device: Device, *, packed: bool,
     return logits.clone()  # a plain tensor again, not an inference one
 
 
-class _LastBertLayer(BertLayer):
+class _LastBertLayer(BertLayer):  # type: ignore[misc]
     """Past keys and values, only the first token of each sentence matters, and nothing else is computed."""
 
     def forward(self, hidden_states: Tensor, *args: Any, spans: Spans | None = None, **kwargs: Any) -> Tensor:
@@ -224,7 +225,7 @@ class _LastBertLayer(BertLayer):
         return self.feed_forward_chunk(self.attention.output(attended, first))  # type: ignore[no-any-return]
 
 
-class _LastDistilBertLayer(TransformerBlock):
+class _LastDistilBertLayer(TransformerBlock):  # type: ignore[misc]
     """As `_LastBertLayer`."""
 
     def forward(self, hidden_states: Tensor, *args: Any, spans: Spans | None = None, **kwargs: Any) -> Tensor:

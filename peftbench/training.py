@@ -131,8 +131,9 @@ def fit(
                 number, batch_tokens = done
                 if not math.isfinite(number):
                     raise diverged(f"loss is {number}")
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(parameters, clip_norm)
+                # The fused AdamW divides by this as it reads the gradients; clipping them first would be a pass more over all.
+                norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+                optimizer.grad_scale = (norm / (scaler.get_scale() * clip_norm)).clamp(min=1.0)  # type: ignore[attr-defined]
                 try:
                     scaler.step(optimizer)
                 except torch.OutOfMemoryError:
