@@ -26,8 +26,8 @@ ATTENTION = "peftbench_packed"
 
 ROW_STEP, ATTENTION_STEP = 16, 8
 """
-Packed rows have a multiple of the one as tokens, attention room for a multiple of the other in a sentence: a library of matrix
-products prepares code for each shape that it meets, which in bf16 on CPU takes as long as a third of the product.
+Packed rows have a multiple of the one as tokens, and the rows that attention runs over a multiple of the other as cells: a library
+of matrix products prepares code for each shape that it meets, which in bf16 on CPU takes as long as a third of the product.
 """
 
 
@@ -59,55 +59,98 @@ class Encoded:
         return Encoded(self.split.take(rows), [self.tokens[i] for i in rows], self.labels[list(rows)])
 
 
+class Cells:
+    """
+    Items, and the cells of a padded layout that attention runs over.
+
+    Attributes:
+        bias: What is added to attention's scores so that an item attends to nothing but its own sentence, shape (R, 1, C, keys).
+    """
+
+    def __init__(self, item_of_cell: Tensor, cell_of_item: Tensor, bias: Tensor, device: str) -> None:
+        """Shapes (R, C), where a cell that is not used names any item, and (N,); all on the CPU, the results on the device."""
+        self._item_of_cell, self._cell_of_item, self.bias = (x.to(device) for x in (item_of_cell, cell_of_item, bias))
+        self._indices: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def spread(self, items: Tensor) -> Tensor:
+        """(N, H, D) → (R, H, C, D); what an unused cell holds does not matter, and nothing flows back from it."""
+        heads, size = items.shape[1:]
+        spread: Tensor = _Spread.apply(items.reshape(-1, size), *self.indices(heads))  # type: ignore[no-untyped-call]
+        return spread.view(-1, heads, self._item_of_cell.shape[1], size)
+
+    def collect(self, cells: Tensor) -> Tensor:
+        """(R, H, C, D) → (N, H, D)."""
+        heads, _, size = cells.shape[1:]
+        collected: Tensor = _Collect.apply(cells.reshape(-1, size), self.indices(heads)[1])  # type: ignore[no-untyped-call]
+        return collected.view(-1, heads, size)
+
+    def indices(self, heads: int) -> tuple[Tensor, Tensor]:
+        """The row of (N · H, D) that each cell of (R · H · C, D) takes, and the cell of each row: shapes (R · H · C,), (N · H,)."""
+        if heads not in self._indices:
+            head, width = torch.arange(heads, device=self.bias.device), self._item_of_cell.shape[1]
+            items = self._item_of_cell[:, None] * heads + head[:, None]  # (R, H, C)
+            row, column = self._cell_of_item[:, None] // width, self._cell_of_item[:, None] % width
+            self._indices[heads] = items.flatten(), ((row * heads + head) * width + column).flatten()
+        return self._indices[heads]
+
+
 class Spans:
     """
     Where the sentences of a packed row begin and end.
 
-    The shortest sentence is followed by as many tokens of filling as bring the row to a multiple of `ROW_STEP`; no token attends to
-    them and nothing of them reaches the head.
+    Filling makes the tokens a multiple of `ROW_STEP`. It is a sentence of its own, of which nothing reaches the head. Attention
+    runs over rows as long as the longest sentence, and shorter ones share a row.
 
     Attributes:
-        longest: Tokens that attention has room for in each sentence.
-        starts: Position of each sentence's first token in the row, shape (B,).
-        positions: Position of each token within its sentence, shape (T,); of filling 0.
-        bias: What is added to attention's scores so that no token attends to padding or filling, shape (B, 1, 1, longest).
-        filled: The sentence that is followed by filling, and by how much.
+        filling: Tokens at the end that belong to no sentence.
+        starts: Position of each sentence's first token, shape (B,).
+        positions: Position of each token within its sentence, shape (T,).
+        tokens: The cells of all tokens.
+        firsts: The cells of each sentence's first token, in the rows that its other tokens are in.
     """
 
-    def __init__(self, lengths: Tensor, device: str = "cpu") -> None:
-        """Of sentences with these many tokens, shape (B,), on the CPU; the results are on the device."""
-        self.filled = int(lengths.argmin()), -int(lengths.sum()) % ROW_STEP
-        room = lengths.clone()
-        room[self.filled[0]] += self.filled[1]
-        self.longest = _round_up(int(room.max()), ATTENTION_STEP)
-        columns = torch.arange(self.longest)
-        padding = columns >= lengths[:, None]
-        starts = room.cumsum(0) - room
-        sentences = torch.arange(len(room)).repeat_interleave(room)  # (T,)
-        columns_of_tokens = torch.arange(len(sentences)) - starts[sentences]
-        token_of_cell = starts[:, None] + torch.minimum(columns, room[:, None] - 1)  # (B, longest)
-        positions = columns_of_tokens.masked_fill(columns_of_tokens >= lengths[sentences], 0)
+    def __init__(self, lengths: Sequence[int], device: str = "cpu") -> None:
+        """Of B sentences with these many tokens."""
+        self.filling = -sum(lengths) % ROW_STEP
+        sizes = [*lengths, self.filling] if self.filling else list(lengths)
+        room = _round_up(max(sizes), ATTENTION_STEP)
+        row, column, order = torch.tensor(_share_rows(sizes, room)).unbind(1)  # of each sentence
+        rows, opens = int(row.max()) + 1, column == 0
+        size = torch.tensor(sizes)
+        start = size.cumsum(0) - size
+        sentence = torch.arange(len(sizes)).repeat_interleave(size)  # of each token
+        position = torch.arange(len(sentence)) - start[sentence]
+
+        cell = (row * room + column)[sentence] + position
+        opener = torch.empty(rows, dtype=torch.long).index_copy_(0, row[opens], start[opens])  # the token in a row's first cell
+        token = opener.repeat_interleave(room).index_copy_(0, cell, torch.arange(len(cell))).view(rows, room)
+        unused = torch.ones(rows * room, dtype=torch.bool).index_fill_(0, cell, False).view(rows, 1, room)
+        apart = sentence[token][:, :, None] != sentence[token][:, None]  # (R, room, room)
+        bias = torch.zeros(apart.shape).masked_fill_(apart | unused, -math.inf)[:, None]
+
         # All of it is known from the lengths alone: a device is given the results and never asked for one.
-        self.starts, self.positions, self._sentences, self._columns, self._token_of_cell = (
-            x.to(device) for x in (starts, positions, sentences, columns_of_tokens, token_of_cell)
-        )
-        self.bias = torch.zeros(padding.shape).masked_fill_(padding, -math.inf)[:, None, None].to(device)
-        self._layouts: dict[int, tuple[Tensor, Tensor]] = {}
+        self.starts, self.positions = start[: len(lengths)].to(device), position.to(device)
+        self.tokens = Cells(token, cell, bias, device)
+        row, column, order = row[: len(lengths)], column[: len(lengths)], order[: len(lengths)]
+        most = int(order.max()) + 1
+        slot = row * most + order
+        first = torch.zeros(rows * most, dtype=torch.long).index_copy_(0, slot, torch.arange(len(slot))).view(rows, most)
+        columns = torch.zeros(rows * most, dtype=torch.long).index_copy_(0, slot, column).view(rows, most)
+        self.firsts = Cells(first, slot, bias[torch.arange(rows)[:, None], :, columns].transpose(1, 2), device)
 
-    def layout(self, heads: int) -> tuple[Tensor, Tensor]:
-        """
-        The way from token rows, (T · H, D), to the padded cells that attention runs over, (B · H · longest, D), and back.
 
-        Returns:
-            The row that each cell takes, padding taking its sentence's last, shape (B · H · longest,), and the cell of each row,
-            shape (T · H,).
-        """
-        if heads not in self._layouts:
-            head = torch.arange(heads, device=self.starts.device)
-            rows = self._token_of_cell[:, None] * heads + head[:, None]  # (B, H, longest)
-            cells = (self._sentences[:, None] * heads + head) * self.longest + self._columns[:, None]  # (T, H)
-            self._layouts[heads] = rows.flatten(), cells.flatten()
-        return self._layouts[heads]
+def _share_rows(sizes: Sequence[int], room: int) -> list[tuple[int, int, int]]:
+    """Row, first column and number in the row of each sentence: the longest first, each where it fits first."""
+    places: list[tuple[int, int, int]] = [(0, 0, 0)] * len(sizes)
+    rows: list[tuple[int, int]] = []  # cells taken and sentences
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        row = next((number for number, (taken, _) in enumerate(rows) if taken + sizes[i] <= room), len(rows))
+        if row == len(rows):
+            rows.append((0, 0))
+        taken, sentences = rows[row]
+        places[i] = row, taken, sentences
+        rows[row] = taken + sizes[i], sentences + 1
+    return places
 
 
 @dataclass(frozen=True)
@@ -157,18 +200,16 @@ def make_batch(encoded: Encoded, rows: Sequence[int], device: str, *, packed: bo
     """The examples at these positions, packed end to end or padded to the longest."""
     index = torch.tensor(rows)
     tokens = [encoded.tokens[i] for i in rows]
-    lengths = torch.tensor([len(t) for t in tokens])
     inputs: dict[str, Any]
     if packed:
-        spans = Spans(lengths, device)
-        shortest, filling = spans.filled
-        row = [*tokens[: shortest + 1], tokens[shortest].new_zeros(filling), *tokens[shortest + 1 :]]
+        spans = Spans([len(t) for t in tokens], device)
         inputs = {
-            "input_ids": torch.cat(row).to(device)[None],  # (1, T)
+            "input_ids": torch.cat([*tokens, tokens[0].new_zeros(spans.filling)]).to(device)[None],  # (1, T)
             "position_ids": spans.positions[None],  # (1, T)
             "spans": spans,
         }
     else:
+        lengths = torch.tensor([len(t) for t in tokens])
         ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(device)  # (B, longest)
         inputs = {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)}
     return Batch(index, encoded.labels[index].to(device), inputs, sum(len(t) for t in tokens))
@@ -263,12 +304,9 @@ def _attend_within_sentences(
     if spans is None:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
         return out.transpose(1, 2), None
-    heads, tokens, size = query.shape[1:]
-    scaling = size**-0.5 if scaling is None else scaling
-    query, key, value = (_spread(x[0].transpose(0, 1), spans) for x in (query * scaling, key, value))
-    out = _attend(query, key, value, spans.bias, dropout, module)
-    collected: Tensor = _Collect.apply(out.reshape(-1, size), spans.layout(heads)[1])  # type: ignore[no-untyped-call]
-    return collected.view(1, tokens, heads, size), None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = (spans.tokens.spread(x[0].transpose(0, 1)) for x in (query * scaling, key, value))
+    return spans.tokens.collect(_attend(query, key, value, spans.tokens.bias, dropout, module))[None], None
 
 
 def _attend_from_first(
@@ -276,16 +314,10 @@ def _attend_from_first(
 ) -> Tensor:
     """Attention of each sentence's first token alone: (1, B, E) over keys and values of (1, T, E) gives (1, B, E)."""
     size = query.shape[-1] // heads
-    keys, values = (_spread(x.view(-1, heads, size), spans) for x in (key, value))
-    queries = (query * size**-0.5).view(-1, heads, 1, size)
-    return _attend(queries, keys, values, spans.bias, dropout if module.training else 0.0, module).view(query.shape)
-
-
-def _spread(x: Tensor, spans: Spans) -> Tensor:
-    """Token rows to the padded layout: (T, H, D) → (B, H, longest, D)."""
-    heads, size = x.shape[1:]
-    padded: Tensor = _Spread.apply(x.reshape(-1, size), *spans.layout(heads))  # type: ignore[no-untyped-call]
-    return padded.view(-1, heads, spans.longest, size)
+    keys, values = (spans.tokens.spread(x.view(-1, heads, size)) for x in (key, value))
+    queries = spans.firsts.spread((query * size**-0.5).view(-1, heads, size))
+    attended = _attend(queries, keys, values, spans.firsts.bias, dropout if module.training else 0.0, module)
+    return spans.firsts.collect(attended).view(query.shape)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float, module: Any) -> Tensor:
@@ -299,8 +331,6 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: fl
 
 
 class _Spread(torch.autograd.Function):
-    """Token rows to cells of the padded layout; what a cell of padding holds does not matter, and nothing flows back from it."""
-
     @staticmethod
     def forward(ctx: Any, rows: Tensor, tokens: Tensor, cells: Tensor) -> Tensor:
         ctx.save_for_backward(cells)
@@ -312,8 +342,6 @@ class _Spread(torch.autograd.Function):
 
 
 class _Collect(torch.autograd.Function):
-    """Cells of the padded layout back to token rows."""
-
     @staticmethod
     def forward(ctx: Any, padded: Tensor, cells: Tensor) -> Tensor:
         ctx.save_for_backward(cells)

@@ -193,33 +193,66 @@ def test_other_architectures_are_not_packed(model):
 
 
 def test_spans_say_where_sentences_lie():
-    """Lengths 6, 1, 8 by hand: one token of filling after the shortest makes 16, and attention has room for 8."""
-    spans = Spans(torch.tensor([6, 1, 8]))
-    assert ((1, 1), 8) == (spans.filled, spans.longest)
-    assert [0, 6, 8] == spans.starts.tolist()
-    assert [0, 1, 2, 3, 4, 5, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7] == spans.positions.tolist()
-    padding = -math.inf
-    assert [[0] * 6 + [padding] * 2, [0] + [padding] * 7, [0] * 8] == spans.bias[:, 0, 0].tolist()
+    """Lengths 6, 1, 8 by hand: one token of filling makes 16."""
+    spans = Spans([6, 1, 8])
+    assert 1 == spans.filling
+    assert [0, 6, 7] == spans.starts.tolist()
+    assert [0, 1, 2, 3, 4, 5, 0, 0, 1, 2, 3, 4, 5, 6, 7, 0] == spans.positions.tolist()
 
 
-def test_layout_of_attention_by_hand():
-    """Lengths 6, 1, 8 and one head: padding takes the last row of its sentence, filling included. Two heads have a block each."""
-    rows, cells = Spans(torch.tensor([6, 1, 8])).layout(1)
-    assert [0, 1, 2, 3, 4, 5, 5, 5, 6, *[7] * 7, *range(8, 16)] == rows.tolist()
-    assert [*range(6), 8, 9, *range(16, 24)] == cells.tolist()
-    rows, cells = Spans(torch.tensor([8, 8])).layout(2)  # rows: (token 0 head 0), (token 0 head 1), (token 1 head 0), ...
-    assert [*range(0, 16, 2), *range(1, 16, 2), *range(16, 32, 2), *range(17, 32, 2)] == rows.tolist()
-    assert [0, 8, 1, 9, 2, 10] == cells.tolist()[:6]
+def test_cells_of_attention_by_hand():
+    """
+    Lengths 6, 1, 8 and a token of filling: the longest has a row of 8 cells, the others and the filling share the next one.
+
+    No cell is left over there. Two heads have a block of cells each.
+    """
+    spans, no = Spans([6, 1, 8]), -math.inf
+    cells, of_tokens = spans.tokens.indices(1)
+    assert [*range(7, 15), *range(7), 15] == cells.tolist()
+    assert [*range(8, 15), *range(8), 15] == of_tokens.tolist()
+    alone, shared = spans.tokens.bias[:, 0]
+    assert 0.0 == alone.abs().max()
+    assert 6 * [6 * [0] + [no, no]] + [6 * [no] + [0, no]] + [7 * [no] + [0]] == shared.tolist()
+    cells, of_tokens = Spans([8, 8]).tokens.indices(2)  # items: (token 0 head 0), (token 0 head 1), (token 1 head 0), ...
+    assert [*range(0, 16, 2), *range(1, 16, 2), *range(16, 32, 2), *range(17, 32, 2)] == cells.tolist()
+    assert [0, 8, 1, 9, 2, 10] == of_tokens.tolist()[:6]
 
 
-@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=20))
-def test_shapes_come_in_steps(lengths):
-    """Rows and attention have few different sizes, with less than a step of filling and room for every sentence."""
-    spans = Spans(torch.tensor(lengths))
-    tokens = len(spans.positions)
-    assert (0, 0) == (tokens % ROW_STEP, spans.longest % ATTENTION_STEP)
-    assert sum(lengths) <= tokens < sum(lengths) + ROW_STEP
-    assert spans.longest >= max(lengths)
+def test_cells_of_first_tokens_by_hand():
+    """The third sentence has the first row and the others the next one: two cells a row, the one left over as that row's first."""
+    firsts, no = Spans([6, 1, 8]).firsts, -math.inf
+    cells, of_sentences = firsts.indices(1)
+    assert ([2, 0, 0, 1], [2, 3, 0]) == (cells.tolist(), of_sentences.tolist())
+    assert [[8 * [0], 8 * [0]], [6 * [0] + [no, no], 6 * [no] + [0, no]]] == firsts.bias[:, 0].tolist()
+
+
+def test_a_cell_that_is_not_used_attends_to_its_row_s_first_sentence():
+    """And nothing attends to it: lengths 3 and 6 and filling of 7 tokens have a row of 8 cells each."""
+    bias, no = Spans([3, 6]).tokens.bias[:, 0], -math.inf
+    assert (3, 8, 8) == bias.shape  # 7, 6 and 3 tokens
+    assert [8 * [7 * [0] + [no]], 8 * [6 * [0] + 2 * [no]], 8 * [3 * [0] + 5 * [no]]] == bias.tolist()
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=20), heads=st.integers(1, 3))
+def test_attention_has_a_cell_for_every_token(lengths, heads):
+    """Shapes come in steps, what is spread is collected again, and a token attends to its sentence's tokens and no other."""
+    spans = Spans(lengths)
+    n = len(spans.positions)
+    assert 0 == n % ROW_STEP
+    assert sum(lengths) == n - spans.filling
+    assert 0 <= spans.filling < ROW_STEP
+    items = torch.randn(n, heads, 2)
+    cells = spans.tokens.spread(items)
+    assert 0 == cells.shape[2] % ATTENTION_STEP
+    assert torch.equal(items, spans.tokens.collect(cells))
+    of_token = torch.arange(len(lengths) + 1).repeat_interleave(torch.tensor([*lengths, spans.filling])).double()
+    of_cell = spans.tokens.spread(of_token[:, None, None])  # (R, 1, C, 1)
+    weights = spans.tokens.bias.double().softmax(-1)
+    torch.testing.assert_close(of_cell, weights @ of_cell)  # the mean over what a cell attends to is its own sentence
+    heard = spans.tokens.collect(weights.transpose(-1, -2) @ torch.ones_like(of_cell))
+    assert (heard > 0.999).all()  # by itself at least, as a share of its sentence
+    firsts = spans.firsts.bias.double().softmax(-1) @ of_cell
+    assert list(range(len(lengths))) == spans.firsts.collect(firsts).flatten().round().tolist()
 
 
 def test_padded_batch_holds_tokens_mask_and_labels():
@@ -232,11 +265,11 @@ def test_padded_batch_holds_tokens_mask_and_labels():
 
 
 def test_packed_batch_lays_tokens_end_to_end():
-    """The same rows in one row, positions restarting, with filling after the shortest that does not count."""
+    """The same rows in one row, positions restarting, with filling at the end that does not count."""
     encoded = Encoded(Split("dev", (7, 8), ("a", "b"), (1, 0)), [torch.tensor([4, 5, 6]), torch.tensor([9])], torch.tensor([1, 0]))
     batch = make_batch(encoded, [1, 0], "cpu", packed=True)
-    assert [[9, *[0] * 12, 4, 5, 6]] == batch.inputs["input_ids"].tolist()
-    assert [[0, *[0] * 12, 0, 1, 2]] == batch.inputs["position_ids"].tolist()
+    assert [[9, 4, 5, 6, *[0] * 12]] == batch.inputs["input_ids"].tolist()
+    assert [[0, 0, 1, 2, *range(12)]] == batch.inputs["position_ids"].tolist()
     assert ([1, 0], [0, 1], 4) == (batch.rows.tolist(), batch.labels.tolist(), batch.tokens)
 
 
