@@ -87,7 +87,9 @@ class Session:
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
+        self.began = time.monotonic()
         self.options = Options.from_config(config)
+        self.progress = Progress(config)
         worker: dict[str, Any] = getattr(config, "workerinput", {})  # set in a worker of pytest-xdist
         self.run_id: str = worker.get("peftbench_run_id") or make_run_id()
         self.trained_seconds = 0.0
@@ -132,6 +134,19 @@ class Session:
     def train_runtime_seconds(self) -> float:
         """A clock that only runs in training loops: pytest-benchmark's timer for the cases."""
         return self.trained_seconds
+
+    def describe_times(self, records: list[Record]) -> list[str]:
+        """Of a session that has trained: how soon, and how much of its time was something else."""
+        first = self.progress.first_step
+        if first is None:
+            return []
+        total = time.monotonic() - self.began
+        evaluation = sum(record.evaluation_seconds or 0.0 for record in records if record.run_id == self.run_id)
+        return [
+            f"{render_duration(first - self.began)} from the session's start to the first optimizer step; "
+            f"{render_duration(max(0.0, total - self.progress.training_seconds - evaluation))} of {render_duration(total)} "
+            "neither training nor evaluation"
+        ]
 
     def check_phase(self, phase: Phase) -> None:
         """
@@ -188,19 +203,30 @@ class Session:
 
 
 class Progress:
-    """Shows how far training is: one line that changes on a terminal, a line now and then in a log."""
+    """
+    Shows how far training is: one line that changes on a terminal, a line now and then in a log.
+
+    Attributes:
+        first_step: When the session's first optimizer step was done, by `time.monotonic`; None before that.
+        training_seconds: Between the first and the last step of each training run, the teacher's included.
+    """
 
     def __init__(self, config: pytest.Config) -> None:
-        self._reporter: Any = config.pluginmanager.getplugin("terminalreporter")
-        self._capture: Any = config.pluginmanager.getplugin("capturemanager")
-        self._what, self._began, self._shown = "", 0.0, 0.0
+        self.first_step: float | None = None
+        self.training_seconds = 0.0
+        self._config = config
+        self._what, self._began, self._shown, self._last = "", 0.0, 0.0, 0.0
 
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
         if what != self._what or done == 1:
-            self._what, self._began, self._shown = what, now, now
+            self._what, self._began, self._shown, self._last = what, now, now, now
+            self.first_step = self.first_step or now
             return
-        live = self._reporter is not None and self._reporter.isatty
+        self.training_seconds += now - self._last
+        self._last = now
+        reporter: Any = self._config.pluginmanager.getplugin("terminalreporter")
+        live = reporter is not None and reporter.isatty
         if done < total and now - self._shown < (TERMINAL_LINE_SECONDS if live else LOG_LINE_SECONDS):
             return
         self._shown = now
@@ -216,11 +242,14 @@ class Progress:
         self._write(lambda reporter: reporter.write_line(f"peftbench: {line}"))
 
     def _write(self, write: Callable[[Any], None]) -> None:
-        if self._reporter is not None:
-            with self._capture.global_and_fixture_disabled() if self._capture else nullcontext():
-                self._reporter.ensure_newline()
-                write(self._reporter)
-                self._reporter.flush()
+        plugins = self._config.pluginmanager
+        reporter: Any = plugins.getplugin("terminalreporter")
+        capture: Any = plugins.getplugin("capturemanager")
+        if reporter is not None:
+            with capture.global_and_fixture_disabled() if capture else nullcontext():
+                reporter.ensure_newline()
+                write(reporter)
+                reporter.flush()
 
 
 SESSION = pytest.StashKey[Session]()
@@ -363,6 +392,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section("peftbench")
     if records:
         terminalreporter.write_line(render_summary(records))
+    for line in session.describe_times(records):
+        terminalreporter.write_line(line)
     resumed = [record for record in records if record.run_id != session.run_id]
     for record in resumed:
         case = f"{record.phase}-{record.name} at {record.scale} scale, seed {record.seed}"
@@ -391,9 +422,9 @@ def peft_workbench(request: pytest.FixtureRequest, peft_scale: Scale) -> Workben
     """What the cases of one scale share."""
     from peftbench.runner import Workbench
 
-    progress = Progress(request.config)
+    session = request.config.stash[SESSION]
     with explained():
-        return Workbench(peft_scale, request.config.stash[SESSION].settings, progress, progress.say)
+        return Workbench(peft_scale, session.settings, session.progress, session.progress.say)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForSequenceClassification, BertConfig, get_linear_schedule_with_warmup
+from torch.utils.data import SequentialSampler
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DistilBertConfig,
+    Trainer,
+    TrainingArguments,
+    get_linear_schedule_with_warmup,
+)
 
 from peftbench.data import Split
 from peftbench.device import Device
@@ -134,6 +142,59 @@ def test_twenty_steps_are_those_of_a_plain_loop(clip_norm, weight_decay):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
     assert losses == pytest.approx([loss for _, loss in run.learning_curve], rel=1e-5)
     assert model.training
+
+
+class OrderedTrainer(Trainer):
+    """transformers' Trainer over its rows as they lie."""
+
+    def _get_train_sampler(self, *_):
+        return SequentialSampler(self.train_dataset)
+
+
+NO_DROPOUT = [
+    BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=90,
+               hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+    DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=90,
+                     dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", NO_DROPOUT, ids=lambda config: config.model_type)
+def test_twenty_updates_are_those_of_trainer(config, tmp_path):
+    """Packed, with our kernels and clipping, 20 updates leave the weights that transformers' Trainer leaves on padded batches."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = [torch.randint(1, 90, (length,), generator=generator) for length in torch.randint(1, 40, (80,), generator=generator)]
+    labels = tuple(torch.randint(0, 2, (80,), generator=generator).tolist())
+    encoded = Encoded(Split("train", tuple(range(80)), ("",) * 80, labels), tokens, torch.tensor(labels))
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config)
+    start, theirs = copy.deepcopy(model.state_dict()), copy.deepcopy(model)
+
+    def pad(rows):
+        batch = make_batch(encoded, rows, "cpu", packed=False)
+        return {**batch.inputs, "labels": batch.labels}
+
+    arguments = TrainingArguments(
+        output_dir=tmp_path, max_steps=20, per_device_train_batch_size=8, learning_rate=5e-4, warmup_steps=4, max_grad_norm=0.5,
+        lr_scheduler_type="linear", use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    OrderedTrainer(model=theirs, args=arguments, train_dataset=list(range(80)), data_collator=pad).train()
+
+    assert make_packable(model)
+    economize(model)
+    fit(
+        model,
+        lambda batch: F.cross_entropy(model(**batch.inputs).logits, batch.labels),
+        lambda: iter([range(i, i + 8) for i in range(0, 80, 8)]),
+        lambda rows: make_batch(encoded, rows, "cpu", packed=True),
+        [{"params": list(model.parameters()), "lr": 5e-4}],
+        **{**DEFAULTS, "epochs": 2, "warmup_fraction": 0.2, "clip_norm": 0.5},
+        steps_per_epoch=10,
+        progress=silent,
+    )
+    moved = max(float((theirs.state_dict()[name] - value).abs().max()) for name, value in start.items())
+    assert moved > 1e-3
+    torch.testing.assert_close(model.state_dict(), theirs.state_dict(), rtol=0, atol=1e-4 * moved)
 
 
 def test_costs_are_counted_by_hand():

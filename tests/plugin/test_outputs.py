@@ -1,6 +1,8 @@
 """--peft-outputs: records, reports and what happens to them."""
 
 import json
+import re
+import time
 
 import pytest
 
@@ -24,6 +26,30 @@ def test_a_study_leaves_records_reports_and_kd_subsets(study, records, pytester)
     assert {"kd_1000", "kd_500", "kd_64"} == {path.name for path in (pytester.path / "results/tiny/kd").glob("kd_*")}
     assert ["tiny"] == [path.name for path in (pytester.path / "results").iterdir()]
     result.stdout.fnmatch_lines(["phase*dev acc*front", "A-teacher*", "K-kd*", "S-small*", "records: results/tiny/runs/*"])
+
+
+def test_the_session_says_what_was_neither_training_nor_evaluation(pytester, data_folder, records):
+    """Two seconds lost before training and one after it show in both figures; the training between them in neither."""
+    pytester.makepyfile("""
+        import time
+        from peftbench.phases import Phase
+
+        def test_late(run_phase, peft_workbench):
+            time.sleep(2)
+            run_phase(Phase(id="S-small", role="student", epochs=20))
+            time.sleep(1)
+    """)
+    began = time.monotonic()
+    result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={data_folder}")
+    total = time.monotonic() - began
+    [line] = [line for line in result.outlines if "first optimizer step" in line]
+    first, other, said = map(float, re.fullmatch(r"(\S+) s from .*; (\S+) s of (\S+) s neither .*", line).groups())
+    [record] = records().values()
+    work = record["train_runtime_seconds"] + record["evaluation_seconds"]
+    assert work > 0.5
+    assert 2 <= first <= total - 1 - work + 0.1
+    assert 3 <= other == pytest.approx(said - work, abs=0.3)
+    assert said == pytest.approx(total, abs=1.0)
 
 
 def test_outputs_that_cannot_be_written_are_a_usage_error(study, pytester):

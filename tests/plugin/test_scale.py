@@ -38,6 +38,23 @@ def test_tiny_cases_carry_the_suffix(pytester, study, arguments):
     assert ["test_phase[A-teacher-tiny]", "test_phase[S-small-tiny]", "test_phase[K-kd-tiny]"] == collected(result)
 
 
+def test_comparisons_with_peers_run_only_when_asked_for(pytester):
+    """A case marked `peer` is left out of the default run; the marker's name, in -m or -k, brings it in."""
+    pytester.makepyfile("""
+        import pytest
+
+        @pytest.mark.peer
+        def test_race(peft_workbench):
+            pass
+
+        def test_phase(peft_workbench):
+            pass
+    """)
+    for arguments, expected in (((), ["test_phase"]), (("-m", "peer"), ["test_race"]), (("-m", "tiny"), ["test_phase[tiny]"])):
+        assert expected == collected(pytester.runpytest_inprocess("--collect-only", "-q", *arguments))
+    assert ["test_race[tiny]"] == collected(pytester.runpytest_inprocess("--collect-only", "-q", "-m", "peer and tiny"))
+
+
 def test_a_tiny_case_can_be_named(pytester, study):
     """A node id that says tiny selects that case."""
     study("--collect-only", "-q")
