@@ -18,7 +18,7 @@ PHASES = [
         epochs=1,
         learning_rate=5e-4,
         at_scale={
-            "mini": {"peft": MINI_LORA, "learning_rate": 2e-3, "layer_decay": 0.75, "warmup_fraction": 0.1},
+            "mini": {"peft": MINI_LORA, "epochs": 2, "learning_rate": 2e-3, "layer_decay": 0.75, "warmup_fraction": 0.1},
             "tiny": {"peft": TINY_LORA, "epochs": 4, "learning_rate": 2e-3, "warmup_fraction": 0.1},
         },
     ),
@@ -40,7 +40,7 @@ PHASES = [
         epochs=3,
         learning_rate=3e-5,
         at_scale={
-            "mini": {"epochs": 10, "learning_rate": 3e-4, "layer_decay": 0.7, "warmup_fraction": 0.1},
+            "mini": {"epochs": 6, "learning_rate": 5e-4, "layer_decay": 0.7, "warmup_fraction": 0.1},
             "tiny": {"epochs": 5, "learning_rate": 1e-3, "warmup_fraction": 0.1},
         },
     ),
@@ -53,8 +53,15 @@ PHASES = [
         distillation=Distillation(),
         epochs=3,
         learning_rate=5e-4,
+        unfrozen_learning_rate=5e-5,
         at_scale={
-            "mini": {"peft": MINI_LORA, "epochs": 8, "learning_rate": 1e-3, "unfrozen_learning_rate": 2e-4, "warmup_fraction": 0.1},
+            "mini": {
+                "peft": MINI_LORA,
+                "epochs": 5,
+                "learning_rate": 1.5e-3,
+                "unfrozen_learning_rate": 3e-4,
+                "warmup_fraction": 0.1,
+            },
             "tiny": {"peft": TINY_LORA, "epochs": 20, "learning_rate": 1e-3, "warmup_fraction": 0.1},
         },
     ),

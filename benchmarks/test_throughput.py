@@ -28,6 +28,7 @@ CONTENDERS = {
     "lora": ("notebook", "tuned", "peftbench"),
     "kd": ("notebook", "live-teacher", "tuned", "peftbench"),
 }
+DATA = {"reviews": "reviews", "glue": "sst2", "grammar": "generated"}
 MIB = 2**20
 
 
@@ -35,7 +36,7 @@ def pytest_generate_tests(metafunc):
     """The scale's own data and, where it is given, the folder's."""
     if "source" in metafunc.fixturenames:
         given = metafunc.config.getoption("peft_data") or metafunc.config.getini("peft_data")
-        metafunc.parametrize("source", ["reviews", "sst2"] if given else ["reviews"])
+        metafunc.parametrize("source", ["own", "folder"] if given else ["own"])
 
 
 class Contender:
@@ -98,7 +99,7 @@ def test_peftbench_is_ahead_of_a_tuned_trainer(source, method, precision, peft_s
         "method": method,
         "precision": precision,
         "scale": peft_scale.name,
-        "data": str(settings.data) if source == "sst2" else "",
+        "data": str(settings.data) if source == "folder" else "",
         "device": settings.device,
         "outputs": str(settings.outputs),
         "examples": examples,
@@ -110,7 +111,7 @@ def test_peftbench_is_ahead_of_a_tuned_trainer(source, method, precision, peft_s
             rounds[contender.name].append(contender.ask("round"))
         matrix_seconds = {contender.name: contender.ask("matrices")["matrix_seconds"] for contender in contenders}
 
-    cell = {"data": source, "method": method, "precision": precision}
+    cell = {"data": "sst2" if source == "folder" else DATA[peft_scale.data], "method": method, "precision": precision}
     rows = [
         {
             **cell,
