@@ -32,7 +32,7 @@ from peftbench.distill import (
     read_subset,
 )
 from peftbench.evaluation import METRICS_VERSION, latency_ms, score
-from peftbench.kernels import economize, only_words, retain_memory
+from peftbench.kernels import economize, flattened, only_words, retain_memory
 from peftbench.measure import PeakMemory, Stopwatch, describe_machine, describe_versions
 from peftbench.models import (
     Weights,
@@ -342,13 +342,16 @@ def train(
 
     generator = torch.Generator().manual_seed(seed)
     rows_stay = packed and not phase.weight_decay  # of words that do not occur: no padding and no decay touches them
-    with only_words(model, torch.cat(list(encoded.tokens))) if rows_stay else nullcontext():
+    with (
+        only_words(model, torch.cat(list(encoded.tokens))) if rows_stay else nullcontext(),
+        flattened(groups) if device.kind == "cpu" else nullcontext(groups) as groups_at_hand,
+    ):
         return fit(
             model,
             loss,
             lambda: shuffled_rows(len(encoded), phase.batch_size, generator),
             lambda rows: make_batch(encoded, rows, device.name, packed=packed),
-            groups,
+            groups_at_hand,
             epochs=phase.epochs,
             steps_per_epoch=-(-len(encoded) // phase.batch_size),
             examples_at_once=examples_at_once(model, encoded, phase.batch_size, device),

@@ -22,7 +22,7 @@ from transformers import (
 
 from peftbench.data import Split
 from peftbench.device import Device
-from peftbench.kernels import economize
+from peftbench.kernels import economize, flattened
 from peftbench.packing import Batch, Encoded, make_batch, make_packable, shuffled_rows
 from peftbench.records import MemoryUse
 from peftbench.training import CURVE_POINTS, DoesNotFit, TrainingDiverged, fit, rate_factor
@@ -182,16 +182,17 @@ def test_twenty_updates_are_those_of_trainer(config, tmp_path):
 
     assert make_packable(model)
     economize(model)
-    fit(
-        model,
-        lambda batch: F.cross_entropy(model(**batch.inputs).logits, batch.labels),
-        lambda: iter([range(i, i + 8) for i in range(0, 80, 8)]),
-        lambda rows: make_batch(encoded, rows, "cpu", packed=True),
-        [{"params": list(model.parameters()), "lr": 5e-4}],
-        **{**DEFAULTS, "epochs": 2, "warmup_fraction": 0.2, "clip_norm": 0.5},
-        steps_per_epoch=10,
-        progress=silent,
-    )
+    with flattened([{"params": list(model.parameters()), "lr": 5e-4}]) as groups:
+        fit(
+            model,
+            lambda batch: F.cross_entropy(model(**batch.inputs).logits, batch.labels),
+            lambda: iter([range(i, i + 8) for i in range(0, 80, 8)]),
+            lambda rows: make_batch(encoded, rows, "cpu", packed=True),
+            groups,
+            **{**DEFAULTS, "epochs": 2, "warmup_fraction": 0.2, "clip_norm": 0.5},
+            steps_per_epoch=10,
+            progress=silent,
+        )
     moved = max(float((theirs.state_dict()[name] - value).abs().max()) for name, value in start.items())
     assert moved > 1e-3
     torch.testing.assert_close(model.state_dict(), theirs.state_dict(), rtol=0, atol=1e-4 * moved)
