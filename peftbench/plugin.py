@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from peftbench.compare import phase_report, summarize
+from peftbench.summary import phase_report, summarize
 from peftbench.phases import KD_MAX_LENGTH, PRECISIONS, SCALES, STANDARD_KD_SUBSETS, Phase, Scale
 from peftbench.records import Record, RecordError, Store, make_run_id, read_record
-from peftbench.report import render_duration, render_summary
+from peftbench.report import printable, render_comparison, render_duration, render_summary
 from peftbench.sealed import CorruptError
 
 if TYPE_CHECKING:
+    from peftbench.compare import Row
     from peftbench.device import Device
+    from peftbench.gates import Gate, Judgement
+    from peftbench.history import Side
     from peftbench.runner import Settings, Workbench
 
 OPTIONS = {
@@ -31,6 +34,7 @@ OPTIONS = {
     "data": ("", "Folder with train.tsv and dev.tsv (and a labelled test.tsv) in GLUE's format, in place of the scale's data."),
     "device": ("auto", "Device as torch writes it: cpu, cuda, cuda:1; auto takes CUDA where it is available."),
     "precision": ("auto", f"One of {', '.join(PRECISIONS)}; auto takes what the device does natively."),
+    "compare": ("", "Compare this run at its end with a commit, a run's id, latest, a folder or a file, as peftbench compare does."),
 }
 
 LOG_LINE_SECONDS = 30.0
@@ -47,6 +51,8 @@ class Options:
     data: Path | None
     device: str
     precision: str
+    compare: str
+    gates: tuple[Gate, ...]
     resume: bool
 
     @classmethod
@@ -71,6 +77,9 @@ class Options:
             raise pytest.UsageError(
                 f"--peft-data must be a folder with train.tsv and dev.tsv, got {given['data']!r}, which is none"
             )
+        limits = config.getoption("peft_fail") or config.getini("peft_fail")
+        if limits and not given["compare"]:
+            raise pytest.UsageError(f"--peft-fail {limits[0]} judges a comparison; name what to compare with by --peft-compare BASE")
         return cls(
             scale=given["scale"],
             seeds=tuple(map(int, seeds)),
@@ -78,6 +87,8 @@ class Options:
             data=Path(given["data"]).absolute() if given["data"] else None,
             device=given["device"],
             precision=given["precision"],
+            compare=given["compare"],
+            gates=_parse_gates(limits),
             resume=bool(config.getoption("peft_resume") or config.getini("peft_resume")),
         )
 
@@ -96,6 +107,9 @@ class Session:
         self.record_paths: list[Path] = []
         self.resumed: list[Record] = []
         self.unreadable: set[str] = set()
+        self.bases: list[Side] = []
+        self.comparison: list[Row] = []
+        self.judgement: Judgement | None = None
         self._phases: dict[str, Phase] = {}
         self._history: dict[Path, list[Record]] = {}
 
@@ -196,6 +210,32 @@ class Session:
 
         store.publish(record.phase, report)
 
+    def choose_bases(self, scales: list[str]) -> None:
+        """
+        Find what this run is to be compared with, before it adds to the history.
+
+        Raises:
+            ValueError: If there is no such thing.
+        """
+        if self.options.compare:
+            from peftbench.history import History, read_side
+
+            for scale in scales:
+                root, text = Store(self.options.outputs, scale).root, self.options.compare
+                self.bases.append(read_side(text, lambda root=root: History.from_outputs(root, self.config.rootpath)))
+
+    def judge(self) -> int:
+        """Compare with the bases; 0 is fine, 1 worse by a gate, 2 cannot tell."""
+        from peftbench.compare import compare
+        from peftbench.gates import judge
+
+        records = [read_record(path) for path in dict.fromkeys(self.record_paths)]
+        scales = {record.scale for record in records}
+        base = [record for side in self.bases for record in side.records if record.scale in scales]
+        self.comparison = compare(base, records)
+        self.judgement = judge(self.comparison, self.options.gates)
+        return self.judgement.status if self.options.gates else 0
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Learn of records, also from the workers of pytest-xdist."""
         if report.when == "call":
@@ -269,6 +309,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for name, (default, text) in OPTIONS.items():
         group.addoption(f"--peft-{name}", dest=f"peft_{name}", metavar=name.upper(), help=f"{text} Default: {default or 'none'}.")
         parser.addini(f"peft_{name}", text, default=default)
+    text = "Exit with 1 if METRIC is worse by more than LIMIT, such as accuracy:0.5pt or train_runtime_seconds:20%."
+    group.addoption("--peft-fail", dest="peft_fail", action="append", metavar="METRIC:LIMIT", help=f"{text} Can be repeated.")
+    parser.addini("peft_fail", text, type="args", default=[])
     text = "Skip cases that have passed with the same fingerprint at this commit."
     group.addoption("--peft-resume", dest="peft_resume", action="store_true", help=text)
     parser.addini("peft_resume", text, type="bool", default=False)
@@ -332,6 +375,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             for scale in _scales(session.config, session.items):
                 Store(own.options.outputs, scale).check_writable()
                 assert own.device
+            own.choose_bases(_scales(session.config, session.items))
         except (ValueError, OSError) as error:
             raise pytest.UsageError(f"peftbench: {error}") from error
 
@@ -345,6 +389,17 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
     scale = ", ".join(scales) + (auto if own.options.scale == "auto" and own.main_scale in scales else "")
     device = f"device {own.device.name}, precision {own.device.precision} ({own.device.why})"
     return [f"peftbench: scale {scale}; {device}; run {own.run_id}"]
+
+
+def _parse_gates(limits: list[str]) -> tuple[Gate, ...]:
+    if not limits:
+        return ()
+    from peftbench.gates import Gate
+
+    try:
+        return tuple(Gate.from_text(text) for text in limits)
+    except ValueError as error:
+        raise pytest.UsageError(str(error).replace("--fail", "--peft-fail")) from error
 
 
 def _scales(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
@@ -378,6 +433,16 @@ def pytest_runtest_makereport(
     return report
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Let a gate that does not hold fail the session."""
+    own = session.config.stash.get(SESSION, None)
+    if own is not None and own.bases and own.record_paths:
+        status = own.judge()
+        if session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = status
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     session = config.stash[SESSION]
     paths = list(dict.fromkeys(session.record_paths))
@@ -392,6 +457,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section("peftbench")
     if records:
         terminalreporter.write_line(render_summary(records))
+    if session.judgement is not None:
+        terminalreporter.write_line(f"\ncompared with {', '.join(printable(side.label) for side in session.bases)}:")
+        terminalreporter.write_line(render_comparison(session.comparison))
+        for line in session.judgement.lines if session.options.gates else ():
+            terminalreporter.write_line(printable(line), red=True)
     for line in session.describe_times(records):
         terminalreporter.write_line(line)
     resumed = [record for record in records if record.run_id != session.run_id]

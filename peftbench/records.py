@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import functools
 import json
 import math
 import secrets
@@ -17,9 +18,15 @@ from typing import Any, Literal
 from peftbench.phases import KD_MAX_LENGTH, Phase
 from peftbench.sealed import lock, write_atomically
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
-_ADDED: Mapping[int, Sequence[str]] = {2: ("skipped_steps", "memory_use", "teacher_checkpoint")}
+MAX_RECORD_BYTES = 64 * 2**20
+"""Of a file that is read; a record has some ten thousand."""
+
+_ADDED: Mapping[int, Sequence[str]] = {
+    2: ("skipped_steps", "memory_use", "teacher_checkpoint"),
+    3: ("metrics_version",),
+}
 """The top-level keys that each version of the schema brought; in records of older ones they are null."""
 
 
@@ -150,9 +157,14 @@ class Predictions:
             raise ValueError(f"there must be one prediction a label, got {len(predicted)} for {len(gold)}")
         return cls(split_fingerprint=split_fingerprint, n=len(gold), predicted=_pack_bits(predicted), gold=_pack_bits(gold))
 
+    def masks(self) -> tuple[int, int]:
+        """Predicted and gold labels as the n bits of a whole number, the first example in the highest."""
+        return _unpack_bits(self.predicted, self.n), _unpack_bits(self.gold, self.n)
+
     def correct(self) -> list[bool]:
         """Whether each example was predicted right, in the split's order."""
-        return [p == g for p, g in zip(_unpack_bits(self.predicted, self.n), _unpack_bits(self.gold, self.n), strict=True)]
+        predicted, gold = self.masks()
+        return [bit == "0" for bit in f"{predicted ^ gold:0{self.n}b}"[: self.n]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,6 +190,7 @@ class Record:
     dev: SplitMetrics | None = None
     test: SplitMetrics | None = None
     majority_accuracy: float | None = None
+    metrics_version: int | None = None
     parameter_counts: ParameterCounts | None = None
     train_runtime_seconds: float | None = None
     evaluation_seconds: float | None = None
@@ -211,6 +224,22 @@ class Record:
         content: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
         return content
 
+    def to_row(self) -> dict[str, Any]:
+        """The record's single values by their dotted path, for a table: no predictions, no curve."""
+        row: dict[str, Any] = {}
+
+        def add(name: str, value: Any) -> None:
+            if isinstance(value, dict):
+                for key, item in value.items():
+                    add(f"{name}.{key}" if name else key, item)
+            elif isinstance(value, list):
+                row.update({name: json.dumps(value)} if name != "learning_curve" else {})
+            else:
+                row[name] = value
+
+        add("", {name: value for name, value in self.to_json().items() if name != "predictions"})
+        return row
+
     @classmethod
     def from_json(cls, content: object) -> "Record":
         """
@@ -225,7 +254,12 @@ class Record:
         if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
             raise RecordError(f"schema_version must be 1 to {SCHEMA_VERSION}, got {version!r}; a newer peftbench may read it")
         later = {key: None for added, keys in _ADDED.items() if added > version for key in keys}
-        record: Record = _from_json(cls, {**later, **content, "schema_version": SCHEMA_VERSION}, "record")
+        try:
+            record: Record = _reader(cls)({**later, **content, "schema_version": SCHEMA_VERSION})
+        except _Misfit as misfit:
+            raise RecordError(str(misfit)) from None
+        for predictions in record.predictions.values():
+            predictions.masks()
         return record
 
 
@@ -237,9 +271,29 @@ def read_record(path: Path) -> Record:
         RecordError: If it cannot be read, is not JSON or not a record; the message names the file.
     """
     try:
-        return Record.from_json(json.loads(path.read_text("utf-8"), parse_constant=_refuse_constant))
-    except (OSError, ValueError, RecursionError) as error:
+        return Record.from_json(parse_json(path))
+    except RecursionError as error:
+        raise RecordError(f"{path}: nested too deeply") from error
+    except RecordError as error:
+        raise RecordError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
+
+
+def parse_json(path: Path) -> object:
+    """
+    Read a JSON file that may be anything.
+
+    Raises:
+        RecordError: If it is too large, cannot be read, or is not JSON with finite numbers; the message names the file.
+    """
+    try:
+        if (size := path.stat().st_size) > MAX_RECORD_BYTES:
+            raise ValueError(f"{size} bytes are more than the {MAX_RECORD_BYTES} that a file of records may have")
+        content: object = json.loads(path.read_text("utf-8"), parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise RecordError(f"{path}: nested too deeply") from error
+    except (OSError, ValueError) as error:
         raise RecordError(f"{path}: {error}") from error
+    return content
 
 
 def make_run_id() -> str:
@@ -359,50 +413,148 @@ def _pack_bits(labels: Sequence[int]) -> str:
     return base64.b64encode(bytes(int(padded[i : i + 8], 2) for i in range(0, len(padded), 8))).decode()
 
 
-def _unpack_bits(packed: str, n: int) -> list[int]:
-    bits = "".join(f"{byte:08b}" for byte in base64.b64decode(packed))
-    return [int(bit) for bit in bits[:n]]
+def _unpack_bits(packed: str, n: int) -> int:
+    try:
+        content = base64.b64decode(packed, validate=True)
+    except ValueError:
+        content = b""
+    if n < 0 or len(content) != -(-n // 8):
+        raise RecordError(f"{n} predictions must be the bits of {-(-n // 8)} bytes in base64, got {packed[:40]!r}")
+    return int.from_bytes(content, "big") >> (8 * len(content) - n)
 
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-def _from_json(kind: Any, value: Any, where: str) -> Any:
-    """Check a JSON value against a type annotation and build the dataclasses in it."""
+class _Misfit(Exception):  # noqa: N818 - an intermediate state of the message
+    """A value that is not of its type: what is wrong with it, and the keys to it, the innermost first."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.keys: list[str] = []
+
+    def __str__(self) -> str:
+        return f"record{''.join(reversed(self.keys))} {self.problem}"
+
+
+_LARGEST = sys.float_info.max
+
+Reader = Callable[[Any], Any]
+
+
+@functools.cache
+def _reader(kind: Any) -> Reader:
+    """What checks a JSON value against a type annotation and builds the dataclasses in it."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
-        return _check_finite(value, where)
+        return _read_anything
     if origin is typing.Literal:
-        if value in args:
-            return value
-        raise RecordError(f"{where} must be one of {', '.join(map(str, args))}, got {str(value)[:80]!r}")
+        return _reader_of_choice(args)
     if origin is types.UnionType:
-        if value is None and type(None) in args:
-            return None
-        return _from_json(next(a for a in args if a is not type(None)), value, where)
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        hints = typing.get_type_hints(kind)
-        if missing := [f.name for f in dataclasses.fields(kind) if f.name not in value]:
-            raise RecordError(f"{where} has no {', '.join(missing)}")
-        assert isinstance(kind, type)
-        return kind(**{name: _from_json(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
-    if origin is tuple and isinstance(value, list):
-        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
-        if len(kinds) == len(value):
-            return tuple(_from_json(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    if origin is Mapping and isinstance(value, dict):
-        return {key: _from_json(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
-        return float(value)
-    if kind in (int, str, bool) and type(value) is kind:
+        inner = _reader(next(a for a in args if a is not type(None)))
+        return lambda value: None if value is None else inner(value)
+    if dataclasses.is_dataclass(kind):
+        return _reader_of_dataclass(kind)
+    if origin is tuple:
+        return _reader_of_list(args[0]) if args[-1] is Ellipsis else _reader_of_tuple(args)
+    if origin is Mapping:
+        return _reader_of_mapping(args[1])
+    return _reader_of_plain(kind)
+
+
+def _reader_of_choice(choices: Sequence[Any]) -> Reader:
+    def read(value: Any) -> Any:
+        if value not in choices:
+            raise _Misfit(f"must be one of {', '.join(map(str, choices))}, got {str(value)[:80]!r}")
         return value
-    raise RecordError(f"{where} must be {getattr(kind, '__name__', kind)}, got {str(value)[:80]!r}")
+
+    return read
 
 
-def _check_finite(value: Any, where: str) -> Any:
+def _reader_of_dataclass(kind: Any) -> Reader:
+    readers = {name: _reader(hint) for name, hint in typing.get_type_hints(kind).items()}
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise _misfit(kind, value)
+        if missing := [name for name in readers if name not in value]:
+            raise _Misfit(f"has no {', '.join(missing)}")
+        return kind(**{name: _read_at(f".{name}", reader, value[name]) for name, reader in readers.items()})
+
+    return read
+
+
+def _reader_of_list(kind: Any) -> Reader:
+    reader = _reader(kind)
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, list):
+            raise _misfit(tuple, value)
+        try:
+            return tuple([reader(item) for item in value])
+        except _Misfit:
+            return tuple([_read_at(f"[{i}]", reader, item) for i, item in enumerate(value)])  # once more, to say where
+
+    return read
+
+
+def _reader_of_tuple(kinds: Sequence[Any]) -> Reader:
+    readers = [_reader(kind) for kind in kinds]
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, list) or len(value) != len(readers):
+            raise _misfit(tuple, value)
+        try:
+            return tuple([reader(item) for reader, item in zip(readers, value, strict=True)])
+        except _Misfit:
+            return tuple([_read_at(f"[{i}]", reader, value[i]) for i, reader in enumerate(readers)])
+
+    return read
+
+
+def _reader_of_mapping(kind: Any) -> Reader:
+    reader = _reader(kind)
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise _misfit(dict, value)
+        return {key: _read_at(f".{key}", reader, item) for key, item in value.items()}
+
+    return read
+
+
+def _reader_of_plain(kind: Any) -> Reader:
+    def read(value: Any) -> Any:
+        if type(value) is kind:
+            return value
+        raise _misfit(kind, value)
+
+    return _read_float if kind is float else read
+
+
+def _read_float(value: Any) -> float:
+    if type(value) in (float, int) and -_LARGEST <= value <= _LARGEST:
+        return float(value)
+    raise _misfit(float, value)
+
+
+def _read_at(key: str, reader: Reader, value: Any) -> Any:
+    try:
+        return reader(value)
+    except _Misfit as misfit:
+        misfit.keys.append(key)
+        raise
+
+
+def _misfit(kind: Any, value: Any) -> _Misfit:
+    return _Misfit(f"must be {kind.__name__}, got {str(value)[:80]!r}")
+
+
+def _read_anything(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
-        raise RecordError(f"{where} must be finite, got {value!r}")
+        raise _Misfit(f"must be finite, got {value!r}")
     for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        _check_finite(item, f"{where}.{key}")
+        _read_at(f".{key}", _read_anything, item)
     return value

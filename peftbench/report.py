@@ -1,9 +1,17 @@
 """Records to text for people; the only place that formats."""
 
-from collections.abc import Sequence
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from peftbench.compare import Summary, pareto_front, summarize
+from peftbench.metrics import METRICS, Metric
 from peftbench.records import Plan, Record
+from peftbench.summary import Summary, pareto_front, summarize
+
+if TYPE_CHECKING:  # a comparison imports numpy, which the plugin's table does not need
+    from peftbench.compare import Row
+    from peftbench.history import Point
 
 HEADERS = (
     "phase",
@@ -79,6 +87,124 @@ def render_plans(plans: Sequence[Plan], seconds: Sequence[float], *, matrix_rate
     verdict = "fits" if needed <= free_bytes else "does not fit"
     lines.append(f"memory: {verdict}: needs {render_bytes(needed)} of the {render_bytes(free_bytes)} that are free")
     return "\n".join(lines)
+
+
+def render_results(records: Sequence[Record], *, table: str) -> str:
+    """
+    What a thesis or a pull request shows of some records: one row a phase, the table of each scale in its own right.
+
+    Args:
+        table: A format of `tabulate`.
+    """
+    from tabulate import tabulate
+
+    blocks = []
+    for scale in sorted({record.scale for record in records}):
+        summaries = summarize(record for record in records if record.scale == scale)
+        front = pareto_front(summaries)
+        rows = [[_plain(cell) for cell in _row(summary, front)] for summary in summaries]
+        blocks.append(tabulate(rows, headers=HEADERS, tablefmt=table, disable_numparse=True, colalign=("left",) + ("right",) * 11))
+    return "\n\n".join(blocks)
+
+
+def render_csv(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows as CSV, RFC 4180, with every column that any of them has."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, columns)
+    writer.writeheader()
+    writer.writerows({name: _safe(value) for name, value in row.items()} for row in rows)
+    return stream.getvalue()
+
+
+def render_comparison(rows: Sequence["Row"], *, table: str = "simple") -> str:
+    """
+    A comparison as a table, one row a phase and metric.
+
+    Args:
+        table: A format of `tabulate`.
+    """
+    from tabulate import tabulate
+
+    cells = []
+    for row in rows:
+        metric = METRICS.get(row.metric)
+        interval = f"[{', '.join(render_difference(metric, end) for end in row.ci95)}]" if row.ci95 and metric else ""
+        cells.append(
+            [
+                *map(printable, (row.phase, row.metric)),
+                *(render_value(metric, value) for value in (row.base, row.head)),
+                "" if row.difference is None else render_difference(metric, row.difference),
+                interval,
+                row.verdict,
+                printable(row.reason),
+            ]
+        )
+    headers = ["phase", "metric", "base", "head", "difference", "95% interval", "verdict", "why"]
+    align = ("left", "left", "right", "right", "right", "right", "left", "left")
+    return tabulate(cells, headers=headers, tablefmt=table, disable_numparse=True, colalign=align if cells else None)
+
+
+def render_history(traced: Mapping[str, Sequence["Point"]], metric: Metric) -> str:
+    """A sparkline and a table for each phase, the oldest commit first."""
+    from tabulate import tabulate
+
+    blocks = []
+    for phase, points in traced.items():
+        rows = [
+            [
+                printable(point.commit[:12]),
+                printable(point.subject[:50]),
+                render_value(metric, point.value),
+                point.records,
+                printable(", ".join(point.marks)),
+                f"{point.shift} from here" if point.shift else "",
+            ]
+            for point in points
+        ]
+        values = [point.value for point in points]
+        table = tabulate(rows, headers=["commit", "subject", metric.name, "records", "marks", "level"], disable_numparse=True)
+        blocks.append(f"{printable(phase)}  {metric.name}  {sparkline(values)}\n{table}")
+    return "\n\n".join(blocks)
+
+
+def sparkline(values: Sequence[float | None]) -> str:
+    """One character a value, from the lowest to the highest of them; a blank where there is none."""
+    known = [value for value in values if value is not None]
+    low, high = min(known, default=0.0), max(known, default=0.0)
+    steps = "▁▂▃▄▅▆▇█"
+    scale = (len(steps) - 1) / (high - low) if high > low else 0.0
+    return "".join(" " if value is None else steps[round((value - low) * scale)] for value in values)
+
+
+def printable(text: str) -> str:
+    """The text without what would steer a terminal, on one line."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def render_value(metric: Metric | None, value: float | None) -> str:
+    """A metric's value for people; ``None`` for the metric is an outcome, a share of seeds."""
+    if value is None:
+        return "-"
+    if metric is None:
+        return {0.0: "failed", 1.0: "passed"}.get(value, f"{100 * value:.0f}% passed")
+    if not metric.unit:
+        return f"{100 * value:.1f}%"
+    if metric.unit == "s":
+        return render_duration(value)
+    if metric.unit == "B":
+        return render_bytes(value)
+    if metric.unit == "parameters":
+        return render_count(value)
+    return f"{value:.1f} {metric.unit}"
+
+
+def render_difference(metric: Metric | None, value: float) -> str:
+    """A difference with its sign, in percentage points where the metric is a fraction."""
+    if metric is None:
+        return ""
+    sign = "-" if value < 0 else "+"
+    return sign + (f"{100 * abs(value):.1f} pt" if not metric.unit else render_value(metric, abs(value)))
 
 
 def render_duration(seconds: float) -> str:
@@ -172,6 +298,16 @@ def _notes(summaries: Sequence[Summary]) -> list[str]:
         lines.append(f"{phase} also needs the teacher: {spent}; cache {cache} here")
     lines += [f"{r.phase}-{r.name} seed {r.seed} failed: {_first_line(r.error)}" for r in records if r.outcome == "failed"]
     return lines
+
+
+def _plain(text: str) -> str:
+    """A cell of Markdown or LaTeX that is nothing but text."""
+    return printable(text).replace("|", "/").replace("<", "(").replace(">", ")")
+
+
+def _safe(value: object) -> object:
+    """Text that a spreadsheet does not take for a formula."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
 
 
 def _first_line(text: str | None) -> str:

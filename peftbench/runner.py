@@ -278,6 +278,7 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
         dev=quality["dev"],
         test=quality["test"],
         majority_accuracy=bench.splits.dev.majority_accuracy,
+        metrics_version=METRICS_VERSION,
         parameter_counts=ParameterCounts(total=total, trainable=trainable),
         train_runtime_seconds=run.runtime_seconds if run else 0.0,
         evaluation_seconds=evaluating.seconds,

@@ -189,7 +189,7 @@ def test_the_mini_student_is_every_second_layer_of_the_encoder():
 def test_facts_do_not_load_torch():
     """Loading what every pytest start loads costs nobody the tensor libraries."""
     code = (
-        "import sys, peftbench.phases, peftbench.records, peftbench.compare, peftbench.report, peftbench.plugin, peftbench.cli\n"
+        "import sys, peftbench.phases, peftbench.records, peftbench.summary, peftbench.report, peftbench.plugin, peftbench.cli\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'peft', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

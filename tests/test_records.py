@@ -75,8 +75,10 @@ JSON_VALUES = st.recursive(
 )
 MAPPINGS = st.dictionaries(st.text(max_size=8), JSON_VALUES, max_size=3)
 QUALITIES = st.builds(SplitMetrics, accuracy=NUMBERS, f1=NUMBERS, n=st.integers(), accuracy_ci95=st.tuples(NUMBERS, NUMBERS))
-PREDICTIONS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), max_size=20).map(
-    lambda pairs: Predictions.from_labels([p for p, _ in pairs], [g for _, g in pairs], "split")
+PREDICTIONS = st.builds(
+    lambda pairs, name: Predictions.from_labels([p for p, _ in pairs], [g for _, g in pairs], name),
+    st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), max_size=20),
+    st.text(max_size=8),
 )
 RECORDS = st.builds(
     Record,
@@ -194,11 +196,13 @@ def without(key):
         ),
         pytest.param(json.dumps(changed("latency_ms", 10**400)), "latency_ms", id="whole-number-beyond-floats"),
         pytest.param(json.dumps(changed("config.x", "@")).replace('"@"', "1e999"), "config", id="1e999-in-config"),
-        pytest.param(json.dumps(changed("schema_version", 3)), "schema_version must be 1 to 2, got 3", id="newer-schema"),
-        pytest.param(json.dumps(changed("schema_version", "1")), "schema_version must be 1 to 2, got '1'", id="schema-text"),
+        pytest.param(json.dumps(changed("schema_version", 4)), "schema_version must be 1 to 3, got 4", id="newer-schema"),
+        pytest.param(json.dumps(changed("schema_version", "1")), "schema_version must be 1 to 3, got '1'", id="schema-text"),
         pytest.param(json.dumps(changed("schema_version", True)), "schema_version", id="schema-bool"),
         pytest.param(json.dumps(changed("outcome", "skipped")), "outcome", id="unknown-outcome"),
         pytest.param(json.dumps(changed("teacher_cost.cache", "maybe")), "teacher_cost.cache", id="unknown-choice"),
+        pytest.param(json.dumps(changed("predictions.dev.n", 10**12)), "1000000000000 predictions", id="too-few-predictions"),
+        pytest.param(json.dumps(changed("predictions.dev.gold", "é")), "in base64, got 'é'", id="not-base64"),
         pytest.param(json.dumps(changed("seed", "42")), "record.seed must be int, got '42'", id="seed-text"),
         pytest.param(json.dumps(changed("seed", 42.0)), "record.seed must be int, got '42.0'", id="seed-float"),
         pytest.param(json.dumps(changed("seed", True)), "record.seed must be int, got 'True'", id="seed-bool"),
@@ -422,11 +426,18 @@ def test_a_phases_configuration_holds_every_hyperparameter():
     assert config == json.loads(json.dumps(config))
 
 
-def test_records_of_the_first_schema_are_read():
-    """A file as version 1 wrote it: its figures are there, and what it did not know is null."""
-    path = Path(__file__).parent / "data/record_schema_1.json"
+@pytest.mark.parametrize(
+    ("version", "unknown"),
+    [
+        (1, ("skipped_steps", "memory_use", "teacher_checkpoint", "metrics_version")),
+        (2, ("metrics_version",)),
+    ],
+)
+def test_records_of_older_schemas_are_read(version, unknown):
+    """A file as each version wrote it: its figures are there, and what it did not know is null."""
+    path = Path(__file__).parent / f"data/record_schema_{version}.json"
     written, record = json.loads(path.read_text("utf-8")), read_record(path)
-    assert (1, SCHEMA_VERSION) == (written["schema_version"], record.schema_version)
-    assert (None, None) == (record.skipped_steps, record.memory_use)
+    assert (version, SCHEMA_VERSION) == (written["schema_version"], record.schema_version)
+    assert {name: None for name in unknown} == {name: getattr(record, name) for name in unknown}
     again = record.to_json()
-    assert written == {**{key: again[key] for key in written}, "schema_version": 1}
+    assert written == {**{key: again[key] for key in written}, "schema_version": version}

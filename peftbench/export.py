@@ -1,0 +1,99 @@
+"""Records in the formats of other tools."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from peftbench.metrics import METRICS
+from peftbench.records import Record, wilson_interval
+from peftbench.summary import Summary, summarize
+
+
+def to_bencher(records: Sequence[Record]) -> dict[str, Any]:
+    """
+    Bencher Metric Format: benchmark → measure → value, with the interval of accuracy as its bounds.
+
+    Source: https://bencher.dev/docs/reference/bencher-metric-format/
+    """
+    exported: dict[str, Any] = {}
+    for name, summary in _named(records):
+        measures = exported.setdefault(name, {})
+        for metric in METRICS.values():
+            values = _values(metric.name, summary)
+            if not values:
+                continue
+            value = statistics.fmean(values)
+            measure = measures[metric.name] = {"value": value}
+            if metric.name == "accuracy":
+                n = sum(p.n for p in summary.passed[0].predictions.values())
+                measure["lower_value"], measure["upper_value"] = wilson_interval(value * n, n)
+            elif len(values) > 1:
+                measure["lower_value"], measure["upper_value"] = min(values), max(values)
+    return exported
+
+
+def to_github_action(records: Sequence[Record], better: Literal["higher", "lower"]) -> list[dict[str, Any]]:
+    """
+    What github-action-benchmark calls ``customBiggerIsBetter`` or ``customSmallerIsBetter``: a list of entries.
+
+    Source: https://github.com/benchmark-action/github-action-benchmark#examples
+    """
+    entries = []
+    for name, summary in _named(records):
+        for metric in METRICS.values():
+            values = _values(metric.name, summary)
+            if metric.better != better or not values:
+                continue
+            entry = {"name": f"{name} {metric.name}", "unit": metric.unit or "fraction", "value": statistics.fmean(values)}
+            if len(values) > 1:
+                entry["range"] = f"± {statistics.stdev(values):.4g}"
+            first = summary.first
+            entry["extra"] = f"run {first.run_id}, scale {first.scale}, seeds {', '.join(str(r.seed) for r in summary.passed)}"
+            entries.append(entry)
+    return entries
+
+
+def to_pytest_benchmark(records: Sequence[Record]) -> dict[str, Any]:
+    """What ``pytest --benchmark-json`` writes: an entry a phase, whose rounds are its seeds' training times."""
+    from pytest_benchmark import __version__
+    from pytest_benchmark.stats import Stats
+
+    entries = []
+    for name, summary in _named(records):
+        stats = Stats()
+        for record in summary.passed:
+            stats.update(record.train_runtime_seconds or 0.0)
+        figures = {field: getattr(stats, field) for field in (*Stats.fields, "iterations") if hasattr(stats, field)}
+        entries.append(
+            {
+                "group": "training",
+                "name": f"test_phase[{name}]",
+                "fullname": f"benchmarks/test_phases.py::test_phase[{name}]",
+                "params": None,
+                "param": name,
+                "extra_info": {"peftbench": summary.passed[-1].to_json()},
+                "options": {
+                    "disable_gc": False, "timer": "train_runtime_seconds", "min_rounds": 1, "max_time": 0.0, "min_time": 0.0, "warmup": False
+                },
+                "stats": {**figures, "iterations": 1},
+            }
+        )
+    one = records[0]
+    return {
+        "machine_info": dict(one.machine),
+        "commit_info": {"id": one.commit.get("id"), "dirty": one.commit.get("dirty")},
+        "benchmarks": entries,
+        "datetime": one.run_id,
+        "version": __version__,
+    }
+
+
+def _named(records: Sequence[Record]) -> list[tuple[str, Summary]]:
+    summaries = [summary for summary in summarize(records) if summary.passed]
+    several = len({summary.first.scale for summary in summaries}) > 1
+    names = [f"{s.first.phase}-{s.first.name}" + (f"-{s.first.scale}" if several else "") for s in summaries]
+    return list(zip(names, summaries, strict=True))
+
+
+def _values(metric: str, summary: Summary) -> list[float]:
+    return [value for record in summary.passed if (value := METRICS[metric].value(record)) is not None]

@@ -1,0 +1,88 @@
+"""Limits on how much worse a metric may get, and whether a comparison keeps them."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from peftbench.compare import Row
+from peftbench.metrics import METRICS, Metric
+
+Status = Literal[0, 1, 2]
+
+_LIMIT = re.compile(r"(?P<number>\d+(\.\d+)?([eE][-+]?\d+)?)(?P<unit>|%|pt)")
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """
+    A metric must not be worse by more than the limit.
+
+    Attributes:
+        limit: A share of the base if ``relative``, else in the metric's unit.
+    """
+
+    metric: Metric
+    limit: float
+    relative: bool
+
+    @classmethod
+    def from_text(cls, text: str) -> "Gate":
+        """
+        ``METRIC:LIMIT`` as pytest-benchmark has it: ``train_runtime_seconds:20%``, ``latency_ms:0.5``, ``accuracy:0.5pt``.
+
+        Raises:
+            ValueError: Naming what was got and what is allowed.
+        """
+        name, _, limit = text.partition(":")
+        if name not in METRICS:
+            raise ValueError(f"--fail must name one of {', '.join(METRICS)}, got {text!r}")
+        metric, found = METRICS[name], _LIMIT.fullmatch(limit)
+        if found is None or (found["unit"] == "pt") and metric.unit:
+            allowed = "20% of the base" + (f", or 5 {metric.unit} as 5" if metric.unit else ", 0.5pt (percentage points) or 0.005")
+            raise ValueError(f"--fail {name}: the limit must be {allowed}; got {limit!r}")
+        number = float(found["number"])
+        return cls(metric, number / 100 if found["unit"] else number, found["unit"] == "%")
+
+    def breaks(self, row: Row, *, strict: bool) -> bool:
+        """Whether a row of this metric is worse by more than the limit and, unless strict, by more than noise."""
+        if row.base is None or row.difference is None or not (strict or row.verdict == "worse"):
+            return False
+        return -self.metric.gain(row.difference) > self.limit * (abs(row.base) if self.relative else 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """
+    What gates say about a comparison.
+
+    Attributes:
+        status: 0 fine, 1 worse, 2 cannot tell.
+        lines: Why, one a finding.
+    """
+
+    status: Status
+    lines: Sequence[str]
+
+
+def judge(rows: Sequence[Row], gates: Sequence[Gate], *, strict: bool = False) -> Judgement:
+    """
+    Hold rows to gates.
+
+    A phase that newly fails is worse whatever the gates. One that the base has and that is missing, fails on both sides, or cannot be
+    compared in a metric that has a gate, leaves it open.
+    """
+    worse, unclear = [], []
+    for row in rows:
+        of_metric = [gate for gate in gates if gate.metric.name == row.metric]
+        for gate in of_metric:
+            if gate.breaks(row, strict=strict):
+                limit = f"{100 * gate.limit:g}%" if gate.relative else f"{gate.limit:g} {gate.metric.unit}".strip()
+                worse.append(f"{row.phase}: {row.metric} is worse by more than {limit} ({row.reason})")
+        if row.verdict == "newly failing":
+            worse.append(f"{row.phase}: newly failing: {row.reason}")
+        if row.verdict in ("missing", "not comparable") and (of_metric or (row.metric == "outcome" and row.base is not None)):
+            unclear.append(f"{row.phase}: {row.metric}: {row.verdict}: {row.reason}")
+    if not rows:
+        unclear.append("nothing to compare")
+    return Judgement(1 if worse else 2 if unclear else 0, [*worse, *unclear])

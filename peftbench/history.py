@@ -1,0 +1,280 @@
+"""Which records are meant: runs on disk, named by commit, run, folder or file, and the order of their commits."""
+
+import json
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peftbench.compare import Sample, incomparable, judge_samples
+from peftbench.metrics import Metric
+from peftbench.paired import Difference
+from peftbench.records import MAX_RECORD_BYTES, Record, RecordError, parse_json, read_record
+
+LEVEL = 0.01
+"""Of a shift's p-value: a history asks at every commit."""
+
+
+class HistoryError(ValueError):
+    """What was asked for names no records."""
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """
+    Some records and where they are from.
+
+    Attributes:
+        label: For people.
+        problems: Of files that could not be read.
+    """
+
+    label: str
+    records: Sequence[Record]
+    problems: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """
+    The runs under an outputs folder.
+
+    Attributes:
+        folder: That holds a folder for each run.
+        files: Of each run, by the run's id, in the order of time.
+    """
+
+    folder: Path
+    files: Mapping[str, Sequence[Path]]
+    repository: Path = field(default_factory=Path)
+
+    @classmethod
+    def from_outputs(cls, outputs: Path, repository: Path = Path()) -> "History":
+        """
+        List the runs of an outputs folder; those of the tiny scale where it has no others.
+
+        Args:
+            repository: A folder in the git repository that the runs are of.
+
+        Raises:
+            HistoryError: If there are none.
+        """
+        for folder in (outputs / "runs", outputs / "tiny" / "runs"):
+            files: dict[str, list[Path]] = {}
+            for path in sorted(folder.glob("*/*.json")):
+                files.setdefault(path.parent.name, []).append(path)
+            if files:
+                return cls(folder, files, repository)
+        raise HistoryError(f"no records in {outputs / 'runs'}; run pytest benchmarks first, or name the outputs folder")
+
+    def select(self, text: str) -> Side:
+        """
+        The records that a text names: ``latest``, a run's id, or a commit as git writes it.
+
+        Raises:
+            HistoryError: If it names none, saying what was looked for.
+        """
+        runs = list(self.files)
+        if text == "latest":
+            return self._runs(f"latest run {runs[-1]}", runs[-1:])
+        if text in runs:
+            return self._runs(f"run {text}", [text])
+        commit = self._git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{text}^{{commit}}")
+        known = {run: found for run in runs if (found := self.commit_of(run)) and found.get("id")}
+        ids = {str(found["id"]) for found in known.values()}
+        wanted = commit.strip() if commit else next(iter(found), "") if len(found := _starting(ids, text)) == 1 else ""
+        at_commit = [run for run, facts in known.items() if facts["id"] == wanted]
+        clean = [run for run in at_commit if not known[run].get("dirty")]
+        if at_commit:
+            note = "" if clean else ", with uncommitted changes"
+            return self._runs(f"commit {wanted[:12]}{note}", clean or at_commit)
+        if wanted:
+            raise HistoryError(f"no run in {self.folder} is of commit {wanted[:12]} ({text!r}); runs are of {_few(ids)}")
+        raise HistoryError(
+            f"{text!r} is no file, no folder, not 'latest', no run in {self.folder}, and no commit that git or a record knows; "
+            f"runs are {_few(reversed(runs))}"
+        )
+
+    def commit_of(self, run: str) -> Mapping[str, Any] | None:
+        """What the run's first readable record says of its commit."""
+        for path in self.files[run]:
+            try:
+                facts = json.loads(path.read_bytes()).get("commit") if path.stat().st_size <= MAX_RECORD_BYTES else None
+            except (OSError, ValueError, RecursionError, AttributeError):
+                continue
+            if isinstance(facts, dict):
+                return facts
+        return None
+
+    def everything(self) -> Side:
+        """All runs."""
+        return self._runs(f"all {len(self.files)} runs in {self.folder}", list(self.files))
+
+    def commits_in_order(self) -> list[tuple[str, str]]:
+        """Id and subject of the commits that git knows, each after its parents; none without git."""
+        log = self._git("log", "--all", "HEAD", "--topo-order", "--reverse", "--format=%H%x00%s") or ""
+        return [(line.partition("\0")[0], line.partition("\0")[2]) for line in log.splitlines() if line]
+
+    def _runs(self, label: str, runs: Iterable[str]) -> Side:
+        return _read(label, [path for run in runs for path in self.files[run]], str(self.folder))
+
+    def _git(self, *arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=self.repository, capture_output=True, text=True, errors="replace", timeout=20, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """
+    A phase's metric at one commit.
+
+    Attributes:
+        commit: Its id, or the run's id where a record has no commit.
+        value: Mean over the passed records; None where all failed.
+        marks: ``dirty``, ``unknown`` to git, ``failed``, ``other machine`` or whatever else cannot be compared with the level before.
+        shift: Better or worse than the level before it; None where no shift is shown.
+    """
+
+    commit: str
+    subject: str
+    value: float | None
+    records: int
+    marks: Sequence[str]
+    shift: str | None
+
+
+def trace(records: Iterable[Record], metric: Metric, commits: Sequence[tuple[str, str]]) -> dict[str, list[Point]]:
+    """
+    A metric over commits, by phase.
+
+    A level lasts from one shift to the next. A commit shifts it if it differs from the level's first commit (quality) or from all of
+    its measurements (the rest), so that slow drifts show, too. Commits that git does not know, and changes that were never committed,
+    stand where their time puts them.
+    """
+    place = {commit: i for i, (commit, _) in enumerate(commits)}
+    subjects = dict(commits)
+    by_phase: dict[tuple[str, str], dict[tuple[str, str], list[Record]]] = {}
+    for record in sorted(records, key=lambda r: r.run_id):
+        key = (str(record.commit.get("id") or record.run_id), str(record.commit.get("changes") or ""))
+        by_phase.setdefault((record.scale, f"{record.phase}-{record.name}"), {}).setdefault(key, []).append(record)
+    several = len({scale for scale, _ in by_phase}) > 1
+    traced = {}
+    for (scale, phase), groups in sorted(by_phase.items()):
+        points: list[Point] = []
+        level: list[Record] = []
+        for (commit, changes), group in _in_order(groups, place):
+            sample = Sample(group)
+            marks = ["dirty"] if changes else []
+            marks += [] if commit in place else ["unknown"]
+            marks += ["failed"] if sample.error else []
+            shift = None
+            if sample.passed:
+                shift, other = _shift(metric, Sample(level), sample) if level else (None, None)
+                marks += [f"other {other}"] if other else []
+                if shift or other or not level:
+                    level = sample.passed
+                elif metric.kind != "quality":  # of which each commit is compared to the level's first
+                    level = level + sample.passed
+            value = sample.mean(metric)
+            points.append(
+                Point(
+                    commit=commit, subject=subjects.get(commit, ""), value=value, records=len(group), marks=marks, shift=shift
+                )
+            )
+        if any(point.value for point in points):
+            traced[f"{phase}-{scale}" if several else phase] = points
+    return traced
+
+
+def read_side(text: str, history: Callable[[], History]) -> Side:
+    """
+    The records that a text names: a file or a folder, or what `History.select` knows, for which alone the history is listed.
+
+    Raises:
+        HistoryError: If it names none.
+    """
+    path = Path(text)
+    if path.is_file():
+        return read_file(path)
+    if path.is_dir():
+        return _read(f"folder {text}", sorted(path.glob("*.json")) or sorted(path.glob("runs/*/*.json")), text)
+    return history().select(text)
+
+
+def read_file(path: Path) -> Side:
+    """
+    A record file, or pytest-benchmark's JSON with our records in it.
+
+    Raises:
+        HistoryError: If it is neither.
+    """
+    try:
+        content = parse_json(path)
+    except RecordError as error:
+        raise HistoryError(str(error)) from error
+    if not isinstance(content, dict) or not isinstance(content.get("benchmarks"), list):
+        return _read(f"file {path}", [path], str(path))
+    records, problems = [], []
+    for entry in content["benchmarks"]:
+        extra = entry.get("extra_info") if isinstance(entry, dict) else None
+        if isinstance(extra, dict) and "peftbench" in extra:
+            try:
+                records.append(Record.from_json(extra["peftbench"]))
+            except RecordError as error:
+                problems.append(f"{path}: {error}")
+    if not records:
+        raise HistoryError(f"{path} is of pytest-benchmark, but no entry's extra_info has a peftbench record that can be read")
+    return Side(f"file {path}", records, problems)
+
+
+def _read(label: str, paths: Sequence[Path], where: str) -> Side:
+    records, problems = [], []
+    for path in paths:
+        try:
+            records.append(read_record(path))
+        except RecordError as error:
+            problems.append(str(error))
+    if not records:
+        raise HistoryError(f"no record in {where}" + (f" can be read; the first problem: {problems[0]}" if problems else ""))
+    return Side(label, records, problems)
+
+
+def _in_order(
+    groups: Mapping[tuple[str, str], list[Record]], place: Mapping[str, int]
+) -> Iterator[tuple[tuple[str, str], list[Record]]]:
+    """Commits as git has them; a group that git does not know stands after the known one that was measured before it."""
+    last = -1
+    keys = {}
+    for key, group in sorted(groups.items(), key=lambda item: item[1][0].run_id):
+        last = place.get(key[0], last)
+        keys[key] = (last, bool(key[1]) or key[0] not in place, group[0].run_id)
+    for key in sorted(keys, key=lambda key: keys[key]):
+        yield key, groups[key]
+
+
+def _shift(metric: Metric, level: Sample, sample: Sample) -> tuple[str | None, str | None]:
+    """Whether a sample is better or worse than a level; or what is another, so that they cannot be compared."""
+    if other := incomparable(metric, level, sample):
+        return None, other.partition(":")[0].removeprefix("other ")
+    mean = level.mean(metric), sample.mean(metric)
+    if mean[0] is None or mean[1] is None or abs(difference := mean[1] - mean[0]) < metric.absolute:
+        return None, None
+    found = judge_samples(metric, level, sample)
+    certain = found.p < LEVEL if isinstance(found, Difference) else abs(difference) > metric.relative * abs(mean[0])
+    return ("better" if metric.gain(difference) > 0 else "worse") if certain else None, None
+
+
+def _starting(ids: Iterable[str], text: str) -> list[str]:
+    """Ids that a shortened one may mean; git asks for four characters."""
+    return [one for one in ids if len(text) >= 4 and one.startswith(text.lower())]
+
+
+def _few(names: Iterable[str]) -> str:
+    listed = [name[:22] for name in names]
+    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "") if listed else "of no commit"

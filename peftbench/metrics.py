@@ -1,0 +1,86 @@
+"""What is compared: each metric's unit, its direction, and how much of a difference means something."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from peftbench.records import Predictions, Record
+
+Kind = Literal["quality", "time", "memory", "size"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metric:
+    """
+    A figure of a record.
+
+    Attributes:
+        name: As gates, tables and exports spell it.
+        place: Where the record has it; quality has none, as it is over dev and test together.
+        unit: Of the value; an empty one stands for a fraction.
+        kind: Quality is paired example by example; time and memory compare on one machine only; size is exact.
+        better: Which direction is an improvement.
+        absolute: A smaller difference does not matter, however certain; in the unit.
+        relative: Two single measurements may differ by this share of the first without telling anything.
+    """
+
+    name: str
+    place: str
+    unit: str
+    kind: Kind
+    better: Literal["higher", "lower"]
+    absolute: float
+    relative: float
+
+    def value(self, record: Record) -> float | None:
+        """The record's figure; None where it measured none."""
+        return _quality(record, self.name) if self.kind == "quality" else _look_up(record, self.place)
+
+    def gain(self, difference: float) -> float:
+        """The difference, its sign such that more is better."""
+        return difference if self.better == "higher" else -difference
+
+
+def _quality(record: Record, name: str) -> float | None:
+    """Accuracy, or F1 of the positive class, over all splits that the record has predictions for."""
+    counts = [_count(predictions) for predictions in record.predictions.values()]
+    hits, wrong, n = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0, 0)
+    if not n:
+        return None
+    if name == "accuracy":
+        return (n - wrong) / n
+    return 2 * hits / (2 * hits + wrong) if hits or wrong else 0.0
+
+
+@functools.lru_cache(maxsize=1024)  # a history asks again at each commit
+def _count(predictions: Predictions) -> tuple[int, int, int]:
+    """Positives predicted as such, wrong predictions, and all."""
+    predicted, gold = predictions.masks()
+    return (predicted & gold).bit_count(), (predicted ^ gold).bit_count(), predictions.n
+
+
+def _look_up(record: Record, place: str) -> float | None:
+    value: object = record
+    for name in place.split("."):
+        value = None if value is None else getattr(value, name)
+    return float(value) if isinstance(value, int | float) else None
+
+
+_TABLE: tuple[tuple[str, str, str, Kind, Literal["higher", "lower"], float, float], ...] = (
+    ("accuracy", "", "", "quality", "higher", 0.001, 0.0),
+    ("f1", "", "", "quality", "higher", 0.001, 0.0),
+    ("train_runtime_seconds", "train_runtime_seconds", "s", "time", "lower", 0.1, 0.25),
+    ("samples_per_second", "samples_per_second", "1/s", "time", "higher", 0.1, 0.25),
+    ("evaluation_seconds", "evaluation_seconds", "s", "time", "lower", 0.1, 0.25),
+    ("latency_ms", "latency_ms", "ms", "time", "lower", 0.1, 0.25),
+    ("peak_memory_bytes", "peak_memory_bytes", "B", "memory", "lower", 2.0**20, 0.1),
+    ("artifact_bytes", "artifact_bytes", "B", "size", "lower", 2.0**10, 0.0),
+    ("trainable_parameters", "parameter_counts.trainable", "parameters", "size", "lower", 1.0, 0.0),
+)
+
+METRICS: Mapping[str, Metric] = {
+    name: Metric(name=name, place=place, unit=unit, kind=kind, better=better, absolute=absolute, relative=relative)
+    for name, place, unit, kind, better, absolute, relative in _TABLE
+}
+"""By name, in the order in which they are shown."""

@@ -1,0 +1,324 @@
+"""Records to one HTML file that needs nothing else: table, trade-offs, history and learning curves."""
+
+import base64
+import hashlib
+import io
+import math
+import os
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from peftbench.compare import Sample
+from peftbench.history import Point
+from peftbench.metrics import METRICS
+from peftbench.records import Record
+from peftbench.report import render_bytes, render_count, render_duration, render_value
+from peftbench.summary import Summary, pareto_front, summarize
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+"""A phase is told by its marker and its name, not by its colour alone."""
+
+_INK, _FRONT = "#010203", "#040506"
+_COLOURS = tuple(f"#0a0b{i:02x}" for i in range(len(MARKERS)))
+"""Stand-ins that become variables of the style sheet, so that a picture follows light and dark."""
+
+_SVG = "http://www.w3.org/2000/svg"
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --faint: #d0d7de; --shade: #f6f8fa; --front: #6e7781;
+  --c0: #0072b2; --c1: #b34700; --c2: #00795a; --c3: #a3427c; --c4: #7a5c00; --c5: #2b6ca8; --c6: #59636e; --c7: #333333; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --paper: #0d1117; --faint: #30363d; --shade: #161b22;
+  --front: #9198a1; --c0: #56b4e9; --c1: #f0803c; --c2: #2fc49a; --c3: #e58fc0; --c4: #f0e442; --c5: #8cc4ff; --c6: #9198a1;
+  --c7: #dddddd; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--faint); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child, .facts th, .facts td { text-align: left; } .facts td { white-space: normal; }
+th button { all: unset; cursor: pointer; font-weight: 600; }
+th button::after { content: " \\2195"; color: var(--front); }
+th[aria-sort=ascending] button::after { content: " \\2191"; color: var(--ink); }
+th[aria-sort=descending] button::after { content: " \\2193"; color: var(--ink); }
+:focus-visible { outline: 2px solid var(--c0); outline-offset: 2px; }
+tbody tr:hover { background: var(--shade); } a { color: var(--c0); }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
+figure { margin: 0; } figcaption { font-size: .85rem; } svg { width: 100%; height: auto; max-width: 38rem; }
+svg text { fill: var(--ink); } svg [data-tip]:focus { outline: 2px solid var(--c0); }
+#tip { position: fixed; z-index: 1; padding: .3rem .5rem; max-width: 20rem; border: 1px solid var(--faint); border-radius: .3rem;
+  background: var(--shade); font-size: .85rem; pointer-events: none; white-space: pre-line; } #tip[hidden] { display: none; }
+"""
+
+SCRIPT = """
+"use strict";
+for (const button of document.querySelectorAll("th button")) {
+  button.addEventListener("click", () => {
+    const head = button.parentElement, table = head.closest("table"), body = table.tBodies[0];
+    const up = head.getAttribute("aria-sort") === "descending";
+    for (const other of table.querySelectorAll("th")) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", up ? "ascending" : "descending");
+    const key = (row) => row.cells[head.cellIndex].dataset.value;
+    const rows = [...body.rows].sort((a, b) => {
+      const [x, y] = [key(a), key(b)];
+      if (x === "" || y === "") return (x === "") - (y === "");
+      const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
+      return up ? order : -order;
+    });
+    body.append(...rows);
+  });
+}
+const tip = document.getElementById("tip");
+const show = (mark) => {
+  const box = mark.getBoundingClientRect();
+  tip.textContent = mark.dataset.tip;
+  tip.hidden = false;
+  tip.style.left = Math.max(4, Math.min(box.right + 6, innerWidth - tip.offsetWidth - 4)) + "px";
+  tip.style.top = Math.max(4, box.top - tip.offsetHeight - 6) + "px";
+};
+for (const mark of document.querySelectorAll("[data-tip]")) {
+  for (const event of ["pointerenter", "focus"]) mark.addEventListener(event, () => show(mark));
+  for (const event of ["pointerleave", "blur"]) mark.addEventListener(event, () => { tip.hidden = true; });
+}
+document.addEventListener("keydown", (event) => { if (event.key === "Escape") tip.hidden = true; });
+"""
+
+
+def render_page(
+    records: Sequence[Record], label: str, *, history: Mapping[str, Sequence[Point]], link: Callable[[Record], str | None]
+) -> str:
+    """
+    The page of one side's records.
+
+    Args:
+        label: Which side, for people.
+        history: Accuracy over commits by phase; no lines where it has fewer than two.
+        link: Where a record's file is, seen from the page; None for one that is in no history.
+
+    Raises:
+        ValueError: If matplotlib is not installed, saying how to get it.
+    """
+    scales = sorted({record.scale for record in records})
+    body = [f"<h1>peftbench: {escape(label)}</h1>"]
+    for scale in scales:
+        of_scale = [record for record in records if record.scale == scale]
+        summaries = summarize(of_scale)
+        measured = [summary for summary in summaries if summary.passed]
+        body.append(f"<h2>Scale {escape(scale)}</h2>{_table(summaries, link)}")
+        if measured:
+            body.append(f"<p>{escape(_data_line(measured[0].passed[0]))}</p>")
+            charts = [_trade_off(measured, "parameters", scale), _trade_off(measured, "minutes", scale), _curves(measured, scale)]
+            body.append(f'<div class="charts">{"".join(charts)}</div>')
+    if any(len(points) > 1 for points in history.values()):
+        body.append(f'<h2>History</h2><div class="charts">{_history(history)}</div>')
+    body.append(f"<h2>Measured on</h2>{_facts(records)}")
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>peftbench: {escape(label)}</title><style>{STYLE}</style></head>\n<body>\n<main>{''.join(body)}</main>"
+        f'<div id="tip" role="status" hidden></div>\n<script>{SCRIPT}</script></body></html>\n'
+    )
+
+
+def _table(summaries: Sequence[Summary], link: Callable[[Record], str | None]) -> str:
+    front = pareto_front(summaries)
+    columns = ["phase", "dev accuracy", "test accuracy", "over majority", "test F1", "trained", "training", "peak", "ships"]
+    columns += ["latency", "front", "records"]
+    head = "".join(f'<th scope="col"><button type="button">{name}</button></th>' for name in columns[:-1]) + "<th>records</th>"
+    rows = []
+    for summary in summaries:
+        name = f"{summary.first.phase}-{summary.first.name}"
+        cells: list[tuple[object, str]] = [(name, name)]
+        if summary.passed:
+            counts = summary.passed[0].parameter_counts
+            majority = summary.passed[0].majority_accuracy or 0.0
+            dev = summary.mean("dev.accuracy")
+            cells += [(value, _interval(summary, split)) for split in ("dev", "test") if (value := summary.mean(f"{split}.accuracy"))]
+            cells.append((dev and dev - majority, f"+{100 * (dev - majority):.1f} pt" if dev else "-"))
+            cells.append(_cell(summary.mean("test.f1"), lambda v: f"{100 * v:.1f}%"))
+            cells.append(_cell(counts and counts.trainable, render_count))
+            cells.append(_cell(summary.mean("train_runtime_seconds"), render_duration))
+            cells.append(_cell(summary.mean("peak_memory_bytes"), render_bytes))
+            cells.append(_cell(summary.mean("artifact_bytes"), render_bytes))
+            cells.append(_cell(summary.mean("latency_ms"), lambda v: f"{v:.1f} ms"))
+            cells.append((int(name in front), "on it" if name in front else ""))
+        else:
+            error = (summary.first.error or "no reason recorded").splitlines()[0][:80]
+            cells += [("", f"failed: {error}"), *[("", "")] * 9]
+        links = [f'<a href="{escape(found)}">seed {r.seed}</a>' for r in summary.records if (found := link(r))]
+        row = "".join(f'<td data-value="{escape(str(value))}">{escape(text)}</td>' for value, text in cells)
+        rows.append(f"<tr>{row}<td>{' '.join(links)}</td></tr>")
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="results">{table}</div>'
+
+
+def _cell(value: float | None, render: Callable[[float], str]) -> tuple[object, str]:
+    return ("", "-") if value is None else (value, render(value))
+
+
+def _interval(summary: Summary, split: str) -> str:
+    mean, deviation = summary.mean(f"{split}.accuracy"), summary.deviation(f"{split}.accuracy")
+    if deviation is not None:
+        return f"{100 * (mean or 0):.1f}% ± {100 * deviation:.1f}"
+    low, high = _bounds(summary, split)
+    return f"{100 * (mean or 0):.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _bounds(summary: Summary, split: str = "dev") -> tuple[float, float]:
+    """Of the mean over seeds, by the examples of one."""
+    quality = getattr(summary.passed[0], split)
+    return quality.accuracy_ci95 if quality else (math.nan, math.nan)
+
+
+def _trade_off(summaries: Sequence[Summary], cost: str, scale: str) -> str:
+    """Dev accuracy against trainable parameters or training minutes, with intervals and the front."""
+    figure, axes = _figure()
+    tips, points = {}, []
+    front = pareto_front(summaries)
+    for i, summary in enumerate(summaries):
+        name = f"{summary.first.phase}-{summary.first.name}"
+        counts = summary.passed[0].parameter_counts
+        seconds, accuracy = summary.mean("train_runtime_seconds"), summary.mean("dev.accuracy")
+        if not counts or not counts.trainable or not seconds or accuracy is None:
+            continue
+        x = counts.trainable if cost == "parameters" else seconds / 60
+        low, high = _bounds(summary)
+        colour = _COLOURS[i % len(_COLOURS)]
+        axes.errorbar([x], [100 * accuracy], yerr=[[100 * (accuracy - low)], [100 * (high - accuracy)]], color=colour, linewidth=1)
+        gid = f"point-{scale}-{cost}-{i}"
+        axes.plot([x], [100 * accuracy], MARKERS[i % len(MARKERS)], color=colour, markersize=9, gid=gid)
+        axes.annotate(_text(name), (x, 100 * accuracy), xytext=(8, 5), textcoords="offset points", color=_INK)
+        tips[gid] = (
+            f"{name}\ndev accuracy {_interval(summary, 'dev')}\n{render_count(counts.trainable)} trained parameters\n"
+            f"{render_duration(seconds)} of training" + ("\non the Pareto front" if name in front else "")
+        )
+        if name in front:
+            points.append((x, 100 * accuracy))
+    axes.plot(*zip(*sorted(points), strict=True), "--", color=_FRONT, linewidth=1, zorder=0) if points else None
+    axes.set_xscale("log")
+    axes.margins(x=0.25)
+    axes.set_xlabel("trained parameters" if cost == "parameters" else "training, minutes")
+    axes.set_ylabel("dev accuracy, %")
+    title = f"Accuracy against {'trained parameters' if cost == 'parameters' else 'training time'}"
+    return _embed(figure, f"{title}; bars: 95% interval; dashed: the Pareto front", tips)
+
+
+def _curves(summaries: Sequence[Summary], scale: str) -> str:
+    figure, axes = _figure()
+    tips = {}
+    for i, summary in enumerate(summaries):
+        curve = summary.passed[-1].learning_curve
+        if curve:
+            name, gid = f"{summary.first.phase}-{summary.first.name}", f"curve-{scale}-{i}"
+            steps, losses = zip(*curve, strict=True)
+            share = [step / steps[-1] for step in steps]
+            colour, every = _COLOURS[i % len(_COLOURS)], max(1, len(steps) // 6)
+            axes.plot(
+                share, losses, color=colour, marker=MARKERS[i % len(MARKERS)], markevery=every, markersize=5, linewidth=1.2, label=_text(name), gid=gid
+            )
+            tips[gid] = f"{name}: loss {losses[0]:.3f} → {losses[-1]:.3f} in {steps[-1]} steps"
+    axes.set_xlabel("share of training")
+    axes.set_ylabel("training loss")
+    if tips:
+        axes.legend(frameon=False, labelcolor=_INK)
+    return _embed(figure, "Learning curves: mean training loss, each phase over its own steps", tips)
+
+
+def _history(history: Mapping[str, Sequence[Point]]) -> str:
+    figure, axes = _figure()
+    tips = {}
+    for i, (phase, points) in enumerate(history.items()):
+        colour = _COLOURS[i % len(_COLOURS)]
+        known = [(x, 100 * point.value) for x, point in enumerate(points) if point.value is not None]
+        axes.plot(*zip(*known, strict=True), color=colour, linewidth=1, label=_text(phase), marker=MARKERS[i % len(MARKERS)], markersize=4)
+        for x, value in known if len(known) <= 60 else ():
+            point, gid = points[x], f"history-{i}-{x}"
+            axes.plot([x], [value], MARKERS[i % len(MARKERS)], color=colour, markersize=9 if point.shift else 5, gid=gid)
+            notes = [*point.marks, *([f"{point.shift} from here"] if point.shift else [])]
+            tips[gid] = f"{phase} at {point.commit[:12]} {point.subject}\naccuracy {render_value(METRICS['accuracy'], point.value)}" + (
+                f"\n{', '.join(notes)}" if notes else ""
+            )
+    axes.set_xlabel("commits, oldest first")
+    axes.set_ylabel("accuracy, dev and test, %")
+    axes.legend(frameon=False, labelcolor=_INK)
+    return _embed(figure, "Accuracy over commits; a larger mark shifts the level", tips)
+
+
+def _figure() -> tuple[Any, Any]:
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("the HTML report draws with matplotlib, which is not installed; pip install matplotlib") from error
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 10, "font.family": "sans-serif"}):
+        figure = Figure(figsize=(5.0, 3.6), layout="constrained")
+        axes: Any = figure.add_subplot()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for part in (*axes.spines.values(), axes.xaxis.label, axes.yaxis.label):
+        part.set_color(_INK)
+    axes.tick_params(which="both", colors=_INK)
+    return figure, axes
+
+
+def _embed(figure: Any, caption: str, tips: Mapping[str, str]) -> str:
+    """The figure as inline SVG whose marks can be pointed at and reached by the keyboard."""
+    import matplotlib
+
+    stream = io.StringIO()
+    # Ids in a picture come from the salt; two pictures on a page must not share any.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": caption}):
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
+    ET.register_namespace("", _SVG)
+    ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")
+    root = ET.fromstring(stream.getvalue())  # noqa: S314 - matplotlib wrote it
+    for metadata in root.findall(f"{{{_SVG}}}metadata"):
+        root.remove(metadata)
+    root.set("role", "group")
+    root.set("aria-label", caption)
+    for element in root.iter():
+        if tip := tips.get(element.get("id", "")):
+            for name, value in (("tabindex", "0"), ("role", "img"), ("aria-label", tip.replace("\n", ", ")), ("data-tip", tip)):
+                element.set(name, value)
+    text = ET.tostring(root, encoding="unicode")
+    for stand_in, variable in ((_INK, "ink"), (_FRONT, "front"), *((c, f"c{i}") for i, c in enumerate(_COLOURS))):
+        text = text.replace(stand_in, f"var(--{variable})")
+    return f"<figure>{text}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _text(name: str) -> str:
+    """A name as matplotlib shows it: a dollar sign would begin mathematics."""
+    return "".join(c if c.isprintable() else "?" for c in name).replace("$", r"\$")[:40]
+
+
+def _data_line(record: Record) -> str:
+    sizes = ", ".join(f"{name} {size}" for name, size in sorted(record.data.get("sizes", {}).items()))
+    return f"{record.data.get('source')} ({sizes}); the more frequent label is {100 * (record.majority_accuracy or 0):.1f}% of dev"
+
+
+def _facts(records: Sequence[Record]) -> str:
+    one = next((record for record in records if record.outcome == "passed"), records[0])
+    facts = {**one.machine, **one.versions, "commit": one.commit.get("id"), "uncommitted changes": one.commit.get("dirty")}
+    rows = "".join(f"<tr><th scope='row'>{escape(str(k))}</th><td>{escape(str(v))}</td></tr>" for k, v in facts.items())
+    return f'<div class="scroll"><table class="facts">{rows}</table></div>'
+
+
+def link_from(page: Path | None, folder: Path) -> Callable[[Record], str | None]:
+    """Where records are in a folder of runs, seen from a page (or, without one, from the working directory)."""
+    start = page.parent if page else Path()
+
+    def link(record: Record) -> str | None:
+        path = folder / record.run_id / f"{record.case}.json"
+        inside = path.resolve().is_relative_to(folder.resolve())
+        return quote(Path(os.path.relpath(path, start)).as_posix()) if inside and path.is_file() else None
+
+    return link

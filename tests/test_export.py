@@ -1,0 +1,67 @@
+"""Exports: each by its format's published rules, or by the tool that reads it."""
+
+import json
+import subprocess
+import sys
+
+import jsonschema
+import pytest
+
+from peftbench.export import to_bencher, to_github_action, to_pytest_benchmark
+from samples import failed, passed
+
+RECORDS = [passed("B-lora", seed=42), passed("B-lora", seed=43, seconds=66.0), passed("C1-full"), failed("D-hybrid")]
+
+BENCHER_SCHEMA = {  # https://bencher.dev/bmf.json
+    "$schema": "http://json-schema.org/draft-07/schema",
+    "type": "object",
+    "patternProperties": {
+        ".+": {
+            "type": "object",
+            "patternProperties": {
+                ".+": {
+                    "type": "object",
+                    "properties": {name: {"type": "number"} for name in ("value", "lower_value", "upper_value")},
+                    "required": ["value"],
+                }
+            },
+        }
+    },
+}
+
+
+def test_bencher_metric_format():
+    """By the schema that Bencher publishes; measures with names of at most 64 characters; a failed phase has no values."""
+    exported = to_bencher(RECORDS)
+    jsonschema.validate(exported, BENCHER_SCHEMA)
+    assert ["B-lora", "C1-full"] == list(exported)
+    assert all(len(measure) <= 64 for measures in exported.values() for measure in measures)
+    assert {"value": 63.0, "lower_value": 60.0, "upper_value": 66.0} == exported["B-lora"]["train_runtime_seconds"]
+    accuracy = exported["C1-full"]["accuracy"]
+    assert accuracy["lower_value"] < accuracy["value"] <= accuracy["upper_value"]
+
+
+@pytest.mark.parametrize(("better", "metric"), [("higher", "accuracy"), ("lower", "train_runtime_seconds")])
+def test_github_action_benchmark(better, metric):
+    """A list of entries with a name, a unit and a number; each direction in a file of its own."""
+    entries = to_github_action(RECORDS, better)
+    for entry in entries:
+        assert (str, str) == (type(entry["name"]), type(entry["unit"]))
+        assert isinstance(entry["value"], int | float)
+        assert {"name", "unit", "value"} <= set(entry) <= {"name", "unit", "value", "range", "extra"}
+    names = [entry["name"] for entry in entries]
+    assert len(names) == len(set(names))
+    assert f"C1-full {metric}" in names
+    other = {entry["name"] for entry in to_github_action(RECORDS, "lower" if better == "higher" else "higher")}
+    assert not other & set(names)
+
+
+def test_pytest_benchmark_reads_its_own_format(tmp_path):
+    """`pytest-benchmark compare` prints a row a phase."""
+    path = tmp_path / "ours.json"
+    path.write_text(json.dumps(to_pytest_benchmark(RECORDS)))
+    command = [sys.executable, "-m", "pytest_benchmark", "compare", str(path), "--columns=mean,rounds"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert 0 == done.returncode, done.stderr
+    assert "test_phase[B-lora]" in done.stdout
+    assert "63.0000" in done.stdout

@@ -1,0 +1,90 @@
+"""Gates: how they are written, what breaks them, and the exit status."""
+
+import pytest
+
+from peftbench.compare import compare
+from peftbench.gates import Gate, judge
+from samples import failed, passed
+
+LOST = range(45)
+
+
+def status(base, head, *limits, strict=False):
+    return judge(compare(base, head), [Gate.from_text(limit) for limit in limits], strict=strict).status
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "relative"),
+    [
+        ("accuracy:0.5pt", 0.005, False),
+        ("accuracy:0.005", 0.005, False),
+        ("accuracy:1%", 0.01, True),
+        ("train_runtime_seconds:20%", 0.2, True),
+        ("latency_ms:1.5", 1.5, False),
+        ("peak_memory_bytes:1e6", 1e6, False),
+    ],
+)
+def test_a_gate_is_written_as_pytest_benchmark_does(text, limit, relative):
+    """A share of the base, points, or the metric's own unit."""
+    gate = Gate.from_text(text)
+    assert (pytest.approx(limit), relative) == (gate.limit, gate.relative)
+
+
+@pytest.mark.parametrize("text", ["accuracy", "accuracy:", "accuracy:-1pt", "speed:3%", "latency_ms:1pt", "accuracy:nan", "accuracy:5 %"])
+def test_a_wrong_gate_says_what_is_allowed(text):
+    """The metric's name or its limit."""
+    with pytest.raises(ValueError, match=r"--fail (must name one of accuracy, f1|\w+: the limit must be 20% of the base, )"):
+        Gate.from_text(text)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("accuracy:2pt", 1), ("accuracy:2.4pt", 1), ("accuracy:2.6pt", 0), ("f1:50%", 0)])
+def test_a_loss_beyond_the_limit_is_worse(limit, expected):
+    """2.5 points lost."""
+    assert expected == status([passed()], [passed(wrong=LOST)], limit)
+
+
+def test_noise_breaks_no_gate_unless_strict():
+    """Five of ten discordant examples more lost than won: 0.3 points that may be chance."""
+    base, head = [passed(wrong=range(5))], [passed(wrong=range(5, 15))]
+    assert 0 == status(base, head, "accuracy:0.1pt")
+    assert 1 == status(base, head, "accuracy:0.1pt", strict=True)
+
+
+def test_a_gain_breaks_no_gate():
+    """Whatever the direction of the metric."""
+    limits = ("accuracy:0", "train_runtime_seconds:0", "samples_per_second:0")
+    assert 0 == status([passed(wrong=LOST)], [passed(seconds=30.0)], *limits)
+
+
+def test_slower_breaks_a_gate():
+    """By the share of the base."""
+    assert 1 == status([passed()], [passed(seconds=90.0)], "train_runtime_seconds:20%")
+    assert 0 == status([passed()], [passed(seconds=90.0)], "train_runtime_seconds:60%")
+
+
+def test_a_phase_that_newly_fails_is_worse():
+    """Whatever is gated."""
+    assert 1 == status([passed()], [failed()], "latency_ms:50%")
+
+
+@pytest.mark.parametrize(
+    ("base", "head", "expected"),
+    [
+        ([passed()], [], 2),  # nothing to compare with
+        ([passed()], [passed("C1-full")], 2),  # a phase went missing
+        ([passed()], [passed(), passed("C1-full")], 0),  # a phase is new
+        ([failed()], [failed()], 2),
+        ([failed()], [passed()], 0),
+        ([passed()], [passed(seed=43)], 2),  # other seeds
+        ([passed()], [passed(machine={"id": "m2"})], 0),  # times are not gated
+    ],
+)
+def test_what_cannot_be_told(base, head, expected):
+    """2 only where a gate, or a phase of the base, is left open."""
+    assert expected == status(base, head, "accuracy:0.5pt")
+
+
+def test_each_finding_is_a_line():
+    """Phase, metric, limit and what it rests on."""
+    judgement = judge(compare([passed()], [passed(wrong=LOST)]), [Gate.from_text("accuracy:0.5pt")])
+    assert ["B-lora: accuracy is worse by more than 0.005 (p = 5.7e-14)"] == list(judgement.lines)

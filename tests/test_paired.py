@@ -1,0 +1,137 @@
+"""Paired statistics: against scipy and statsmodels, and by simulation where no formula is at hand."""
+
+import numpy as np
+import pytest
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+
+from peftbench.paired import holm, mcnemar_exact, paired_difference, ratio_difference
+
+
+def simulate(rng, *, n, seeds=1, discordance=0.06, effect=0.0, seed_effect=0.0, shared=0.5):
+    """
+    Labels that a base and a head predict.
+
+    Examples differ in how often the sides disagree on them, some the same way in each seed; the seeds differ by a normal effect.
+    """
+    gold = rng.integers(0, 2, n).astype(np.uint8)
+    right = np.tile(rng.random(n) < 0.85, (seeds, 1))
+    of_examples = rng.random(n)
+    base, head = [], []
+    for row in right:
+        tilt = (effect + seed_effect * rng.standard_normal()) / discordance
+        draw = np.where(rng.random(n) < shared, of_examples, rng.random(n))
+        lost = draw < discordance * (1 - tilt) / 2
+        won = ~lost & (draw < discordance)
+        base.append(np.where(lost | (row & ~won), gold, 1 - gold))
+        head.append(np.where(won | (row & ~lost), gold, 1 - gold))
+    return gold, np.array(base, np.uint8), np.array(head, np.uint8)
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0, 0), (1, 0), (5, 15), (10, 10), (200, 150), (38, 16)])
+def test_mcnemar_is_that_of_statsmodels_and_scipy(lost, won):
+    """The exact test on a table's two discordant counts."""
+    assert mcnemar(np.array([[700, lost], [won, 100]]), exact=True).pvalue == pytest.approx(mcnemar_exact(lost, won), rel=1e-9)
+    if lost + won:
+        assert stats.binomtest(lost, lost + won).pvalue == pytest.approx(mcnemar_exact(lost, won), rel=1e-9)
+
+
+def test_mcnemar_by_hand():
+    """Of three discordant examples all lost: 2 · (1/2)³."""
+    assert 0.25 == mcnemar_exact(3, 0)
+
+
+def test_holm_is_that_of_statsmodels():
+    """Adjusted p-values of a family."""
+    p = [0.04, 0.001, 0.03, 0.5, 0.011]
+    assert multipletests(p, method="holm")[1] == pytest.approx(holm(p))
+    assert [] == holm([])
+
+
+def test_the_bootstrap_is_that_of_scipy():
+    """One seed: the standard error behind the interval, for accuracy and F1, paired over examples."""
+    from sklearn.metrics import f1_score
+
+    gold, base, head = simulate(np.random.default_rng(0), n=400, discordance=0.2, effect=0.05)
+    figures = {"accuracy": lambda g, p: np.mean(g == p), "f1": lambda g, p: f1_score(g, p)}
+    for name, figure in figures.items():
+
+        def difference(g, b, h, figure=figure):
+            return figure(g, h) - figure(g, b)
+
+        expected = stats.bootstrap(
+            (gold, base[0], head[0]), difference, paired=True, vectorized=False, n_resamples=999, method="percentile", rng=1
+        )
+        found = paired_difference(name, gold, base, head)
+        assert difference(gold, base[0], head[0]) == pytest.approx(found.value)
+        assert expected.standard_error == pytest.approx((found.ci95[1] - found.ci95[0]) / 2 / 1.96, rel=0.1)
+
+
+def test_the_mean_over_seeds_is_compared():
+    """Worked out by hand: two seeds, four examples."""
+    gold = np.array([1, 1, 0, 0], np.uint8)
+    base = np.array([[1, 0, 0, 0], [1, 1, 0, 1]], np.uint8)  # 3/4 right, 3/4 right
+    head = np.array([[1, 1, 0, 0], [0, 0, 0, 1]], np.uint8)  # 4/4 right, 1/4 right
+    assert paired_difference("accuracy", gold, base, head).value == pytest.approx((1 / 4 - 2 / 4) / 2)
+    # F1 of the base: 2/3 and 4/5; of the head: 1 and 0
+    assert paired_difference("f1", gold, base, head).value == pytest.approx(((1 - 2 / 3) + (0 - 4 / 5)) / 2)
+
+
+def test_the_same_predictions_differ_by_nothing():
+    """No variance, no difference, p of 1."""
+    gold, base, _ = simulate(np.random.default_rng(0), n=50, seeds=2)
+    found = paired_difference("accuracy", gold, base, base)
+    assert (0.0, (0.0, 0.0), 1.0) == (found.value, found.ci95, found.p)
+
+
+def test_the_variances_over_examples_and_seeds_add_up():
+    """Against scipy's bootstrap over examples and the variance of the mean of the seeds' own differences."""
+    gold, base, head = simulate(np.random.default_rng(3), n=500, seeds=4, discordance=0.2, effect=0.03, seed_effect=0.02)
+    gains = (head == gold).astype(float) - (base == gold)
+    over_examples = stats.bootstrap((gains.mean(axis=0),), np.mean, n_resamples=4000, rng=1, method="percentile").standard_error
+    error = np.hypot(over_examples, stats.sem(gains.mean(axis=1)))
+    found = paired_difference("accuracy", gold, base, head)
+    freedom = stats.t.ppf(0.975, [3, 499])  # between those of the seeds and those of the examples
+    assert freedom[1] * error * 0.95 < (found.ci95[1] - found.ci95[0]) / 2 < freedom[0] * error
+
+
+@pytest.mark.parametrize(
+    ("seeds", "seed_effect", "shared"),
+    [(1, 0.0, 0.5), (3, 0.0, 0.0), (3, 0.0, 1.0), (3, 0.005, 0.5), (3, 0.01, 0.5), (5, 0.02, 0.5)],
+)
+def test_false_alarms_are_rare(seeds, seed_effect, shared):
+    """Of 2,000 comparisons without an effect at most 5% are called different, up to what chance does to the count."""
+    rng = np.random.default_rng(7)
+    runs = 2000
+    alarms = 0
+    for _ in range(runs):
+        gold, base, head = simulate(rng, n=600, seeds=seeds, seed_effect=seed_effect, shared=shared)
+        alarms += paired_difference("accuracy", gold, base, head).p < 0.05
+    assert alarms / runs <= 0.05 + 2 * (0.05 * 0.95 / runs) ** 0.5
+
+
+def test_a_drop_is_found():
+    """2.5 points at 6% discordance on 1,800 examples, after adjusting for five phases, nine times in ten."""
+    rng = np.random.default_rng(8)
+    found = 0
+    for _ in range(500):
+        family = [paired_difference("accuracy", *simulate(rng, n=1800, effect=-0.025)).p]
+        family += [paired_difference("accuracy", *simulate(rng, n=1800)).p for _ in range(4)]
+        found += holm(family)[0] < 0.05
+    assert found / 500 >= 0.9
+
+
+def test_a_ratio_is_judged_like_welchs_test_on_logarithms():
+    """The p-value is scipy's."""
+    base, head = [10.0, 10.5, 9.8], [12.0, 12.9, 12.2, 12.4]
+    found = ratio_difference(base, head)
+    assert stats.ttest_ind(np.log(head), np.log(base), equal_var=False).pvalue == pytest.approx(found.p)
+    assert np.mean(head) - np.mean(base) == pytest.approx(found.value)
+    assert 0 < found.ci95[0] < found.value < found.ci95[1]
+
+
+def test_a_single_measurement_tells_no_interval():
+    """Nor does one that is not positive."""
+    assert ratio_difference([1.0], [2.0, 2.1]) is None
+    assert ratio_difference([0.0, 0.0], [2.0, 2.1]) is None
