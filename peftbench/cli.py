@@ -15,9 +15,10 @@ from peftbench.phases import PRECISIONS, SCALES, Phase
 from peftbench.records import Record, Store
 from peftbench.report import printable, render_comparison, render_csv, render_history, render_results
 from peftbench.sealed import CorruptError, write_atomically
+from peftbench.verdicts import Point
 
 if TYPE_CHECKING:
-    from peftbench.history import Point, Side
+    from peftbench.history import Side
 
 EXPLAINED = (AssetError, CorruptError, ValueError, OSError)
 """Errors whose message says what was wanted and what to do; bad data and checkpoints are ValueErrors, a failing Hub an OSError."""
@@ -73,7 +74,9 @@ def history(options: argparse.Namespace) -> int:
     side = found.everything()
     _tell(side)
     wanted = [text.lower() for text in options.phase]
-    records = [r for r in side.records if not wanted or {f"{r.phase}-{r.name}".lower(), r.phase.lower(), r.name.lower()} & {*wanted}]
+    records = [
+        r for r in side.records if not wanted or {f"{r.phase}-{r.name}".lower(), r.phase.lower(), r.name.lower()} & {*wanted}
+    ]
     traced = trace(records, METRICS[options.metric], found.commits_in_order())
     if not traced:
         raise ValueError(f"no record of the phases asked for has {options.metric}")
@@ -119,12 +122,12 @@ def report(options: argparse.Namespace) -> None:
         from peftbench.page import link_from, render_page
 
         history, folder = _accuracy_over_commits(options.outputs)
-        text = render_page(side.records, side.label, history=history, link=link_from(options.to, folder))
+        text = render_page(side.latest, side.label, history=history, link=link_from(options.to, folder))
     elif options.format in ("csv", "json"):
         rows = [record.to_row() for record in side.records]
         text = json.dumps(rows, indent=1) + "\n" if options.format == "json" else render_csv(rows)
     else:
-        text = render_results(side.records, table=TABLES[options.format]) + "\n"
+        text = render_results(side.latest, table=TABLES[options.format]) + "\n"
     _write(options.to, text)
 
 
@@ -139,10 +142,10 @@ def export(options: argparse.Namespace) -> None:
         "customSmallerIsBetter": lambda records: to_github_action(records, "lower"),
         "pytest-benchmark": to_pytest_benchmark,
     }
-    _write(options.to, json.dumps(formats[options.format](side.records), indent=1, allow_nan=False) + "\n")
+    _write(options.to, json.dumps(formats[options.format](side.latest), indent=1, allow_nan=False) + "\n")
 
 
-def _accuracy_over_commits(outputs: Path) -> tuple["Mapping[str, Sequence[Point]]", Path]:
+def _accuracy_over_commits(outputs: Path) -> tuple[Mapping[str, Sequence[Point]], Path]:
     """Of all runs under an outputs folder, and where they are; nothing if there are none, as a file can be reported alone."""
     from peftbench.history import History, HistoryError, trace
 
@@ -188,10 +191,14 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=fetch)
 
     command = commands.add_parser("compare", help="tell what got better or worse between two commits, runs, folders or files")
-    command.add_argument("base", nargs="?", default="latest", metavar="BASE", help="a commit, a run's id, latest, a folder or a file")
+    command.add_argument(
+        "base", nargs="?", default="latest", metavar="BASE", help="a commit, a run's id, latest, a folder or a file"
+    )
     command.add_argument("head", nargs="?", metavar="HEAD", help="the same; default: latest")
     command.add_argument("--phases", nargs=2, metavar=("PHASE", "PHASE"), help="compare two phases of BASE (default: latest)")
-    command.add_argument("--fail", action="append", default=[], metavar="METRIC:LIMIT", help="exit with 1 if worse by more than that")
+    command.add_argument(
+        "--fail", action="append", default=[], metavar="METRIC:LIMIT", help="exit with 1 if worse by more than that"
+    )
     command.add_argument("--strict", action="store_true", help="let --fail count differences that may be noise, too")
     command.add_argument("--format", choices=("text", *TABLES, "json"), default="text")
     _add_outputs(command)

@@ -6,43 +6,19 @@ import functools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from peftbench.metrics import METRICS, Metric
 from peftbench.paired import Bits, Difference, holm, paired_difference, ratio_difference
 from peftbench.records import Record
+from peftbench.verdicts import Row, Verdict
 
-Verdict = Literal["better", "worse", "no difference shown", "not comparable", "newly failing", "fixed", "missing"]
 Case = tuple[str, str, str]  # scale, letter, name
 
 LEVEL = 0.05
 
 _NOTHING: Bits = np.empty(0, np.uint8)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """
-    What a comparison says about one metric of one phase.
-
-    Attributes:
-        metric: Its name in `METRICS`, or ``outcome``, the share of seeds that passed, for a phase that failed or is not there.
-        base: Mean of what was measured; None where nothing was.
-        difference: Head less base, in the metric's unit.
-        ci95: Its 95% interval, not adjusted for the number of phases; None where a single measurement tells none.
-        reason: What the verdict rests on.
-    """
-
-    phase: str
-    metric: str
-    base: float | None = None
-    head: float | None = None
-    difference: float | None = None
-    ci95: tuple[float, float] | None = None
-    verdict: Verdict
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,22 +143,31 @@ def _judge(pairs: Sequence[tuple[str, Sample, Sample]]) -> list[Row]:
     settled = {row.phase for row in rows}
     measured = [pair for pair in pairs if pair[0] not in settled]
     for metric in METRICS.values():
-        found = [incomparable(metric, *sides) or judge_samples(metric, *sides) for _, *sides in measured]
-        adjusted = iter(holm([one.p for one in found if isinstance(one, Difference)]))
-        for (phase, base, head), one in zip(measured, found, strict=True):
-            row = Row(
+        blanks = [
+            Row(
                 phase=phase, metric=metric.name, base=base.mean(metric), head=head.mean(metric), verdict="not comparable", reason=""
             )
-            if not row.base and not row.head:
-                continue  # a phase that does not train has no training time
+            for phase, base, head in measured
+        ]
+        asked = [(row, pair) for row, pair in zip(blanks, measured, strict=True) if _is_measured(metric, row)]
+        found = [incomparable(metric, base, head) or judge_samples(metric, base, head) for _, (_, base, head) in asked]
+        chances = [one.p for one in found if isinstance(one, Difference)]
+        adjusted = iter(holm(chances))
+        for (row, _), one in zip(asked, found, strict=True):
             if isinstance(one, str):
                 rows.append(dataclasses.replace(row, reason=one))
             elif one is not None:
-                rows.append(_judge_difference(metric, row, one, next(adjusted), len(measured)))
+                rows.append(_judge_difference(metric, row, one, next(adjusted), len(chances)))
             else:
                 rows.append(_judge_single(metric, row))
     order = [phase for phase, _, _ in pairs]
     return sorted(rows, key=lambda row: order.index(row.phase))
+
+
+def _is_measured(metric: Metric, row: Row) -> bool:
+    """A phase that does not train has no training time."""
+    values = {row.base, row.head} - {None}
+    return bool(values - {0.0} if metric.kind == "time" else values)
 
 
 def _judge_outcome(phase: str, base: Sample, head: Sample) -> Row | None:

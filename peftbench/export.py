@@ -60,7 +60,7 @@ def to_pytest_benchmark(records: Sequence[Record]) -> dict[str, Any]:
 
     entries = []
     for name, summary in _named(records):
-        stats = Stats()
+        stats: Any = Stats()  # type: ignore[no-untyped-call]
         for record in summary.passed:
             stats.update(record.train_runtime_seconds or 0.0)
         figures = {field: getattr(stats, field) for field in (*Stats.fields, "iterations") if hasattr(stats, field)}
@@ -73,7 +73,12 @@ def to_pytest_benchmark(records: Sequence[Record]) -> dict[str, Any]:
                 "param": name,
                 "extra_info": {"peftbench": summary.passed[-1].to_json()},
                 "options": {
-                    "disable_gc": False, "timer": "train_runtime_seconds", "min_rounds": 1, "max_time": 0.0, "min_time": 0.0, "warmup": False
+                    "disable_gc": False,
+                    "timer": "train_runtime_seconds",
+                    "min_rounds": 1,
+                    "max_time": 0.0,
+                    "min_time": 0.0,
+                    "warmup": False,
                 },
                 "stats": {**figures, "iterations": 1},
             }

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from peftbench.compare import Row
 from peftbench.metrics import METRICS, Metric
+from peftbench.verdicts import Row
 
 Status = Literal[0, 1, 2]
 
@@ -38,7 +38,7 @@ class Gate:
         if name not in METRICS:
             raise ValueError(f"--fail must name one of {', '.join(METRICS)}, got {text!r}")
         metric, found = METRICS[name], _LIMIT.fullmatch(limit)
-        if found is None or (found["unit"] == "pt") and metric.unit:
+        if found is None or ((found["unit"] == "pt") and metric.unit):
             allowed = "20% of the base" + (f", or 5 {metric.unit} as 5" if metric.unit else ", 0.5pt (percentage points) or 0.005")
             raise ValueError(f"--fail {name}: the limit must be {allowed}; got {limit!r}")
         number = float(found["number"])
@@ -69,8 +69,8 @@ def judge(rows: Sequence[Row], gates: Sequence[Gate], *, strict: bool = False) -
     """
     Hold rows to gates.
 
-    A phase that newly fails is worse whatever the gates. One that the base has and that is missing, fails on both sides, or cannot be
-    compared in a metric that has a gate, leaves it open.
+    A phase that newly fails is worse whatever the gates. One that the base has and that is missing, fails on both sides, or cannot
+    be compared in a metric that has a gate, leaves it open.
     """
     worse, unclear = [], []
     for row in rows:

@@ -11,6 +11,7 @@ from peftbench.compare import Sample, incomparable, judge_samples
 from peftbench.metrics import Metric
 from peftbench.paired import Difference
 from peftbench.records import MAX_RECORD_BYTES, Record, RecordError, parse_json, read_record
+from peftbench.verdicts import Point
 
 LEVEL = 0.01
 """Of a shift's p-value: a history asks at every commit."""
@@ -33,6 +34,12 @@ class Side:
     label: str
     records: Sequence[Record]
     problems: Sequence[str] = ()
+
+    @property
+    def latest(self) -> list[Record]:
+        """The last record of each case and seed."""
+        by_run = sorted(self.records, key=lambda r: r.run_id)
+        return list({(r.scale, r.phase, r.name, r.seed): r for r in by_run}.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +87,10 @@ class History:
             return self._runs(f"latest run {runs[-1]}", runs[-1:])
         if text in runs:
             return self._runs(f"run {text}", [text])
+        known = {run: facts for run in runs if (facts := self.commit_of(run)).get("id")}
+        ids = {str(facts["id"]) for facts in known.values()}
         commit = self._git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{text}^{{commit}}")
-        known = {run: found for run in runs if (found := self.commit_of(run)) and found.get("id")}
-        ids = {str(found["id"]) for found in known.values()}
-        wanted = commit.strip() if commit else next(iter(found), "") if len(found := _starting(ids, text)) == 1 else ""
+        wanted = commit.strip() if commit else _completed(text, ids)
         at_commit = [run for run, facts in known.items() if facts["id"] == wanted]
         clean = [run for run in at_commit if not known[run].get("dirty")]
         if at_commit:
@@ -96,8 +103,8 @@ class History:
             f"runs are {_few(reversed(runs))}"
         )
 
-    def commit_of(self, run: str) -> Mapping[str, Any] | None:
-        """What the run's first readable record says of its commit."""
+    def commit_of(self, run: str) -> Mapping[str, Any]:
+        """What the run's first readable record says of its commit; nothing if none does."""
         for path in self.files[run]:
             try:
                 facts = json.loads(path.read_bytes()).get("commit") if path.stat().st_size <= MAX_RECORD_BYTES else None
@@ -105,7 +112,7 @@ class History:
                 continue
             if isinstance(facts, dict):
                 return facts
-        return None
+        return {}
 
     def everything(self) -> Side:
         """All runs."""
@@ -129,33 +136,13 @@ class History:
         return done.stdout if done.returncode == 0 else None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Point:
-    """
-    A phase's metric at one commit.
-
-    Attributes:
-        commit: Its id, or the run's id where a record has no commit.
-        value: Mean over the passed records; None where all failed.
-        marks: ``dirty``, ``unknown`` to git, ``failed``, ``other machine`` or whatever else cannot be compared with the level before.
-        shift: Better or worse than the level before it; None where no shift is shown.
-    """
-
-    commit: str
-    subject: str
-    value: float | None
-    records: int
-    marks: Sequence[str]
-    shift: str | None
-
-
 def trace(records: Iterable[Record], metric: Metric, commits: Sequence[tuple[str, str]]) -> dict[str, list[Point]]:
     """
     A metric over commits, by phase.
 
-    A level lasts from one shift to the next. A commit shifts it if it differs from the level's first commit (quality) or from all of
-    its measurements (the rest), so that slow drifts show, too. Commits that git does not know, and changes that were never committed,
-    stand where their time puts them.
+    A level lasts from one shift to the next. A commit shifts it if it differs from the level's first commit (quality) or from all
+    of its measurements (the rest), so that slow drifts show, too. Commits that git does not know, and changes that were never
+    committed, stand where their time puts them.
     """
     place = {commit: i for i, (commit, _) in enumerate(commits)}
     subjects = dict(commits)
@@ -183,9 +170,7 @@ def trace(records: Iterable[Record], metric: Metric, commits: Sequence[tuple[str
                     level = level + sample.passed
             value = sample.mean(metric)
             points.append(
-                Point(
-                    commit=commit, subject=subjects.get(commit, ""), value=value, records=len(group), marks=marks, shift=shift
-                )
+                Point(commit=commit, subject=subjects.get(commit, ""), value=value, records=len(group), marks=marks, shift=shift)
             )
         if any(point.value for point in points):
             traced[f"{phase}-{scale}" if several else phase] = points
@@ -270,9 +255,10 @@ def _shift(metric: Metric, level: Sample, sample: Sample) -> tuple[str | None, s
     return ("better" if metric.gain(difference) > 0 else "worse") if certain else None, None
 
 
-def _starting(ids: Iterable[str], text: str) -> list[str]:
-    """Ids that a shortened one may mean; git asks for four characters."""
-    return [one for one in ids if len(text) >= 4 and one.startswith(text.lower())]
+def _completed(text: str, ids: Iterable[str]) -> str:
+    """The only id that a shortened one can mean, or nothing; git asks for four characters."""
+    fits = [one for one in ids if len(text) >= 4 and one.startswith(text.lower())]
+    return fits[0] if len(fits) == 1 else ""
 
 
 def _few(names: Iterable[str]) -> str:

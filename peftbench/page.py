@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from peftbench.compare import Sample
-from peftbench.history import Point
 from peftbench.metrics import METRICS
 from peftbench.records import Record
 from peftbench.report import render_bytes, render_count, render_duration, render_value
 from peftbench.summary import Summary, pareto_front, summarize
+from peftbench.verdicts import Point
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 """A phase is told by its marker and its name, not by its colour alone."""
@@ -140,11 +139,13 @@ def _table(summaries: Sequence[Summary], link: Callable[[Record], str | None]) -
             counts = summary.passed[0].parameter_counts
             majority = summary.passed[0].majority_accuracy or 0.0
             dev = summary.mean("dev.accuracy")
-            cells += [(value, _interval(summary, split)) for split in ("dev", "test") if (value := summary.mean(f"{split}.accuracy"))]
+            cells += [
+                (value, _interval(summary, split)) for split in ("dev", "test") if (value := summary.mean(f"{split}.accuracy"))
+            ]
             cells.append((dev and dev - majority, f"+{100 * (dev - majority):.1f} pt" if dev else "-"))
             cells.append(_cell(summary.mean("test.f1"), lambda v: f"{100 * v:.1f}%"))
-            cells.append(_cell(counts and counts.trainable, render_count))
-            cells.append(_cell(summary.mean("train_runtime_seconds"), render_duration))
+            cells.append(_cell(counts.trainable if counts else None, render_count))
+            cells.append(_cell(summary.mean("train_runtime_seconds") or None, render_duration))
             cells.append(_cell(summary.mean("peak_memory_bytes"), render_bytes))
             cells.append(_cell(summary.mean("artifact_bytes"), render_bytes))
             cells.append(_cell(summary.mean("latency_ms"), lambda v: f"{v:.1f} ms"))
@@ -191,7 +192,13 @@ def _trade_off(summaries: Sequence[Summary], cost: str, scale: str) -> str:
         x = counts.trainable if cost == "parameters" else seconds / 60
         low, high = _bounds(summary)
         colour = _COLOURS[i % len(_COLOURS)]
-        axes.errorbar([x], [100 * accuracy], yerr=[[100 * (accuracy - low)], [100 * (high - accuracy)]], color=colour, linewidth=1)
+        axes.errorbar(
+            [x],
+            [100 * accuracy],
+            yerr=[[100 * max(0.0, accuracy - low)], [100 * max(0.0, high - accuracy)]],
+            color=colour,
+            linewidth=1,
+        )
         gid = f"point-{scale}-{cost}-{i}"
         axes.plot([x], [100 * accuracy], MARKERS[i % len(MARKERS)], color=colour, markersize=9, gid=gid)
         axes.annotate(_text(name), (x, 100 * accuracy), xytext=(8, 5), textcoords="offset points", color=_INK)
@@ -199,15 +206,18 @@ def _trade_off(summaries: Sequence[Summary], cost: str, scale: str) -> str:
             f"{name}\ndev accuracy {_interval(summary, 'dev')}\n{render_count(counts.trainable)} trained parameters\n"
             f"{render_duration(seconds)} of training" + ("\non the Pareto front" if name in front else "")
         )
-        if name in front:
-            points.append((x, 100 * accuracy))
-    axes.plot(*zip(*sorted(points), strict=True), "--", color=_FRONT, linewidth=1, zorder=0) if points else None
-    axes.set_xscale("log")
+        points.append((x, 100 * accuracy))
+    edge = [
+        (x, y) for x, y in sorted(points) if not any(other <= x and best >= y for other, best in points if (other, best) != (x, y))
+    ]
+    if edge:
+        axes.step(*zip(*edge, strict=True), "--", where="post", color=_FRONT, linewidth=1, zorder=0)
+    _scale_logarithmically(axes.xaxis, render_count if cost == "parameters" else "{:g}".format)
     axes.margins(x=0.25)
     axes.set_xlabel("trained parameters" if cost == "parameters" else "training, minutes")
     axes.set_ylabel("dev accuracy, %")
     title = f"Accuracy against {'trained parameters' if cost == 'parameters' else 'training time'}"
-    return _embed(figure, f"{title}; bars: 95% interval; dashed: the Pareto front", tips)
+    return _embed(figure, f"{title}; bars: 95% interval; dashed: what no other phase beats on these two", tips)
 
 
 def _curves(summaries: Sequence[Summary], scale: str) -> str:
@@ -221,7 +231,15 @@ def _curves(summaries: Sequence[Summary], scale: str) -> str:
             share = [step / steps[-1] for step in steps]
             colour, every = _COLOURS[i % len(_COLOURS)], max(1, len(steps) // 6)
             axes.plot(
-                share, losses, color=colour, marker=MARKERS[i % len(MARKERS)], markevery=every, markersize=5, linewidth=1.2, label=_text(name), gid=gid
+                share,
+                losses,
+                color=colour,
+                marker=MARKERS[i % len(MARKERS)],
+                markevery=every,
+                markersize=5,
+                linewidth=1.2,
+                label=_text(name),
+                gid=gid,
             )
             tips[gid] = f"{name}: loss {losses[0]:.3f} → {losses[-1]:.3f} in {steps[-1]} steps"
     axes.set_xlabel("share of training")
@@ -237,13 +255,16 @@ def _history(history: Mapping[str, Sequence[Point]]) -> str:
     for i, (phase, points) in enumerate(history.items()):
         colour = _COLOURS[i % len(_COLOURS)]
         known = [(x, 100 * point.value) for x, point in enumerate(points) if point.value is not None]
-        axes.plot(*zip(*known, strict=True), color=colour, linewidth=1, label=_text(phase), marker=MARKERS[i % len(MARKERS)], markersize=4)
+        axes.plot(
+            *zip(*known, strict=True), color=colour, linewidth=1, label=_text(phase), marker=MARKERS[i % len(MARKERS)], markersize=4
+        )
         for x, value in known if len(known) <= 60 else ():
             point, gid = points[x], f"history-{i}-{x}"
             axes.plot([x], [value], MARKERS[i % len(MARKERS)], color=colour, markersize=9 if point.shift else 5, gid=gid)
             notes = [*point.marks, *([f"{point.shift} from here"] if point.shift else [])]
-            tips[gid] = f"{phase} at {point.commit[:12]} {point.subject}\naccuracy {render_value(METRICS['accuracy'], point.value)}" + (
-                f"\n{', '.join(notes)}" if notes else ""
+            tips[gid] = (
+                f"{phase} at {point.commit[:12]} {point.subject}\naccuracy {render_value(METRICS['accuracy'], point.value)}"
+                + (f"\n{', '.join(notes)}" if notes else "")
             )
     axes.set_xlabel("commits, oldest first")
     axes.set_ylabel("accuracy, dev and test, %")
@@ -267,6 +288,15 @@ def _figure() -> tuple[Any, Any]:
         part.set_color(_INK)
     axes.tick_params(which="both", colors=_INK)
     return figure, axes
+
+
+def _scale_logarithmically(axis: Any, render: Callable[[float], str]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.axes.set_xscale("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: render(value)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _embed(figure: Any, caption: str, tips: Mapping[str, str]) -> str:

@@ -55,8 +55,8 @@ def paired_difference(name: str, gold: Bits, base: Bits, head: Bits, *, seed: in
     Accuracy or F1 of the head less that of the base, the mean over seeds.
 
     The variance is the sum of two bootstraps': over examples, the same for both sides and all seeds, and over seeds, with their few
-    degrees of freedom (Satterthwaite 1946). What examples and seeds share counts twice, which errs on the side of showing nothing; where
-    seeds differ by several points, three are too few for that to suffice.
+    degrees of freedom (Satterthwaite 1946). What examples and seeds share counts twice, which errs on the side of showing nothing;
+    where seeds differ by several points, three are too few for that to suffice.
 
     Args:
         name: ``accuracy`` or ``f1``.

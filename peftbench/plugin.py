@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -14,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from peftbench.summary import phase_report, summarize
 from peftbench.phases import KD_MAX_LENGTH, PRECISIONS, SCALES, STANDARD_KD_SUBSETS, Phase, Scale
 from peftbench.records import Record, RecordError, Store, make_run_id, read_record
 from peftbench.report import printable, render_comparison, render_duration, render_summary
 from peftbench.sealed import CorruptError
+from peftbench.summary import phase_report, summarize
+from peftbench.verdicts import Row
 
 if TYPE_CHECKING:
-    from peftbench.compare import Row
     from peftbench.device import Device
     from peftbench.gates import Gate, Judgement
     from peftbench.history import Side
@@ -34,7 +35,10 @@ OPTIONS = {
     "data": ("", "Folder with train.tsv and dev.tsv (and a labelled test.tsv) in GLUE's format, in place of the scale's data."),
     "device": ("auto", "Device as torch writes it: cpu, cuda, cuda:1; auto takes CUDA where it is available."),
     "precision": ("auto", f"One of {', '.join(PRECISIONS)}; auto takes what the device does natively."),
-    "compare": ("", "Compare this run at its end with a commit, a run's id, latest, a folder or a file, as peftbench compare does."),
+    "compare": (
+        "",
+        "Compare this run at its end with a commit, a run's id, latest, a folder or a file, as peftbench compare does.",
+    ),
 }
 
 LOG_LINE_SECONDS = 30.0
@@ -79,7 +83,9 @@ class Options:
             )
         limits = config.getoption("peft_fail") or config.getini("peft_fail")
         if limits and not given["compare"]:
-            raise pytest.UsageError(f"--peft-fail {limits[0]} judges a comparison; name what to compare with by --peft-compare BASE")
+            raise pytest.UsageError(
+                f"--peft-fail {limits[0]} judges a comparison; name what to compare with by --peft-compare BASE"
+            )
         return cls(
             scale=given["scale"],
             seeds=tuple(map(int, seeds)),
@@ -222,7 +228,7 @@ class Session:
 
             for scale in scales:
                 root, text = Store(self.options.outputs, scale).root, self.options.compare
-                self.bases.append(read_side(text, lambda root=root: History.from_outputs(root, self.config.rootpath)))
+                self.bases.append(read_side(text, functools.partial(History.from_outputs, root, self.config.rootpath)))
 
     def judge(self) -> int:
         """Compare with the bases; 0 is fine, 1 worse by a gate, 2 cannot tell."""

@@ -255,7 +255,7 @@ class Record:
             raise RecordError(f"schema_version must be 1 to {SCHEMA_VERSION}, got {version!r}; a newer peftbench may read it")
         later = {key: None for added, keys in _ADDED.items() if added > version for key in keys}
         try:
-            record: Record = _reader(cls)({**later, **content, "schema_version": SCHEMA_VERSION})
+            record: Record = _reader(typing.cast(Any, cls))({**later, **content, "schema_version": SCHEMA_VERSION})
         except _Misfit as misfit:
             raise RecordError(str(misfit)) from None
         for predictions in record.predictions.values():

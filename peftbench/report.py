@@ -3,15 +3,11 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from peftbench.metrics import METRICS, Metric
 from peftbench.records import Plan, Record
 from peftbench.summary import Summary, pareto_front, summarize
-
-if TYPE_CHECKING:  # a comparison imports numpy, which the plugin's table does not need
-    from peftbench.compare import Row
-    from peftbench.history import Point
+from peftbench.verdicts import Point, Row
 
 HEADERS = (
     "phase",
@@ -117,7 +113,7 @@ def render_csv(rows: Sequence[Mapping[str, object]]) -> str:
     return stream.getvalue()
 
 
-def render_comparison(rows: Sequence["Row"], *, table: str = "simple") -> str:
+def render_comparison(rows: Sequence[Row], *, table: str = "simple") -> str:
     """
     A comparison as a table, one row a phase and metric.
 
@@ -142,10 +138,11 @@ def render_comparison(rows: Sequence["Row"], *, table: str = "simple") -> str:
         )
     headers = ["phase", "metric", "base", "head", "difference", "95% interval", "verdict", "why"]
     align = ("left", "left", "right", "right", "right", "right", "left", "left")
-    return tabulate(cells, headers=headers, tablefmt=table, disable_numparse=True, colalign=align if cells else None)
+    text: str = tabulate(cells, headers=headers, tablefmt=table, disable_numparse=True, colalign=align if cells else None)
+    return text
 
 
-def render_history(traced: Mapping[str, Sequence["Point"]], metric: Metric) -> str:
+def render_history(traced: Mapping[str, Sequence[Point]], metric: Metric) -> str:
     """A sparkline and a table for each phase, the oldest commit first."""
     from tabulate import tabulate
 

@@ -3,9 +3,9 @@
 import dataclasses
 
 import pytest
+from samples import failed, passed
 
 from peftbench.compare import compare, compare_phases
-from samples import failed, passed
 
 LOST = range(45)  # of 1,800 examples, 2.5 points
 
@@ -46,6 +46,20 @@ def test_more_phases_ask_for_more():
     base, head = [passed(i) for i in ids], [passed(i, wrong=range(8) if i == "B-lora" else ()) for i in ids]
     assert "worse" == verdicts(base[1:2], head[1:2])["B-lora", "accuracy"]
     assert "no difference shown" == verdicts(base, head)["B-lora", "accuracy"]
+
+
+def test_a_phase_without_the_metric_leaves_the_others_theirs():
+    """A comes first and trains nothing; B's time is still judged by B's own."""
+    runs = [f"2026010{day}T000000Z-aaaaaa" for day in range(1, 5)]
+    base = [
+        passed(i, run=run, seconds=s * (60 + n / 10)) for n, run in enumerate(runs) for i, s in (("A-teacher", 0), ("B-lora", 1))
+    ]
+    head = [
+        passed(i, run=run, seconds=s * (90 + n / 10)) for n, run in enumerate(runs) for i, s in (("A-teacher", 0), ("B-lora", 1))
+    ]
+    found = verdicts(base, head)
+    assert ("A-teacher", "train_runtime_seconds") not in found
+    assert "worse" == found["B-lora", "train_runtime_seconds"]
 
 
 def test_several_seeds_are_compared_as_one():

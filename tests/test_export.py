@@ -6,9 +6,9 @@ import sys
 
 import jsonschema
 import pytest
+from samples import failed, passed
 
 from peftbench.export import to_bencher, to_github_action, to_pytest_benchmark
-from samples import failed, passed
 
 RECORDS = [passed("B-lora", seed=42), passed("B-lora", seed=43, seconds=66.0), passed("C1-full"), failed("D-hybrid")]
 

@@ -1,10 +1,10 @@
 """Gates: how they are written, what breaks them, and the exit status."""
 
 import pytest
+from samples import failed, passed
 
 from peftbench.compare import compare
 from peftbench.gates import Gate, judge
-from samples import failed, passed
 
 LOST = range(45)
 
@@ -30,7 +30,9 @@ def test_a_gate_is_written_as_pytest_benchmark_does(text, limit, relative):
     assert (pytest.approx(limit), relative) == (gate.limit, gate.relative)
 
 
-@pytest.mark.parametrize("text", ["accuracy", "accuracy:", "accuracy:-1pt", "speed:3%", "latency_ms:1pt", "accuracy:nan", "accuracy:5 %"])
+@pytest.mark.parametrize(
+    "text", ["accuracy", "accuracy:", "accuracy:-1pt", "speed:3%", "latency_ms:1pt", "accuracy:nan", "accuracy:5 %"]
+)
 def test_a_wrong_gate_says_what_is_allowed(text):
     """The metric's name or its limit."""
     with pytest.raises(ValueError, match=r"--fail (must name one of accuracy, f1|\w+: the limit must be 20% of the base, )"):

@@ -5,12 +5,12 @@ import json
 import subprocess
 
 import pytest
+from samples import failed, passed
 
 from peftbench import load_records
 from peftbench.history import History, HistoryError, read_side, trace
 from peftbench.metrics import METRICS
 from peftbench.records import Store
-from samples import failed, passed
 
 LOST = range(45)
 
@@ -75,7 +75,10 @@ def test_without_git_a_record_tells_its_commit(store, tmp_path):
     ("text", "message"),
     [
         ("HEAD", "no run in .* is of commit"),
-        ("no-such", "'no-such' is no file, no folder, not 'latest', no run in .*, and no commit .*; runs are 20260101T000000Z-aaaaa"),
+        (
+            "no-such",
+            "'no-such' is no file, no folder, not 'latest', no run in .*, and no commit .*; runs are 20260101T000000Z-aaaaa",
+        ),
         ("--all", "is no file"),
     ],
 )
@@ -95,7 +98,16 @@ def test_a_folder_without_records_is_said(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[]", '{"benchmarks": []}', '{"schema_version": 99, "outcome": "passed"}', '{"a": NaN}', "9" * 5000, "[" * 100_000, "\x00"],
+    [
+        "{",
+        "[]",
+        '{"benchmarks": []}',
+        '{"schema_version": 99, "outcome": "passed"}',
+        '{"a": NaN}',
+        "9" * 5000,
+        "[" * 100_000,
+        "\x00",
+    ],
 )
 def test_a_file_that_is_no_record_is_said(tmp_path, content):
     """And leaves no traceback."""

@@ -438,6 +438,6 @@ def test_records_of_older_schemas_are_read(version, unknown):
     path = Path(__file__).parent / f"data/record_schema_{version}.json"
     written, record = json.loads(path.read_text("utf-8")), read_record(path)
     assert (version, SCHEMA_VERSION) == (written["schema_version"], record.schema_version)
-    assert {name: None for name in unknown} == {name: getattr(record, name) for name in unknown}
+    assert dict.fromkeys(unknown) == {name: getattr(record, name) for name in unknown}
     again = record.to_json()
     assert written == {**{key: again[key] for key in written}, "schema_version": version}

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from peftbench.summary import FIGURES, Summary, pareto_front, phase_report, summarize
 from peftbench.records import Efficiency, ParameterCounts, Record, SplitMetrics, wilson_interval
+from peftbench.summary import FIGURES, Summary, pareto_front, phase_report, summarize
 
 
 def quality(accuracy, f1=0.5, n=100):

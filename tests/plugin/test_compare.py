@@ -4,6 +4,7 @@ import pytest
 
 from peftbench.records import read_record
 
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

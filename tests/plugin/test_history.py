@@ -1,0 +1,114 @@
+"""Five commits of a study, one of which unlearns, one slows down and one breaks: the commands name exactly these."""
+
+import json
+import subprocess
+
+import pytest
+
+from peftbench.cli import main
+
+STUDY = """
+    import pytest
+    from peftbench.phases import Distillation, Phase
+
+    PHASES = [
+        Phase(id="S-small", role="student", subset=1000, epochs=6, learning_rate={rate}, warmup_fraction=0.1),
+        Phase(id="K-kd", role="student", subset=64, epochs=1, learning_rate={kd_rate}, distillation=Distillation()),
+    ]
+
+    @pytest.mark.parametrize("phase", PHASES, ids=lambda phase: phase.id)
+    def test_phase(phase, run_phase):
+        assert run_phase(phase).outcome == "passed"
+"""
+
+CLOCK = """
+    import functools
+
+    import pytest
+    import peftbench.training
+    from peftbench.measure import Stopwatch
+
+    @pytest.fixture(autouse=True)
+    def one_second_a_step(monkeypatch):
+        steps = [0.0]
+        collate = peftbench.runner.make_batch
+
+        def slow(*arguments, **options):
+            steps[0] += {seconds}
+            return collate(*arguments, **options)
+
+        monkeypatch.setattr(peftbench.runner, "make_batch", slow)
+        monkeypatch.setattr(peftbench.training, "Stopwatch", functools.partial(Stopwatch, clock=lambda: steps[0]))
+"""
+
+COMMITS = {
+    "base": {},
+    "nothing that matters": {},
+    "lower the learning rate": {"rate": "1e-6"},
+    "slow the loop": {"seconds": 1.5},
+    "break a phase": {"kd_rate": "1e18"},
+}
+
+
+def git(folder, *arguments):
+    command = ["git", "-c", "user.name=tester", "-c", "user.email=tester@localhost", *arguments]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture
+def commits(pytester, data_folder, monkeypatch):
+    """Run the study at each commit; their ids by subject."""
+    monkeypatch.chdir(pytester.path)
+    git(pytester.path, "init", "-q")
+    ids = {}
+    for subject, changes in COMMITS.items():
+        facts = {"rate": "1e-3", "kd_rate": "1e-3", "seconds": 1.0, **changes}
+        pytester.makepyfile(test_study=STUDY.format(**facts))
+        pytester.makeconftest(CLOCK.format(**facts))
+        (pytester.path / ".gitignore").write_text("outputs\n")
+        git(pytester.path, "add", ".")
+        git(pytester.path, "commit", "-q", "--allow-empty", "-m", subject)
+        ids[subject] = git(pytester.path, "rev-parse", "HEAD")
+        result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={data_folder}")
+        result.assert_outcomes(passed=2 - (subject == "break a phase"), failed=int(subject == "break a phase"))
+    return ids
+
+
+def run(capsys, *arguments):
+    status = main([*arguments, "--outputs", "outputs/tiny"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_the_commands_name_what_each_commit_did(commits, capsys):
+    """Against the base: nothing, accuracy of one phase, time of both, a phase that newly fails; and the gate's exit status."""
+    expected = {
+        "nothing that matters": (0, set()),
+        "lower the learning rate": (1, {("S-small", "accuracy", "worse"), ("S-small", "f1", "worse")}),
+        "slow the loop": (
+            1,
+            {
+                (phase, metric, "worse")
+                for phase in ("S-small", "K-kd")
+                for metric in ("train_runtime_seconds", "samples_per_second")
+            },
+        ),
+        "break a phase": (1, {("K-kd", "outcome", "newly failing")}),
+    }
+    gates = ["--fail", "accuracy:1pt", "--fail", "train_runtime_seconds:20%"]
+    told = ("accuracy", "f1", "train_runtime_seconds", "samples_per_second", "outcome")  # other times are this machine's
+    for subject, (status, changes) in expected.items():
+        found, rows = run(capsys, "compare", commits["base"], commits[subject], "--format", "json", *gates)
+        different = {(row["phase"], row["metric"], row["verdict"]) for row in rows if row["metric"] in told}
+        assert changes == {one for one in different if one[2] != "no difference shown"}
+        assert status == found, subject
+
+    shifts = {}
+    for metric in ("accuracy", "train_runtime_seconds"):
+        _, points = run(capsys, "history", metric, "--format", "json")
+        assert list(COMMITS) == [point["subject"] for point in points if point["phase"] == "S-small"]
+        shifts[metric] = {(point["phase"], point["subject"], point["shift"]) for point in points if point["shift"]}
+        assert {("K-kd", "break a phase")} == {(point["phase"], point["subject"]) for point in points if "failed" in point["marks"]}
+    recovered = {("S-small", "slow the loop", "better")}
+    assert {("S-small", "lower the learning rate", "worse"), *recovered} == shifts["accuracy"]
+    slowed = {(phase, "slow the loop", "worse") for phase in ("S-small", "K-kd")}
+    assert {*slowed, ("S-small", "break a phase", "better")} == shifts["train_runtime_seconds"]
