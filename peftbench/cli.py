@@ -127,7 +127,7 @@ def report(options: argparse.Namespace) -> None:
         rows = [record.to_row() for record in side.records]
         text = json.dumps(rows, indent=1) + "\n" if options.format == "json" else render_csv(rows)
     else:
-        text = render_results(side.latest, table=TABLES[options.format]) + "\n"
+        text = render_results(side.latest, table=TABLES[options.format], reach=options.reach) + "\n"
     _write(options.to, text)
 
 
@@ -214,6 +214,12 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("report", help="results as Markdown, LaTeX, CSV, JSON or one HTML file")
     command.add_argument("side", nargs="?", default="latest", metavar="SIDE", help="as for compare; default: latest")
     command.add_argument("--format", choices=(*TABLES, "csv", "json", "html"), default="md")
+    command.add_argument(
+        "--reach",
+        type=float,
+        metavar="ACCURACY",
+        help="in md and latex: steps and time to this dev accuracy (0.8), of runs with --peft-evaluations",
+    )
     command.add_argument("--to", type=Path, metavar="FILE", help="default: standard output")
     _add_outputs(command)
     command.set_defaults(run=report)

@@ -5,7 +5,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,19 @@ class Stopwatch:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.seconds = self.read()
+
+    def read(self) -> float:
+        """Seconds up to here."""
         self._device.synchronize()
-        self.seconds = self._clock() - self._began
+        return self._clock() - self._began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count."""
+        before = self.read()
+        yield
+        self._began += self.read() - before
 
 
 class PeakMemory:

@@ -111,6 +111,7 @@ def render_page(
         if measured:
             body.append(f"<p>{escape(_data_line(measured[0].passed[0]))}</p>")
             charts = [_trade_off(measured, "parameters", scale), _trade_off(measured, "minutes", scale), _curves(measured, scale)]
+            charts.append(_dev_curves(measured, scale))
             body.append(f'<div class="charts">{"".join(charts)}</div>')
     if any(len(points) > 1 for points in history.values()):
         body.append(f'<h2>History</h2><div class="charts">{_history(history)}</div>')
@@ -129,7 +130,7 @@ def render_page(
 def _table(summaries: Sequence[Summary], link: Callable[[Record], str | None]) -> str:
     front = pareto_front(summaries)
     columns = ["phase", "dev accuracy", "test accuracy", "over majority", "test F1", "trained", "training", "peak", "ships"]
-    columns += ["latency", "front", "records"]
+    columns += ["latency", "texts/s", "front", "records"]
     head = "".join(f'<th scope="col"><button type="button">{name}</button></th>' for name in columns[:-1]) + "<th>records</th>"
     rows = []
     for summary in summaries:
@@ -149,15 +150,22 @@ def _table(summaries: Sequence[Summary], link: Callable[[Record], str | None]) -
             cells.append(_cell(summary.mean("peak_memory_bytes"), render_bytes))
             cells.append(_cell(summary.mean("artifact_bytes"), render_bytes))
             cells.append(_cell(summary.mean("latency_ms"), lambda v: f"{v:.1f} ms"))
+            cells.append(_cell(_texts_per_second(summary), lambda v: f"{v:.0f}"))
             cells.append((int(name in front), "on it" if name in front else ""))
         else:
             error = (summary.first.error or "no reason recorded").splitlines()[0][:80]
-            cells += [("", f"failed: {error}"), *[("", "")] * 9]
+            cells += [("", f"failed: {error}"), *[("", "")] * 10]
         links = [f'<a href="{escape(found)}">seed {r.seed}</a>' for r in summary.records if (found := link(r))]
         row = "".join(f'<td data-value="{escape(str(value))}">{escape(text)}</td>' for value, text in cells)
         rows.append(f"<tr>{row}<td>{' '.join(links)}</td></tr>")
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f'<div class="scroll" tabindex="0" role="region" aria-label="results">{table}</div>'
+
+
+def _texts_per_second(summary: Summary) -> float | None:
+    """Of evaluation, which fills batches."""
+    one, seconds = summary.passed[0], summary.mean("evaluation_seconds")
+    return sum(split.n for split in (one.dev, one.test) if split) / seconds if seconds else None
 
 
 def _cell(value: float | None, render: Callable[[float], str]) -> tuple[object, str]:
@@ -221,32 +229,53 @@ def _trade_off(summaries: Sequence[Summary], cost: str, scale: str) -> str:
 
 
 def _curves(summaries: Sequence[Summary], scale: str) -> str:
+    """Training loss over the share of training."""
+    lines = {}
+    for summary in summaries:
+        if curve := summary.passed[-1].learning_curve:
+            steps, losses = zip(*curve, strict=True)
+            tip = f"loss {losses[0]:.3f} → {losses[-1]:.3f} in {steps[-1]} steps"
+            lines[summary.first.case] = [step / steps[-1] for step in steps], losses, tip
+    caption = "Learning curves: mean training loss, each phase over its own steps"
+    return _lines(summaries, lines, f"curve-{scale}", "share of training", "training loss", caption)
+
+
+def _dev_curves(summaries: Sequence[Summary], scale: str) -> str:
+    """Dev accuracy over the seconds of training, where it was evaluated meanwhile."""
+    lines = {}
+    for summary in summaries:
+        if curve := summary.passed[-1].dev_curve:
+            steps, seconds, reached = zip(*curve, strict=True)
+            tip = f"dev accuracy {100 * reached[-1]:.1f}% after {render_duration(seconds[-1])} and {steps[-1]} steps"
+            lines[summary.first.case] = seconds, [100 * share for share in reached], tip
+    caption = "Dev accuracy against seconds of training, evaluation left out"
+    return _lines(summaries, lines, f"dev-{scale}", "training, seconds", "dev accuracy, %", caption)
+
+
+def _lines(
+    summaries: Sequence[Summary],
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float], str]],
+    gid: str,
+    across: str,
+    up: str,
+    caption: str,
+) -> str:
+    """A line a phase, in the phase's colour and marker; nothing where there are no lines."""
+    if not lines:
+        return ""
     figure, axes = _figure()
     tips = {}
     for i, summary in enumerate(summaries):
-        curve = summary.passed[-1].learning_curve
-        if curve:
-            name, gid = f"{summary.first.phase}-{summary.first.name}", f"curve-{scale}-{i}"
-            steps, losses = zip(*curve, strict=True)
-            share = [step / steps[-1] for step in steps]
-            colour, every = _COLOURS[i % len(_COLOURS)], max(1, len(steps) // 6)
-            axes.plot(
-                share,
-                losses,
-                color=colour,
-                marker=MARKERS[i % len(MARKERS)],
-                markevery=every,
-                markersize=5,
-                linewidth=1.2,
-                label=_text(name),
-                gid=gid,
-            )
-            tips[gid] = f"{name}: loss {losses[0]:.3f} → {losses[-1]:.3f} in {steps[-1]} steps"
-    axes.set_xlabel("share of training")
-    axes.set_ylabel("training loss")
-    if tips:
-        axes.legend(frameon=False, labelcolor=_INK)
-    return _embed(figure, "Learning curves: mean training loss, each phase over its own steps", tips)
+        if summary.first.case in lines:
+            xs, ys, tip = lines[summary.first.case]
+            name = f"{summary.first.phase}-{summary.first.name}"
+            look = {"color": _COLOURS[i % len(_COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markevery": max(1, len(xs) // 6)}
+            axes.plot(xs, ys, **look, markersize=5, linewidth=1.2, label=_text(name), gid=f"{gid}-{i}")
+            tips[f"{gid}-{i}"] = f"{name}: {tip}"
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.legend(frameon=False, labelcolor=_INK)
+    return _embed(figure, caption, tips)
 
 
 def _history(history: Mapping[str, Sequence[Point]]) -> str:

@@ -35,6 +35,7 @@ OPTIONS = {
     "data": ("", "Folder with train.tsv and dev.tsv (and a labelled test.tsv) in GLUE's format, in place of the scale's data."),
     "device": ("auto", "Device as torch writes it: cpu, cuda, cuda:1; auto takes CUDA where it is available."),
     "precision": ("auto", f"One of {', '.join(PRECISIONS)}; auto takes what the device does natively."),
+    "evaluations": ("0", "How often each phase is evaluated on dev while it trains; not part of the training time."),
     "compare": (
         "",
         "Compare this run at its end with a commit, a run's id, latest, a folder or a file, as peftbench compare does.",
@@ -55,6 +56,7 @@ class Options:
     data: Path | None
     device: str
     precision: str
+    evaluations: int
     compare: str
     gates: tuple[Gate, ...]
     resume: bool
@@ -81,6 +83,8 @@ class Options:
             raise pytest.UsageError(
                 f"--peft-data must be a folder with train.tsv and dev.tsv, got {given['data']!r}, which is none"
             )
+        if not (given["evaluations"].isascii() and given["evaluations"].isdigit() and int(given["evaluations"]) <= 1000):
+            raise pytest.UsageError(f"--peft-evaluations must be a whole number from 0 to 1000, got {given['evaluations']!r}")
         limits = config.getoption("peft_fail") or config.getini("peft_fail")
         if limits and not given["compare"]:
             raise pytest.UsageError(
@@ -93,6 +97,7 @@ class Options:
             data=Path(given["data"]).absolute() if given["data"] else None,
             device=given["device"],
             precision=given["precision"],
+            evaluations=int(given["evaluations"]),
             compare=given["compare"],
             gates=_parse_gates(limits),
             resume=bool(config.getoption("peft_resume") or config.getini("peft_resume")),
@@ -149,6 +154,7 @@ class Session:
             data=options.data,
             device=options.device,
             precision=options.precision,
+            evaluations=options.evaluations,
         )
 
     def train_runtime_seconds(self) -> float:

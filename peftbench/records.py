@@ -25,7 +25,7 @@ MAX_RECORD_BYTES = 64 * 2**20
 
 _ADDED: Mapping[int, Sequence[str]] = {
     2: ("skipped_steps", "memory_use", "teacher_checkpoint"),
-    3: ("metrics_version",),
+    3: ("metrics_version", "dev_curve"),
 }
 """The top-level keys that each version of the schema brought; in records of older ones they are null."""
 
@@ -202,6 +202,7 @@ class Record:
     skipped_steps: int | None = None
     memory_use: MemoryUse | None = None
     learning_curve: tuple[tuple[int, float], ...] = ()
+    dev_curve: tuple[tuple[int, float, float], ...] | None = None
     peak_memory_bytes: int | None = None
     peak_memory_scope: str | None = None
     artifact_bytes: int | None = None
@@ -219,6 +220,10 @@ class Record:
         """File name of the record without its ending; unique within a run."""
         return f"{self.phase}-{self.name}-{self.scale}-s{self.seed}"
 
+    def reaching(self, accuracy: float) -> tuple[int, float] | None:
+        """Optimizer steps and seconds of training after which dev accuracy was first seen to be that high; None if it never was."""
+        return next(((step, seconds) for step, seconds, reached in self.dev_curve or () if reached >= accuracy), None)
+
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values."""
         content: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
@@ -233,7 +238,7 @@ class Record:
                 for key, item in value.items():
                     add(f"{name}.{key}" if name else key, item)
             elif isinstance(value, list):
-                row.update({name: json.dumps(value)} if name != "learning_curve" else {})
+                row.update({name: json.dumps(value)} if name not in ("learning_curve", "dev_curve") else {})
             else:
                 row[name] = value
 

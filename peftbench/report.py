@@ -2,6 +2,7 @@
 
 import csv
 import io
+import statistics
 from collections.abc import Mapping, Sequence
 
 from peftbench.metrics import METRICS, Metric
@@ -85,21 +86,25 @@ def render_plans(plans: Sequence[Plan], seconds: Sequence[float], *, matrix_rate
     return "\n".join(lines)
 
 
-def render_results(records: Sequence[Record], *, table: str) -> str:
+def render_results(records: Sequence[Record], *, table: str, reach: float | None = None) -> str:
     """
     What a thesis or a pull request shows of some records: one row a phase, the table of each scale in its own right.
 
     Args:
         table: A format of `tabulate`.
+        reach: A dev accuracy; adds the updates and the training time after which each phase was first seen to have it.
     """
     from tabulate import tabulate
 
+    headers = [*HEADERS, *([] if reach is None else [f"steps to {100 * reach:g}%", f"time to {100 * reach:g}%"])]
     blocks = []
     for scale in sorted({record.scale for record in records}):
         summaries = summarize(record for record in records if record.scale == scale)
         front = pareto_front(summaries)
-        rows = [[_plain(cell) for cell in _row(summary, front)] for summary in summaries]
-        blocks.append(tabulate(rows, headers=HEADERS, tablefmt=table, disable_numparse=True, colalign=("left",) + ("right",) * 11))
+        rows = [[*_row(summary, front), *([] if reach is None else _reaching(summary, reach))] for summary in summaries]
+        plain = [[_plain(cell) for cell in row] for row in rows]
+        align = ("left",) + ("right",) * (len(headers) - 1)
+        blocks.append(tabulate(plain, headers=headers, tablefmt=table, disable_numparse=True, colalign=align))
     return "\n\n".join(blocks)
 
 
@@ -253,6 +258,17 @@ def _row(summary: Summary, front: set[str]) -> list[str]:
         render_bytes(summary.mean("artifact_bytes") or 0.0),
         "*" if name in front else "",
     ]
+
+
+def _reaching(summary: Summary, accuracy: float) -> tuple[str, str]:
+    """Steps and time until a dev accuracy was seen, the mean over seeds if all of them saw it."""
+    reached = [found for record in summary.passed if (found := record.reaching(accuracy))]
+    if not any(record.dev_curve for record in summary.passed):
+        return "not measured", "not measured"
+    if len(reached) < len(summary.passed):
+        return "never", "never"
+    steps, seconds = (statistics.fmean(column) for column in zip(*reached, strict=True))
+    return f"{steps:.0f}", render_duration(seconds)
 
 
 def _accuracy(summary: Summary, split: str) -> str:

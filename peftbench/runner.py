@@ -67,6 +67,7 @@ class Settings:
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         run_id: The run that the records belong to.
         commit: What `peftbench.measure.describe_commit` said when the session began.
+        evaluations: How often each phase is evaluated on dev while it trains; takes no part in the training time.
     """
 
     outputs: Path
@@ -75,6 +76,7 @@ class Settings:
     data: Path | None = None
     device: str = "auto"
     precision: str = "auto"
+    evaluations: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,7 +257,8 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
     if phase.epochs:
         encoded = bench.encoded(examples, weights, phase.max_length)
         aligned = logits.align(examples) if logits else None
-        run = train(phase, model, groups, encoded, bench, teacher=aligned, packed=packed, seed=seed, what=phase.id)
+        dev = bench.encoded(bench.splits.dev, weights, phase.max_length) if settings.evaluations else None
+        run = train(phase, model, groups, encoded, bench, teacher=aligned, packed=packed, seed=seed, what=phase.id, dev=dev)
 
     held_out = [bench.encoded(split, weights, phase.max_length) for split in (bench.splits.dev, bench.splits.test)]
     quality, predictions = {}, {}
@@ -292,6 +295,7 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
         skipped_steps=run.skipped_steps if run else 0,
         memory_use=run.memory if run else None,
         learning_curve=run.learning_curve if run else (),
+        dev_curve=run.dev_curve if run else (),
         peak_memory_bytes=peak,
         peak_memory_scope=memory.scope,
         artifact_bytes=artifact_bytes(model),
@@ -320,6 +324,7 @@ def train(
     packed: bool,
     seed: int,
     what: str,
+    dev: Encoded | None = None,
 ) -> Fit:
     """
     Train a model that `Workbench.place` made ready on a phase's examples.
@@ -331,6 +336,7 @@ def train(
         packed: What `Workbench.place` said.
         seed: Of the order of batches.
         what: Name of the work, for progress and errors.
+        dev: What to evaluate on while training, as often as the settings say.
     """
     device = bench.device
     targets = None if teacher is None else teacher.to(device.name)  # (N, 2)
@@ -341,10 +347,14 @@ def train(
             return F.cross_entropy(logits, batch.labels)
         return kd_loss(logits, targets[batch.rows], batch.labels, phase.distillation)
 
+    def accuracy(on: Encoded) -> float:
+        return float((predict(model, on, device, packed=packed).argmax(dim=1) == on.labels).float().mean())
+
+    words = torch.cat([*encoded.tokens, *(dev.tokens if dev else ())])
     generator = torch.Generator().manual_seed(seed)
     rows_stay = packed and not phase.weight_decay  # of words that do not occur: no padding and no decay touches them
     with (
-        only_words(model, torch.cat(list(encoded.tokens))) if rows_stay else nullcontext(),
+        only_words(model, words) if rows_stay else nullcontext(),
         flattened(groups) if device.kind == "cpu" else nullcontext(groups) as groups_at_hand,
     ):
         return fit(
@@ -362,6 +372,8 @@ def train(
             device=device,
             progress=bench.progress,
             what=what,
+            evaluate=functools.partial(accuracy, dev) if dev else None,
+            evaluations=bench.settings.evaluations,
         )
 
 

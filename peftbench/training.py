@@ -41,6 +41,7 @@ class Fit:
         learning_curve: Optimizer step and mean training loss since the point before, some fifty points.
         skipped_steps: Optimizer steps that fp16's loss scaling left out because a gradient overflowed.
         memory: How the batches went through the device in the end.
+        dev_curve: Optimizer step, seconds of the loop up to there, and what was evaluated then.
     """
 
     runtime_seconds: float
@@ -50,6 +51,7 @@ class Fit:
     learning_curve: tuple[tuple[int, float], ...]
     skipped_steps: int
     memory: MemoryUse
+    dev_curve: tuple[tuple[int, float, float], ...] = ()
 
 
 def fit(
@@ -68,6 +70,8 @@ def fit(
     device: Device,
     progress: Progress,
     what: str,
+    evaluate: Callable[[], float] | None = None,
+    evaluations: int = 0,
 ) -> Fit:
     """
     Train with AdamW, linear warm-up and decay, and gradient clipping.
@@ -84,6 +88,8 @@ def fit(
         examples_at_once: How many go through the device together at first.
         progress: Told each step.
         what: Name of the work, for progress and errors.
+        evaluate: A figure of the model as it is; draws no random numbers and leaves the model in training mode.
+        evaluations: How often to evaluate, evenly, the last time after the last step; takes no part in the runtime.
 
     Raises:
         TrainingDiverged: If a loss is not finite, or loss scaling finds no scale that is, naming step and learning rate.
@@ -99,6 +105,8 @@ def fit(
     memory = MemoryUse(examples_at_once=examples_at_once)
     every = max(1, math.ceil(total / CURVE_POINTS))
     curve: list[tuple[int, float]] = []
+    evaluated: list[tuple[int, float, float]] = []
+    due = {round(total * (i + 1) / evaluations) for i in range(evaluations)} if evaluate is not None else set()
     since_point, step, examples, tokens, skipped = 0.0, 0, 0, 0, 0
 
     def diverged(why: str) -> TrainingDiverged:
@@ -154,6 +162,10 @@ def fit(
                     curve.append((step, since_point / (step - (curve[-1][0] if curve else 0))))
                     since_point = 0.0
                 progress(what, step, total)
+                if evaluate is not None and step in due:
+                    seconds = watch.read()
+                    with watch.paused():
+                        evaluated.append((step, seconds, evaluate()))
     return Fit(
         runtime_seconds=watch.seconds,
         steps=step,
@@ -162,6 +174,7 @@ def fit(
         learning_curve=tuple(curve),
         skipped_steps=skipped,
         memory=memory,
+        dev_curve=tuple(evaluated),
     )
 
 

@@ -42,6 +42,16 @@ def test_stopwatch_waits_for_the_device_before_it_reads():
     assert ["synchronize", "clock", "work", "synchronize", "clock"] == events
 
 
+def test_what_happens_in_a_pause_does_not_count():
+    """Entered at 0, paused from 2 to 7, left at 8; read at 1."""
+    watch = Stopwatch(CPU, iter([0.0, 1.0, 2.0, 7.0, 8.0]).__next__)
+    with watch:
+        assert 1.0 == watch.read()
+        with watch.paused():
+            pass
+    assert 3.0 == watch.seconds
+
+
 def test_stopwatch_lets_errors_through():
     """What is timed may fail; the time until then is kept."""
     watch = Stopwatch(CPU, iter([1.0, 4.0]).__next__)

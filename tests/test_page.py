@@ -32,7 +32,14 @@ def study(**changes):
         records += [
             passed("A-teacher", wrong=range(80), seconds=0.0, trainable=0, **{**shared, "learning_curve": ()}),
             passed("B-lora", wrong=range(wrong), seconds=120, trainable=591_000, **shared),
-            passed("C1-full", wrong=range(140), seconds=70, trainable=17_390_000, **shared),
+            passed(
+                "C1-full",
+                wrong=range(140),
+                seconds=70,
+                trainable=17_390_000,
+                dev_curve=((5, 35.0, 0.7), (10, 70.0, 0.84)),
+                **shared,
+            ),
             failed("D-hybrid", run=shared["run"], error="TrainingDiverged: at step 3"),
         ]
     return records
@@ -99,6 +106,13 @@ def test_a_mark_tells_its_numbers(open_page):
     assert page.locator("#tip").is_hidden()
     page.locator("[id^=point-mini-minutes-2]").focus()
     assert "1:10 min of training" in page.locator("#tip").inner_text()
+
+
+def test_dev_accuracy_while_training_is_drawn_where_it_was_measured(open_page):
+    """One phase has a curve."""
+    page, _, _ = open_page(page_of(study()))
+    assert 1 == page.locator("[id^=dev-mini-]").count()
+    assert "C1-full: dev accuracy 84.0% after 1:10 min and 10 steps" == page.locator("[id^=dev-mini-]").get_attribute("data-tip")
 
 
 def test_history_marks_the_shift(open_page):

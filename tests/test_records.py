@@ -429,8 +429,8 @@ def test_a_phases_configuration_holds_every_hyperparameter():
 @pytest.mark.parametrize(
     ("version", "unknown"),
     [
-        (1, ("skipped_steps", "memory_use", "teacher_checkpoint", "metrics_version")),
-        (2, ("metrics_version",)),
+        (1, ("skipped_steps", "memory_use", "teacher_checkpoint", "metrics_version", "dev_curve")),
+        (2, ("metrics_version", "dev_curve")),
     ],
 )
 def test_records_of_older_schemas_are_read(version, unknown):

@@ -350,3 +350,18 @@ def test_progress_is_told_of_teacher_and_phase(tmp_path, data):
     phase = dataclasses.replace(KD, epochs=1)
     run_phase(phase, short, 42, settings, workbench=Workbench(short, settings, lambda *step: told.append(step)))
     assert [("tuning the teacher", i, 12) for i in range(1, 13)] + [("C2-kd", i, 4) for i in range(1, 5)] == told
+
+
+def test_evaluating_while_training_changes_nothing_but_tells(data, tmp_path):
+    """The same predictions and losses; the last point is the trained model, and its time is the training's."""
+    records = [run_phase(FULL, TINY, 42, settings_in(tmp_path / str(n), data, evaluations=n)) for n in (0, 4)]
+    assert outcome(records[0]) == outcome(records[1])
+    assert () == records[0].dev_curve
+    steps, seconds, reached = zip(*records[1].dev_curve, strict=True)
+    total = records[1].optimizer_steps
+    assert tuple(round(total * share) for share in (0.25, 0.5, 0.75, 1.0)) == steps
+    assert list(seconds) == sorted(seconds)
+    assert seconds[-1] == pytest.approx(records[1].train_runtime_seconds, rel=0.05)
+    assert records[1].dev.accuracy == pytest.approx(reached[-1])
+    assert (steps[-1], seconds[-1]) == records[1].reaching(reached[-1]) or max(reached[:-1]) >= reached[-1]
+    assert records[1].reaching(1.1) is None
