@@ -108,8 +108,7 @@ def test_peftbench_is_ahead_of_a_tuned_trainer(source, method, precision, peft_s
     with ExitStack() as stack:
         contenders = [stack.enter_context(Contender(contender=name, **spec)) for name in rounds]
         for contender in ROUNDS * contenders:
-            rounds[contender.name].append(contender.ask("round"))
-        matrix_seconds = {contender.name: contender.ask("matrices")["matrix_seconds"] for contender in contenders}
+            rounds[contender.name].append({**contender.ask("round"), **contender.ask("matrices")})
 
     cell = {"data": "sst2" if source == "folder" else DATA[peft_scale.data], "method": method, "precision": precision}
     rows = [
@@ -118,7 +117,7 @@ def test_peftbench_is_ahead_of_a_tuned_trainer(source, method, precision, peft_s
             "contender": name,
             **summarize([examples / one["seconds"] for one in measured]),
             "peak_memory_bytes": max(one["peak_memory_bytes"] for one in measured),
-            "matrix_share": matrix_seconds[name] / statistics.median(one["seconds"] for one in measured),
+            "matrix_share": statistics.median(one["matrix_seconds"] / one["seconds"] for one in measured),
             "updates": measured[0]["updates"],
             "run_id": settings.run_id,
         }

@@ -5,6 +5,7 @@ Every line on standard input is a command, ``round`` or ``matrices``, answered b
 """
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -172,11 +173,16 @@ class Contest:
         return clock.seconds, done.global_step
 
     def matrices(self) -> dict[str, float]:
-        """Train once more, note every matrix product, then time each alone: seconds for all of them together."""
+        """Time each matrix product of a round alone: seconds for all of them together."""
+        return {"matrix_seconds": sum(count * _time_alone(self.device, *product) for product, count in self.products.items())}
+
+    @functools.cached_property
+    def products(self) -> "Counter[Any]":
+        """The matrix products of a round, which is run once more to note them."""
         noted = _MatrixProducts()
         with noted:
             self.run()
-        return {"matrix_seconds": sum(count * _time_alone(self.device, *product) for product, count in noted.counts.items())}
+        return noted.counts
 
 
 class _LoopClock(TrainerCallback):
