@@ -1,0 +1,170 @@
+"""The commands that read histories: what they print, and the exit status of wrong use."""
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+
+import pandas
+import pytest
+from samples import failed, passed
+
+import peftbench
+from peftbench.cli import main
+from peftbench.records import Store
+
+FIRST, SECOND = "20260101T000000Z-aaaaaa", "20260102T000000Z-bbbbbb"
+HOSTILE = "\x1b[31m<b>|x</b>\x07"
+
+
+@pytest.fixture
+def outputs(tmp_path, monkeypatch):
+    """Two runs, of which the second loses 2.5 points in B; outside of any repository."""
+    monkeypatch.chdir(tmp_path)
+    store = Store(tmp_path / "outputs", "mini")
+    for run, wrong in ((FIRST, ()), (SECOND, range(45))):
+        commit = {"id": run[:8] * 5, "dirty": False, "changes": None}
+        store.save(passed("B-lora", run=run, wrong=wrong, commit=commit))
+        store.save(passed("D-hybrid", run=run, wrong=range(100), commit=commit))
+    return store.outputs
+
+
+def run(capsys, *arguments):
+    status = main(arguments)
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def test_compare_prints_rows_and_says_what_it_read(outputs, capsys):
+    """A table; on standard error, what was read."""
+    status, out, err = run(capsys, "compare", FIRST)
+    assert 0 == status
+    assert re.search(
+        r"B-lora +accuracy +100.0% +97.5% +-2.5 pt +\[-3.2 pt, -1.8 pt\] +worse +p = 5.7e-14, 1.1e-13 for 2 phases", out
+    )
+    assert f"peftbench: read run {FIRST}: 2 records\npeftbench: read latest run {SECOND}: 2 records\n" == err
+
+
+def test_compare_as_json(outputs, capsys):
+    """A list of rows with the keys that scripts go by."""
+    _, out, _ = run(capsys, "compare", FIRST, "latest", "--format", "json")
+    rows = json.loads(out)
+    assert {"phase", "metric", "base", "head", "difference", "ci95", "verdict", "reason"} == set(rows[0])
+    assert "worse" == rows[0]["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((FIRST, "--fail", "accuracy:1pt"), 1),
+        ((FIRST, "--fail", "accuracy:3pt"), 0),
+        ((SECOND, FIRST, "--fail", "accuracy:0"), 0),
+        (("--phases", "B", "D", "--fail", "accuracy:1pt"), 1),
+        (("--phases", "D", "B", "--fail", "accuracy:1pt"), 0),
+    ],
+)
+def test_gates_decide_the_exit_status(outputs, capsys, arguments, expected):
+    """0 fine, 1 worse."""
+    assert expected == run(capsys, "compare", *arguments)[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("compare", "no-such"), "'no-such' is no file, no folder, not 'latest', no run"),
+        (("compare", "latest", "--fail", "speed:1"), "--fail must name one of accuracy, f1"),
+        (("compare", "latest", "latest", "--phases", "B", "D"), "--phases compares within one side"),
+        (("compare", "--phases", "B", "X"), "a phase must be one of B-lora, D-hybrid; got 'X'"),
+        (("compare", "latest", "--outputs", "nowhere"), "no records in nowhere/runs"),
+        (("history", "speed"), "the metric must be one of accuracy, f1"),
+        (("history", "--phase", "X"), "no record of the phases asked for has accuracy"),
+        (("report", "nothing.json"), "'nothing.json' is no file"),
+        (("export", "bad.json", "--format", "bencher"), "bad.json: "),
+        (("report", "empty"), "no record in empty"),
+        (("report", "--format", "csv", "--to", "empty"), "empty"),
+    ],
+)
+def test_wrong_use_is_one_line_and_status_2(outputs, tmp_path, capsys, arguments, message):
+    """What was got, and what there is."""
+    (tmp_path / "bad.json").write_text('{"outcome": "passed", "schema_ver')
+    (tmp_path / "empty").mkdir()
+    status, out, err = run(capsys, *arguments)
+    assert (2, "") == (status, out)
+    last = err.splitlines()[-1]
+    assert last.startswith("peftbench: error: ")
+    assert message in last
+
+
+def test_history_shows_a_line_a_commit(outputs, capsys):
+    """A sparkline, and the commit that shifted the level."""
+    status, out, _ = run(capsys, "history", "--phase", "B")
+    assert 0 == status
+    assert "B-lora  accuracy  █▁" == out.splitlines()[0]
+    assert re.search(r"20260102\w+ +97.5% +1 +unknown +worse from here", out)
+    _, out, _ = run(capsys, "history", "accuracy", "--format", "json")
+    assert [None, "worse", None, None] == [point["shift"] for point in json.loads(out)]
+
+
+def test_report_opens_in_pandas(outputs, capsys):
+    """CSV, JSON and `load_records` have the same rows and columns."""
+    _, text, _ = run(capsys, "report", FIRST, "--format", "csv")
+    table = pandas.read_csv(io.StringIO(text))
+    assert [1.0, 1 - 100 / 900] == pytest.approx(list(table["dev.accuracy"]))
+    _, text, _ = run(capsys, "report", FIRST, "--format", "json")
+    assert list(table.columns) == list(json.loads(text)[0])
+    assert 4 == len(pandas.DataFrame(peftbench.load_records(outputs)))
+
+
+def test_report_as_markdown_and_latex(outputs, capsys):
+    """A table that GitHub renders and one with booktabs."""
+    _, out, _ = run(capsys, "report", "--reach", "0.8")
+    lines = out.splitlines()
+    assert re.match(r"\|\s*phase\s*\|.*\| *steps to 80% *\| *time to 80% *\|$", lines[0])
+    assert re.match(r"\|:?-+:?\|", lines[1])
+    assert "not measured" in lines[2]
+    _, out, _ = run(capsys, "report", "--format", "latex")
+    assert out.startswith(r"\begin{tabular}{lrrrrrrrrrrr}" + "\n" + r"\toprule")
+    assert r"test F1 \%" in out
+
+
+def test_report_to_a_file_links_to_the_records(outputs, tmp_path, capsys):
+    """The page is one file."""
+    status, out, err = run(capsys, "report", "--format", "html", "--to", "report.html")
+    assert (0, "") == (status, out)
+    assert "peftbench: wrote report.html\n" in err
+    assert f'href="outputs/runs/{SECOND}/B-lora-mini-s42.json"' in (tmp_path / "report.html").read_text()
+
+
+def test_hostile_names_are_only_text(tmp_path, capsys, monkeypatch):
+    """No escape reaches the terminal, no cell of a table is broken, no formula reaches a spreadsheet."""
+    monkeypatch.chdir(tmp_path)
+    store = Store(tmp_path / "outputs", "mini")
+    record = passed(run=FIRST, machine={"id": "m1", "processor": "=1+1"})
+    path = store.save(record)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "name": HOSTILE, "commit": {"id": HOSTILE, "dirty": False, "changes": None}}))
+    store.save(failed(run=SECOND, error=HOSTILE))
+    commands = [("compare", FIRST), ("history",), ("report", FIRST, "--format", "md"), ("report", FIRST, "--format", "latex")]
+    for command in commands:
+        _, out, err = run(capsys, *command)
+        assert not {"\x1b", "\x07"} & set(out + err), command
+    _, out, _ = run(capsys, "report", FIRST, "--format", "md")
+    assert 1 == len({line.count("|") for line in out.splitlines()})
+    _, out, _ = run(capsys, "report", FIRST, "--format", "csv")
+    [row] = csv.DictReader(io.StringIO(out))
+    assert "'=1+1" == row["machine.processor"]
+
+
+def test_none_of_it_imports_torch(outputs):
+    """A comparison starts in a second."""
+    script = """
+import sys
+from peftbench.cli import main
+for command in (["compare", "latest"], ["history"], ["report"], ["report", "--format", "html"], ["export", "--format", "bencher"]):
+    assert main(command) == 0
+assert not {"torch", "transformers", "datasets", "peft"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=outputs.parent, capture_output=True, text=True, check=False)
+    assert 0 == done.returncode, done.stderr
