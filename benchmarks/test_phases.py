@@ -18,7 +18,7 @@ PHASES = [
         epochs=1,
         learning_rate=5e-4,
         at_scale={
-            "mini": {"peft": MINI_LORA, "epochs": 2, "learning_rate": 2e-3, "layer_decay": 0.75, "warmup_fraction": 0.1},
+            "mini": {"peft": MINI_LORA, "epochs": 2, "learning_rate": 1e-3, "warmup_fraction": 0.1},
             "tiny": {"peft": TINY_LORA, "epochs": 4, "learning_rate": 2e-3, "warmup_fraction": 0.1},
         },
     ),
