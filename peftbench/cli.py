@@ -44,7 +44,9 @@ def compare(options: argparse.Namespace) -> int:
     from peftbench.gates import Gate, judge
 
     gates = [Gate.from_text(text) for text in options.fail]
-    base = _select(options, options.base)
+    if options.base is None and not options.phases:
+        raise ValueError("name what to compare the latest run with: a commit, a run's id, a folder or a file; or give --phases")
+    base = _select(options, options.base or "latest")
     if options.phases:
         if options.head is not None:
             raise ValueError("--phases compares within one side; give BASE alone, or none for the latest run")
@@ -191,9 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=fetch)
 
     command = commands.add_parser("compare", help="tell what got better or worse between two commits, runs, folders or files")
-    command.add_argument(
-        "base", nargs="?", default="latest", metavar="BASE", help="a commit, a run's id, latest, a folder or a file"
-    )
+    command.add_argument("base", nargs="?", metavar="BASE", help="a commit, a run's id, latest, a folder or a file")
     command.add_argument("head", nargs="?", metavar="HEAD", help="the same; default: latest")
     command.add_argument("--phases", nargs=2, metavar=("PHASE", "PHASE"), help="compare two phases of BASE (default: latest)")
     command.add_argument(

@@ -73,6 +73,7 @@ def test_gates_decide_the_exit_status(outputs, capsys, arguments, expected):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("compare",), "name what to compare the latest run with: a commit, a run's id, a folder or a file; or give --phases"),
         (("compare", "no-such"), "'no-such' is no file, no folder, not 'latest', no run"),
         (("compare", "latest", "--fail", "speed:1"), "--fail must name one of accuracy, f1"),
         (("compare", "latest", "latest", "--phases", "B", "D"), "--phases compares within one side"),
