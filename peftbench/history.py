@@ -57,12 +57,13 @@ class History:
     repository: Path = field(default_factory=Path)
 
     @classmethod
-    def from_outputs(cls, outputs: Path, repository: Path = Path()) -> "History":
+    def from_outputs(cls, outputs: Path, repository: Path = Path(), *, without: str = "") -> "History":
         """
         List the runs of an outputs folder; those of the tiny scale where it has no others.
 
         Args:
             repository: A folder in the git repository that the runs are of.
+            without: Id of a run to leave out.
 
         Raises:
             HistoryError: If there are none.
@@ -70,7 +71,8 @@ class History:
         for folder in (outputs / "runs", outputs / "tiny" / "runs"):
             files: dict[str, list[Path]] = {}
             for path in sorted(folder.glob("*/*.json")):
-                files.setdefault(path.parent.name, []).append(path)
+                if path.parent.name != without:
+                    files.setdefault(path.parent.name, []).append(path)
             if files:
                 return cls(folder, files, repository)
         raise HistoryError(f"no records in {outputs / 'runs'}; run pytest benchmarks first, or name the outputs folder")

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -222,27 +222,36 @@ class Session:
 
         store.publish(record.phase, report)
 
-    def choose_bases(self, scales: list[str]) -> None:
+    def choose_bases(self, scales: Collection[str]) -> None:
         """
-        Find what this run is to be compared with, before it adds to the history.
+        Find what this run is to be compared with, before hours are spent.
 
         Raises:
             ValueError: If there is no such thing.
         """
-        if self.options.compare:
+        if self.options.compare and scales:
             from peftbench.history import History, read_side
 
-            for scale in scales:
-                root, text = Store(self.options.outputs, scale).root, self.options.compare
-                self.bases.append(read_side(text, functools.partial(History.from_outputs, root, self.config.rootpath)))
+            def history_of(scale: str) -> History:
+                root = Store(self.options.outputs, scale).root
+                return History.from_outputs(root, self.config.rootpath, without=self.run_id)
+
+            self.bases = [read_side(self.options.compare, functools.partial(history_of, scale)) for scale in scales]
 
     def judge(self) -> int:
-        """Compare with the bases; 0 is fine, 1 worse by a gate, 2 cannot tell."""
+        """
+        Compare with the bases; 0 is fine, 1 worse by a gate, 2 cannot tell.
+
+        Raises:
+            ValueError: If there is nothing to compare with, which under pytest-xdist comes out only here.
+        """
         from peftbench.compare import compare
         from peftbench.gates import judge
 
         records = [read_record(path) for path in dict.fromkeys(self.record_paths)]
         scales = {record.scale for record in records}
+        if not self.bases:
+            self.choose_bases(scales)
         base = [record for side in self.bases for record in side.records if record.scale in scales]
         self.comparison = compare(base, records)
         self.judgement = judge(self.comparison, self.options.gates)
@@ -449,10 +458,16 @@ def pytest_runtest_makereport(
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Let a gate that does not hold fail the session."""
     own = session.config.stash.get(SESSION, None)
-    if own is not None and own.bases and own.record_paths:
+    if own is None or not own.options.compare or not own.record_paths or hasattr(session.config, "workerinput"):
+        return
+    try:
         status = own.judge()
-        if session.exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = status
+    except ValueError as error:
+        from peftbench.gates import Judgement
+
+        own.judgement = Judgement(status := 2, [str(error)])
+    if session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = status
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -470,9 +485,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if records:
         terminalreporter.write_line(render_summary(records))
     if session.judgement is not None:
-        terminalreporter.write_line(f"\ncompared with {', '.join(printable(side.label) for side in session.bases)}:")
-        terminalreporter.write_line(render_comparison(session.comparison))
-        for line in session.judgement.lines if session.options.gates else ():
+        if session.bases:
+            terminalreporter.write_line(f"\ncompared with {', '.join(printable(side.label) for side in session.bases)}:")
+            terminalreporter.write_line(render_comparison(session.comparison))
+        for line in session.judgement.lines if session.options.gates or not session.bases else ():
             terminalreporter.write_line(printable(line), red=True)
     for line in session.describe_times(records):
         terminalreporter.write_line(line)
