@@ -102,7 +102,7 @@ class History:
             raise HistoryError(f"no run in {self.folder} is of commit {wanted[:12]} ({text!r}); runs are of {_few(ids)}")
         raise HistoryError(
             f"{text!r} is no file, no folder, not 'latest', no run in {self.folder}, and no commit that git or a record knows; "
-            f"runs are {_few(reversed(runs))}"
+            f"runs are {_few(reversed(runs))}" + self._describe_depth()
         )
 
     def commit_of(self, run: str) -> Mapping[str, Any]:
@@ -127,6 +127,10 @@ class History:
 
     def _runs(self, label: str, runs: Iterable[str]) -> Side:
         return _read(label, [path for run in runs for path in self.files[run]], str(self.folder))
+
+    def _describe_depth(self) -> str:
+        shallow = (self._git("rev-parse", "--is-shallow-repository") or "").strip() == "true"
+        return "; this clone is shallow, and git fetch --unshallow brings the commits before it" if shallow else ""
 
     def _git(self, *arguments: str) -> str | None:
         try:
@@ -264,5 +268,5 @@ def _completed(text: str, ids: Iterable[str]) -> str:
 
 
 def _few(names: Iterable[str]) -> str:
-    listed = [name[:22] for name in names]
+    listed = [name[:24] for name in names]
     return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "") if listed else "of no commit"

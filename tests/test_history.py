@@ -90,6 +90,17 @@ def test_what_names_nothing_is_said(repository, store, text, message):
         History.from_outputs(store.outputs, folder).select(text)
 
 
+def test_a_shallow_clone_is_told(repository, store, tmp_path):
+    """As the commit may be one that it does not have."""
+    folder, ids = repository
+    keep(store, ids[-1])
+    git(tmp_path, "clone", "-q", "--depth", "1", folder.as_uri(), "shallow")
+    history = History.from_outputs(store.outputs, tmp_path / "shallow")
+    assert 1 == len(history.select("HEAD").records)
+    with pytest.raises(HistoryError, match="this clone is shallow, and git fetch --unshallow"):
+        history.select("HEAD~3")
+
+
 def test_a_folder_without_records_is_said(tmp_path):
     """With what to do."""
     with pytest.raises(HistoryError, match=r"no records in .*runs; run pytest benchmarks first"):
