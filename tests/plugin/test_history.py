@@ -1,5 +1,6 @@
 """Five commits of a study, one of which unlearns, one slows down and one breaks: the commands name exactly these."""
 
+import itertools
 import json
 import subprocess
 
@@ -9,11 +10,11 @@ from peftbench.cli import main
 
 STUDY = """
     import pytest
-    from peftbench.phases import Distillation, Phase
+    from peftbench.phases import Phase
 
     PHASES = [
-        Phase(id="S-small", role="student", subset=1000, epochs=6, learning_rate={rate}, warmup_fraction=0.1),
-        Phase(id="K-kd", role="student", subset=64, epochs=1, learning_rate={kd_rate}, distillation=Distillation()),
+        Phase(id="S-small", role="student", epochs=5, learning_rate={rate}, warmup_fraction=0.1),
+        Phase(id="K-short", role="student", subset=64, epochs=1, learning_rate={short_rate}),
     ]
 
     @pytest.mark.parametrize("phase", PHASES, ids=lambda phase: phase.id)
@@ -46,7 +47,7 @@ COMMITS = {
     "nothing that matters": {},
     "lower the learning rate": {"rate": "1e-6"},
     "slow the loop": {"seconds": 1.5},
-    "break a phase": {"kd_rate": "1e18"},
+    "break a phase": {"short_rate": "1e18"},
 }
 
 
@@ -56,20 +57,35 @@ def git(folder, *arguments):
 
 
 @pytest.fixture
-def commits(pytester, data_folder, monkeypatch):
+def reviews(tmp_path):
+    """One clause without negation, which a tiny model learns in a second: every third sentence to dev and test."""
+    good, bad = ("wonderful", "brilliant", "moving", "funny", "superb"), ("dull", "awful", "boring", "clumsy", "stale")
+    strengths, subjects = ("", "very ", "truly "), ("plot", "acting", "music", "dialogue", "ending", "camera", "story", "cast")
+    rows = [
+        f"the {subject} is {strength}{adjective}\t{int(adjective in good)}"
+        for adjective, strength, subject in itertools.product([*good, *bad], strengths, subjects)
+    ]
+    parts = {"dev": rows[::6], "test": rows[1::6], "train": [row for i, row in enumerate(rows) if i % 6 > 1]}
+    for name, part in parts.items():
+        (tmp_path / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *part]) + "\n")
+    return tmp_path
+
+
+@pytest.fixture
+def commits(pytester, reviews, monkeypatch):
     """Run the study at each commit; their ids by subject."""
     monkeypatch.chdir(pytester.path)
     git(pytester.path, "init", "-q")
     ids = {}
     for subject, changes in COMMITS.items():
-        facts = {"rate": "1e-3", "kd_rate": "1e-3", "seconds": 1.0, **changes}
+        facts = {"rate": "3e-3", "short_rate": "1e-3", "seconds": 1.0, **changes}
         pytester.makepyfile(test_study=STUDY.format(**facts))
         pytester.makeconftest(CLOCK.format(**facts))
         (pytester.path / ".gitignore").write_text("outputs\n")
         git(pytester.path, "add", ".")
         git(pytester.path, "commit", "-q", "--allow-empty", "-m", subject)
         ids[subject] = git(pytester.path, "rev-parse", "HEAD")
-        result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={data_folder}")
+        result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={reviews}")
         result.assert_outcomes(passed=2 - (subject == "break a phase"), failed=int(subject == "break a phase"))
     return ids
 
@@ -88,11 +104,11 @@ def test_the_commands_name_what_each_commit_did(commits, capsys):
             1,
             {
                 (phase, metric, "worse")
-                for phase in ("S-small", "K-kd")
+                for phase in ("S-small", "K-short")
                 for metric in ("train_runtime_seconds", "samples_per_second")
             },
         ),
-        "break a phase": (1, {("K-kd", "outcome", "newly failing")}),
+        "break a phase": (1, {("K-short", "outcome", "newly failing")}),
     }
     gates = ["--fail", "accuracy:1pt", "--fail", "train_runtime_seconds:20%"]
     told = ("accuracy", "f1", "train_runtime_seconds", "samples_per_second", "outcome")  # other times are this machine's
@@ -107,8 +123,10 @@ def test_the_commands_name_what_each_commit_did(commits, capsys):
         _, points = run(capsys, "history", metric, "--format", "json")
         assert list(COMMITS) == [point["subject"] for point in points if point["phase"] == "S-small"]
         shifts[metric] = {(point["phase"], point["subject"], point["shift"]) for point in points if point["shift"]}
-        assert {("K-kd", "break a phase")} == {(point["phase"], point["subject"]) for point in points if "failed" in point["marks"]}
+        assert {("K-short", "break a phase")} == {
+            (point["phase"], point["subject"]) for point in points if "failed" in point["marks"]
+        }
     recovered = {("S-small", "slow the loop", "better")}
     assert {("S-small", "lower the learning rate", "worse"), *recovered} == shifts["accuracy"]
-    slowed = {(phase, "slow the loop", "worse") for phase in ("S-small", "K-kd")}
+    slowed = {(phase, "slow the loop", "worse") for phase in ("S-small", "K-short")}
     assert {*slowed, ("S-small", "break a phase", "better")} == shifts["train_runtime_seconds"]
