@@ -31,11 +31,13 @@ def test_cases_run_and_leave_records_without_pytest_benchmark(study, records, ar
 
 
 def test_workers_of_xdist_write_one_run(study, records, pytester, data_folder):
-    """Cases in two processes share the run and the teacher, and the table shows them all."""
+    """Cases in two processes share the run and the teacher, the table shows them all, and a gate judges them at the end."""
     study("--collect-only", "-q")
-    command = [sys.executable, "-m", "pytest", "-m", "tiny", "-n", "2", f"--peft-data={data_folder}"]
+    gate = ["--peft-compare", "no-such", "--peft-fail", "accuracy:1pt"]
+    command = [sys.executable, "-m", "pytest", "-m", "tiny", "-n", "2", f"--peft-data={data_folder}", *gate]
     done = subprocess.run(command, cwd=pytester.path, capture_output=True, text=True, check=False)
-    assert 0 == done.returncode, done.stdout + done.stderr
+    assert 2 == done.returncode, done.stdout + done.stderr
+    assert "no records in" in done.stdout
     assert ["A-teacher-tiny-s42.json", "K-kd-tiny-s42.json", "S-small-tiny-s42.json"] == sorted(records())
     assert 1 == len({record["run_id"] for record in records().values()})
     assert 1 == len(list((pytester.path / "outputs/tiny/cache/teachers").glob("[!.]*")))

@@ -44,14 +44,6 @@ def test_worse_fails_the_session(study, pytester):
     result.stdout.fnmatch_lines(["*S-small: accuracy is worse by more than 0.005*"])
 
 
-def test_workers_are_judged_as_one(study, pytester):
-    """Under pytest-xdist the session compares what its workers ran."""
-    study("-k", "small")
-    result = study("-k", "small", "-n", "1", "--peft-compare", "latest", "--peft-fail", "accuracy:0.5pt")
-    assert 0 == result.ret
-    result.stdout.fnmatch_lines(["compared with latest run *", "S-small *accuracy *no difference shown*"])
-
-
 def test_what_cannot_be_told_is_neither(study, pytester):
     """Other seeds: exit status 2."""
     study("-k", "small", "--peft-seeds", "1")

@@ -29,15 +29,15 @@ def test_a_study_leaves_records_reports_and_kd_subsets(study, records, pytester)
 
 
 def test_the_session_says_what_was_neither_training_nor_evaluation(pytester, data_folder, records):
-    """Two seconds lost before training and one after it show in both figures; the training between them in neither."""
+    """A second lost before training and half of one after it show in both figures; the training between them in neither."""
     pytester.makepyfile("""
         import time
         from peftbench.phases import Phase
 
         def test_late(run_phase, peft_workbench):
-            time.sleep(2)
-            run_phase(Phase(id="S-small", role="student", epochs=20))
             time.sleep(1)
+            run_phase(Phase(id="S-small", role="student", epochs=5))
+            time.sleep(0.5)
     """)
     began = time.monotonic()
     result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={data_folder}")
@@ -46,9 +46,9 @@ def test_the_session_says_what_was_neither_training_nor_evaluation(pytester, dat
     first, other, said = map(float, re.fullmatch(r"(\S+) s from .*; (\S+) s of (\S+) s neither .*", line).groups())
     [record] = records().values()
     work = record["train_runtime_seconds"] + record["evaluation_seconds"]
-    assert work > 0.5
-    assert 2 <= first <= total - 1 - work + 0.1
-    assert 3 <= other == pytest.approx(said - work, abs=0.3)
+    assert work > 0.3
+    assert 1 <= first <= total - 0.5 - work + 0.1
+    assert 1.5 <= other == pytest.approx(said - work, abs=0.6)  # of ten seconds and more, tenths are not told
     assert said == pytest.approx(total, abs=1.0)
 
 
