@@ -62,7 +62,13 @@ PHASES = [
                 "unfrozen_learning_rate": 3e-4,
                 "warmup_fraction": 0.1,
             },
-            "tiny": {"peft": TINY_LORA, "epochs": 20, "learning_rate": 1e-3, "warmup_fraction": 0.1},
+            "tiny": {
+                "peft": TINY_LORA,
+                "epochs": 20,
+                "learning_rate": 1e-3,
+                "unfrozen_learning_rate": 1e-3,
+                "warmup_fraction": 0.1,
+            },
         },
     ),
 ]
