@@ -68,6 +68,7 @@ def records(folder):
     return {path.stem: json.loads(path.read_text("utf-8")) for path in (folder / "outputs/runs").glob("*/*.json")}
 
 
+@pytest.mark.slow
 def test_all_phases_from_the_hub_and_again_offline(small_hub, tmp_path):
     """HF_ENDPOINT, HF_HOME and HF_TOKEN are honoured, commits are in the records, and the cache serves HF_HUB_OFFLINE=1."""
     small_hub.repos[f"models/{SCALES['thesis'].teacher.source}"].private = True

@@ -95,6 +95,7 @@ def run(capsys, *arguments):
     return status, json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_the_commands_name_what_each_commit_did(commits, capsys):
     """Against the base: nothing, accuracy of one phase, time of both, a phase that newly fails; and the gate's exit status."""
     expected = {
