@@ -1,5 +1,6 @@
 """Whether two measurements of the same thing differ: paired quality over examples and seeds, times by their ratio."""
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ class Difference:
     p: float
 
 
+@functools.lru_cache(maxsize=4096)  # a history asks for the same counts again and again
 def mcnemar_exact(lost: int, won: int) -> float:
     """
     Two-sided p of McNemar's exact test (McNemar 1947).
@@ -66,9 +68,10 @@ def paired_difference(name: str, gold: Bits, base: Bits, head: Bits, *, seed: in
         seed: Of the bootstrap.
     """
     seeds, n = base.shape
-    gains = (head == gold).astype(np.int8) - (base == gold)  # (S, N)
+    gains = (head == gold) - (base == gold).astype(float)  # (S, N)
     if name == "accuracy":  # a mean, whose bootstrap has a closed form
-        observed, over_examples = gains.mean(axis=1), float(gains.mean(axis=0).var()) / n
+        observed, by_example = gains.sum(axis=1) / n, gains.sum(axis=0) / seeds
+        over_examples = max(0.0, float(by_example @ by_example / n - observed.mean() ** 2)) / n
     else:
         observed, drawn = _bootstrap_f1(gold, base, head, seed)
         over_examples = float(drawn.mean(axis=1).var(ddof=1))

@@ -293,7 +293,7 @@ def parse_json(path: Path) -> object:
     try:
         if (size := path.stat().st_size) > MAX_RECORD_BYTES:
             raise ValueError(f"{size} bytes are more than the {MAX_RECORD_BYTES} that a file of records may have")
-        content: object = json.loads(path.read_text("utf-8"), parse_constant=_refuse_constant)
+        content: object = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_refuse_constant)
     except RecursionError as error:
         raise RecordError(f"{path}: nested too deeply") from error
     except (OSError, ValueError) as error:
@@ -492,17 +492,33 @@ def _reader_of_dataclass(kind: Any) -> Reader:
 
 
 def _reader_of_list(kind: Any) -> Reader:
-    reader = _reader(kind)
+    reader, kinds = _reader(kind), typing.get_args(kind)
 
     def read(value: Any) -> Any:
         if not isinstance(value, list):
             raise _misfit(tuple, value)
-        try:
-            return tuple([reader(item) for item in value])
-        except _Misfit:
-            return tuple([_read_at(f"[{i}]", reader, item) for i, item in enumerate(value)])  # once more, to say where
+        rows = _read_rows(value, kinds)
+        return tuple([_read_at(f"[{i}]", reader, item) for i, item in enumerate(value)]) if rows is None else rows
 
     return read
+
+
+def _read_rows(rows: list[Any], kinds: Sequence[Any]) -> tuple[Any, ...] | None:
+    """Rows of numbers, column by column, as curves are most of a record; None if anything is not as it should be."""
+    try:
+        columns = [_read_column(column, kind) for column, kind in zip(zip(*rows, strict=True), kinds, strict=True)]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return tuple(zip(*columns, strict=True))
+
+
+def _read_column(column: tuple[Any, ...], kind: Any) -> tuple[Any, ...]:
+    found = set(map(type, column))
+    if kind is float and found <= {int, float} and all(map(math.isfinite, column)):
+        return tuple(map(float, column))
+    if found != {kind} or kind is float:
+        raise TypeError
+    return column
 
 
 def _reader_of_tuple(kinds: Sequence[Any]) -> Reader:
@@ -511,10 +527,7 @@ def _reader_of_tuple(kinds: Sequence[Any]) -> Reader:
     def read(value: Any) -> Any:
         if not isinstance(value, list) or len(value) != len(readers):
             raise _misfit(tuple, value)
-        try:
-            return tuple([reader(item) for reader, item in zip(readers, value, strict=True)])
-        except _Misfit:
-            return tuple([_read_at(f"[{i}]", reader, value[i]) for i, reader in enumerate(readers)])
+        return tuple([_read_at(f"[{i}]", reader, item) for i, (reader, item) in enumerate(zip(readers, value, strict=True))])
 
     return read
 
