@@ -5,7 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,24 +40,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def compare(options: argparse.Namespace) -> int:
     """Print what got better or worse; 1 if a gate says worse, 2 if it cannot tell."""
-    from peftbench.compare import compare, compare_phases
+    from peftbench.compare import compare, compare_phases, set_up_changes
     from peftbench.gates import Gate, judge
 
     gates = [Gate.from_text(text) for text in options.fail]
     if options.base is None and not options.phases:
         raise ValueError("name what to compare the latest run with: a commit, a run's id, a folder or a file; or give --phases")
-    base = _select(options, options.base or "latest")
     if options.phases:
         if options.head is not None:
             raise ValueError("--phases compares within one side; give BASE alone, or none for the latest run")
-        rows = compare_phases(base.records, *options.phases)
+        side, changes = _select(options, options.base or "latest"), []
+        rows = compare_phases(side.records, *options.phases)
     else:
-        head = _select(options, options.head or "latest")
-        rows = compare(base.records, head.records)
+        head = _select(options, options.head or "latest", quietly=True)
+        base = _select(options, options.base, without={record.run_id for record in head.records})
+        _tell(head)
+        rows, changes = compare(base.records, head.records), set_up_changes(base.records, head.records)
     if options.format == "json":
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     else:
         print(render_comparison(rows, table=TABLES.get(options.format, "simple")))
+    for line in changes:
+        print(f"peftbench: changed: {printable(line)}", file=sys.stderr)
     if not gates:
         return 0 if rows else 2
     judgement = judge(rows, gates, strict=options.strict)
@@ -68,7 +72,7 @@ def compare(options: argparse.Namespace) -> int:
 
 def history(options: argparse.Namespace) -> int:
     """Print a metric over commits."""
-    from peftbench.history import History, trace
+    from peftbench.history import History, commits_in_order, trace
 
     if options.metric not in METRICS:
         raise ValueError(f"the metric must be one of {', '.join(METRICS)}, got {options.metric!r}")
@@ -76,10 +80,8 @@ def history(options: argparse.Namespace) -> int:
     side = found.everything()
     _tell(side)
     wanted = [text.lower() for text in options.phase]
-    records = [
-        r for r in side.records if not wanted or {f"{r.phase}-{r.name}".lower(), r.phase.lower(), r.name.lower()} & {*wanted}
-    ]
-    traced = trace(records, METRICS[options.metric], found.commits_in_order())
+    records = [r for r in side.records if not wanted or {r.phase_id.lower(), r.phase.lower(), r.name.lower()} & {*wanted}]
+    traced = trace(records, METRICS[options.metric], commits_in_order(found.repository))
     if not traced:
         raise ValueError(f"no record of the phases asked for has {options.metric}")
     if options.format == "json":
@@ -103,6 +105,8 @@ def plan(options: argparse.Namespace) -> None:
     from peftbench.report import render_plans
     from peftbench.runner import Settings, Workbench, plan_phases
 
+    if options.memory is not None and not options.memory > 0:
+        raise ValueError(f"--memory must be more than 0 GiB, got {options.memory:g}")
     phases = _load_phases(options.phases)
     settings = Settings(
         outputs=options.outputs, run_id="plan", data=options.data, device=options.device, precision=options.precision
@@ -119,12 +123,17 @@ def plan(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Print a side's results as a table, rows or a page."""
+    if options.reach is not None and (options.format not in TABLES or not 0 < options.reach < 1):
+        raise ValueError(
+            f"--reach must be a fraction, such as 0.8, and the format md or latex; got {options.reach:g}, {options.format}"
+        )
     side = _select(options, options.side)
     if options.format == "html":
         from peftbench.page import link_from, render_page
 
-        history, folder = _accuracy_over_commits(options.outputs)
-        text = render_page(side.latest, side.label, history=history, link=link_from(options.to, folder))
+        text = render_page(
+            side.latest, side.label, history=_accuracy_over_commits(options, side), link=link_from(options.to, side.files)
+        )
     elif options.format in ("csv", "json"):
         rows = [record.to_row() for record in side.records]
         text = json.dumps(rows, indent=1) + "\n" if options.format == "json" else render_csv(rows)
@@ -138,6 +147,9 @@ def export(options: argparse.Namespace) -> None:
     from peftbench.export import to_bencher, to_github_action, to_pytest_benchmark
 
     side = _select(options, options.side)
+    for record in side.latest:
+        if record.outcome == "failed":
+            print(f"peftbench: left out: {printable(record.case)} of run {printable(record.run_id)} failed", file=sys.stderr)
     formats: dict[str, Callable[[Sequence[Record]], Any]] = {
         "bencher": to_bencher,
         "customBiggerIsBetter": lambda records: to_github_action(records, "higher"),
@@ -147,15 +159,12 @@ def export(options: argparse.Namespace) -> None:
     _write(options.to, json.dumps(formats[options.format](side.latest), indent=1, allow_nan=False) + "\n")
 
 
-def _accuracy_over_commits(outputs: Path) -> tuple[Mapping[str, Sequence[Point]], Path]:
-    """Of all runs under an outputs folder, and where they are; nothing if there are none, as a file can be reported alone."""
-    from peftbench.history import History, HistoryError, trace
+def _accuracy_over_commits(options: argparse.Namespace, side: "Side") -> Mapping[str, Sequence[Point]]:
+    """Of all runs where the side is one of them; of what a file or a folder holds where it is that."""
+    from peftbench.history import History, commits_in_order, trace
 
-    try:
-        found = History.from_outputs(outputs)
-        return trace(found.everything().records, METRICS["accuracy"], found.commits_in_order()), found.folder
-    except HistoryError:
-        return {}, outputs / "runs"
+    records = side.records if Path(options.side).exists() else History.from_outputs(options.outputs).everything().records
+    return trace(records, METRICS["accuracy"], commits_in_order(Path()))
 
 
 def _write(path: Path | None, text: str) -> None:
@@ -166,23 +175,26 @@ def _write(path: Path | None, text: str) -> None:
         print(f"peftbench: wrote {path}", file=sys.stderr)
 
 
-def _select(options: argparse.Namespace, text: str) -> "Side":
-    """The side that a text names; says what is read, and what could not be."""
+def _select(options: argparse.Namespace, text: str, *, without: Collection[str] = (), quietly: bool = False) -> "Side":
+    """The side that a text names, of other runs if it is a commit; says what is read, and what could not be."""
     from peftbench.history import History, read_side
 
-    side = read_side(text, lambda: History.from_outputs(options.outputs))
-    _tell(side)
+    side = read_side(text, lambda: History.from_outputs(options.outputs), without=without)
+    if not quietly:
+        _tell(side)
     return side
 
 
 def _tell(side: "Side") -> None:
-    print(f"peftbench: read {printable(side.label)}: {len(side.records)} records", file=sys.stderr)
+    count = f"{len(side.records)} record{'s' if len(side.records) != 1 else ''}"
+    print(f"peftbench: read {printable(side.label)}: {count}", file=sys.stderr)
     for problem in side.problems:
         print(f"peftbench: left out: {printable(problem)}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="peftbench", description="Compare fine-tuning, PEFT and distillation.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True)
 
     command = commands.add_parser("fetch", help="fetch the mini scale's encoder and reviews into the cache, once")
@@ -251,8 +263,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Version(argparse.Action):
+    """Asks the installed package only when asked."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"peftbench {version('peftbench')}")
+        parser.exit()
+
+
 def _add_outputs(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder whose cache to use (default: outputs)")
+    command.add_argument(
+        "--outputs",
+        type=Path,
+        metavar="DIR",
+        default=Path("outputs"),
+        help="folder of runs, reports and caches; DIR/tiny for the tiny scale's (default: outputs)",
+    )
 
 
 def _load_phases(path: Path) -> list[Phase]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from peftbench.intervals import Estimate
 from peftbench.metrics import METRICS, Metric
-from peftbench.paired import Bits, Difference, holm, paired_difference, ratio_difference
+from peftbench.paired import Bits, holm, paired_difference, ratio_difference
 from peftbench.records import Record
 from peftbench.verdicts import Row, Verdict
 
@@ -29,7 +30,7 @@ class Sample:
 
     @property
     def latest(self) -> dict[int, Record]:
-        """By seed."""
+        """By seed, whether it passed or not."""
         return {record.seed: record for record in self.records}
 
     @property
@@ -38,10 +39,21 @@ class Sample:
         return [record for record in self.records if record.outcome == "passed"]
 
     @property
+    def by_seed(self) -> dict[int, Record]:
+        """The last of each seed that measured something."""
+        return {record.seed: record for record in self.passed}
+
+    @property
     def error(self) -> str | None:
         """Of the first seed whose last run failed; None if none did."""
         failed = [record for record in self.latest.values() if record.outcome == "failed"]
         return next(((record.error or "no reason recorded").splitlines()[0] for record in failed), None)
+
+    @property
+    def teacher_seconds(self) -> float:
+        """What the teacher and its logits took when they were first made; 0 for a phase that needs none."""
+        costs = [cost.training_seconds + cost.logit_seconds for record in self.passed if (cost := record.teacher_cost)]
+        return statistics.fmean(costs) if costs else 0.0
 
     @property
     def share_passed(self) -> float | None:
@@ -49,14 +61,17 @@ class Sample:
         return statistics.fmean(record.outcome == "passed" for record in self.latest.values()) if self.records else None
 
     def mean(self, metric: Metric) -> float | None:
-        """Of quality, over the last record of each seed; of all else, over all that passed."""
-        records = self.latest.values() if metric.kind == "quality" else self.passed
-        values = [value for record in records if (value := metric.value(record)) is not None]
+        """Of quality, over the last record of each seed that passed; of all else, over all that passed."""
+        values = self.values(metric)
         return statistics.fmean(values) if values else None
+
+    def values(self, metric: Metric) -> list[float]:
+        """The single measurements."""
+        return [value for record in self._of(metric) if (value := metric.value(record)) is not None]
 
     def identities(self, metric: Metric) -> dict[str, set[str]]:
         """What must be the same on both sides, by what it is called."""
-        records = self.latest.values() if metric.kind == "quality" else self.passed
+        records = self._of(metric)
         facts = {"data": {str(record.data.get("fingerprint"))[:12] for record in records}}
         if metric.kind == "quality":
             facts["seed set"] = {str(record.seed) for record in records}
@@ -66,6 +81,10 @@ class Sample:
         if metric.kind == "memory":
             facts["scope of memory"] = {str(record.peak_memory_scope) for record in records}
         return facts
+
+    def _of(self, metric: Metric) -> list[Record]:
+        """What a metric goes by."""
+        return list(self.by_seed.values()) if metric.kind == "quality" else self.passed
 
 
 def compare(base: Iterable[Record], head: Iterable[Record]) -> list[Row]:
@@ -94,11 +113,46 @@ def compare_phases(records: Iterable[Record], base: str, head: str) -> list[Row]
         fits = [case for case in by_case if name.lower() in {part.lower() for part in (case[1], case[2], labels[case])}]
         if len(fits) != 1:
             known = ", ".join(sorted(labels.values())) or "none, as there are no records"
-            raise ValueError(f"a phase must be one of {known}; got {name!r}")
+            raise ValueError(
+                f"a phase must be one of {known}; got {name!r}; another run, or the folder with the reports, may have it"
+            )
         return fits[0]
 
     first, second = find(base), find(head)
-    return _judge([(f"{labels[first]} → {labels[second]}", by_case[first], by_case[second])])
+    label = f"{labels[first]} → {labels[second]}"
+    for case in (first, second):
+        if error := by_case[case].error:
+            reason = f"{labels[case]} failed: {error}"[:200]
+            shares = [by_case[one].share_passed for one in (first, second)]
+            return [Row(phase=label, metric="outcome", base=shares[0], head=shares[1], verdict="not comparable", reason=reason)]
+    return _judge([(label, by_case[first], by_case[second])])
+
+
+def set_up_changes(base: Iterable[Record], head: Iterable[Record]) -> list[str]:
+    """
+    What two sides' phases were set up with differently, a line each: hyperparameters, checkpoints, versions.
+
+    Changes that several phases share are told once.
+    """
+    sides = _by_case(base), _by_case(head)
+    labels = _labels([*sides[0], *sides[1]])
+    both = sorted(set(sides[0]) & set(sides[1]))
+    phases: dict[str, list[str]] = {}
+    for case in both:
+        rows = [_set_up(side[case].records[-1]) for side in sides]
+        for key in dict.fromkeys([*rows[0], *rows[1]]):
+            before, after = (str(row.get(key))[:60] for row in rows)
+            if before != after:
+                phases.setdefault(f"{key} {before} → {after}", []).append(labels[case])
+    return [f"{'all phases' if len(of) == len(both) > 1 else ', '.join(of)}: {change}" for change, of in phases.items()]
+
+
+def _set_up(record: Record) -> dict[str, object]:
+    """Of what passed; a failed case may not have got to know it."""
+    if record.outcome != "passed":
+        return {}
+    kinds = ("config", "checkpoint", "teacher_checkpoint", "precision", "batching", "versions")
+    return {key: value for key, value in record.to_row().items() if key.partition(".")[0] in kinds}
 
 
 def incomparable(metric: Metric, base: Sample, head: Sample) -> str | None:
@@ -107,21 +161,34 @@ def incomparable(metric: Metric, base: Sample, head: Sample) -> str | None:
     for name, values in ours.items():
         if values != theirs[name] or (len(values) > 1 and name != "seed set"):
             return f"other {name}: {', '.join(sorted(values))} and {', '.join(sorted(theirs[name]))}"
+    if metric.kind == "memory":
+        return _other_memory_before(metric, base, head)
     return None
 
 
-def judge_samples(metric: Metric, base: Sample, head: Sample) -> Difference | str | None:
+def _other_memory_before(metric: Metric, base: Sample, head: Sample) -> str | None:
+    """What earlier cases left in the process counts towards a peak: it must be as much on both sides, within the tolerance."""
+    before = [[bytes_ for r in side.passed if (bytes_ := r.memory_before_bytes) is not None] for side in (base, head)]
+    peaks = base.values(metric)
+    if not all(before) or not peaks:
+        return None
+    ours, theirs = map(statistics.fmean, before)
+    if abs(theirs - ours) <= metric.relative * statistics.fmean(peaks):
+        return None
+    return f"other memory in use before the case: {ours / 2**20:.0f} MiB and {theirs / 2**20:.0f} MiB"
+
+
+def judge_samples(metric: Metric, base: Sample, head: Sample) -> Estimate | str | None:
     """
     How two samples differ that are not `incomparable`; a reason if they are after all, None where single measurements tell nothing.
 
     Quality is paired on the predictions, times and memory go by the ratio where both sides have repeats.
     """
     if metric.kind == "quality":
-        return _paired(metric, base.latest, head.latest)
+        return _paired(metric, base.by_seed, head.by_seed)
     if metric.kind == "size":
         return None
-    values = [[v for record in side.passed if (v := metric.value(record)) is not None] for side in (base, head)]
-    return ratio_difference(*values)
+    return ratio_difference(base.values(metric), head.values(metric))
 
 
 def _by_case(records: Iterable[Record]) -> dict[Case, Sample]:
@@ -149,25 +216,30 @@ def _judge(pairs: Sequence[tuple[str, Sample, Sample]]) -> list[Row]:
             )
             for phase, base, head in measured
         ]
-        asked = [(row, pair) for row, pair in zip(blanks, measured, strict=True) if _is_measured(metric, row)]
+        asked = [(row, pair) for row, pair in zip(blanks, measured, strict=True) if {row.base, row.head} != {None}]
         found = [incomparable(metric, base, head) or judge_samples(metric, base, head) for _, (_, base, head) in asked]
-        chances = [one.p for one in found if isinstance(one, Difference)]
+        chances = [one.p for one in found if isinstance(one, Estimate)]
         adjusted = iter(holm(chances))
-        for (row, _), one in zip(asked, found, strict=True):
+        for (row, (_, base, head)), one in zip(asked, found, strict=True):
             if isinstance(one, str):
-                rows.append(dataclasses.replace(row, reason=one))
+                judged = dataclasses.replace(row, reason=one)
             elif one is not None:
-                rows.append(_judge_difference(metric, row, one, next(adjusted), len(chances)))
+                judged = _judge_difference(metric, row, one, next(adjusted), len(chances))
             else:
-                rows.append(_judge_single(metric, row))
+                judged = _judge_single(metric, row, repeats=max(len(base.values(metric)), len(head.values(metric))))
+            if metric.name == "train_runtime_seconds" and base.teacher_seconds != head.teacher_seconds:
+                judged = dataclasses.replace(judged, reason=judged.reason + _without_teacher(base, head))
+            rows.append(judged)
     order = [phase for phase, _, _ in pairs]
     return sorted(rows, key=lambda row: order.index(row.phase))
 
 
-def _is_measured(metric: Metric, row: Row) -> bool:
-    """A phase that does not train has no training time."""
-    values = {row.base, row.head} - {None}
-    return bool(values - {0.0} if metric.kind == "time" else values)
+def _without_teacher(base: Sample, head: Sample) -> str:
+    """What a training time leaves out."""
+    sides = [
+        f"{seconds:.0f} s in the {name}" for name, side in (("base", base), ("head", head)) if (seconds := side.teacher_seconds)
+    ]
+    return f"; the teacher's {' and '.join(sides)} not counted"
 
 
 def _judge_outcome(phase: str, base: Sample, head: Sample) -> Row | None:
@@ -186,9 +258,9 @@ def _judge_outcome(phase: str, base: Sample, head: Sample) -> Row | None:
     return Row(phase=phase, metric="outcome", base=base.share_passed, head=head.share_passed, verdict=verdict, reason=reason[:200])
 
 
-def _judge_difference(metric: Metric, row: Row, found: Difference, p: float, family: int) -> Row:
+def _judge_difference(metric: Metric, row: Row, found: Estimate, p: float, family: int) -> Row:
     """By the p-value, adjusted for the phases compared."""
-    how = f"p = {found.p:.2g}" + (f", {p:.2g} for {family} phases" if family > 1 else "")
+    how = f"p = {found.p:.2g}" + (f", {p:.2g} adjusted for {family} phases" if family > 1 else "")
     row = dataclasses.replace(row, difference=found.value, ci95=found.ci95, reason=how)
     if p >= LEVEL:
         return dataclasses.replace(row, verdict="no difference shown")
@@ -197,18 +269,19 @@ def _judge_difference(metric: Metric, row: Row, found: Difference, p: float, fam
     return dataclasses.replace(row, verdict="better" if metric.gain(found.value) > 0 else "worse")
 
 
-def _judge_single(metric: Metric, row: Row) -> Row:
+def _judge_single(metric: Metric, row: Row, *, repeats: int) -> Row:
     """By the metric's tolerance, as there is no telling how far a single measurement varies."""
     if row.base is None or row.head is None:
         return dataclasses.replace(row, reason=f"not measured in the {'base' if row.base is None else 'head'}")
     difference = row.head - row.base
     within = abs(difference) < metric.absolute or abs(difference) <= metric.relative * abs(row.base)
-    how = f"single measurements, tolerance {metric.relative:.0%}" if metric.relative else "exact"
+    how = "single measurements" if repeats == 1 else "a single measurement on one side"
+    how = f"{how}, tolerance {metric.relative:.0%}" if metric.relative else "exact"
     verdict: Verdict = "no difference shown" if within else "better" if metric.gain(difference) > 0 else "worse"
     return dataclasses.replace(row, difference=difference, verdict=verdict, reason=how)
 
 
-def _paired(metric: Metric, base: Mapping[int, Record], head: Mapping[int, Record]) -> Difference | str | None:
+def _paired(metric: Metric, base: Mapping[int, Record], head: Mapping[int, Record]) -> Estimate | str | None:
     seeds = sorted(base)
     splits = sorted(base[seeds[0]].predictions)
     if not splits:

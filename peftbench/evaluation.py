@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from peftbench.data import Split
 from peftbench.device import Device
+from peftbench.intervals import wilson_interval
 from peftbench.packing import Encoded, make_batch
-from peftbench.records import Predictions, SplitMetrics, wilson_interval
+from peftbench.records import Predictions, SplitMetrics
 
 METRICS_VERSION = 1
 """Raise it when the same predictions would give other figures: it is part of every case's fingerprint."""

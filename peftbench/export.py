@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from peftbench.metrics import METRICS
-from peftbench.records import Record, wilson_interval
+from peftbench.records import Record
 from peftbench.summary import Summary, summarize
 
 
@@ -24,9 +24,8 @@ def to_bencher(records: Sequence[Record]) -> dict[str, Any]:
                 continue
             value = statistics.fmean(values)
             measure = measures[metric.name] = {"value": value}
-            if metric.name == "accuracy":
-                n = sum(p.n for p in summary.passed[0].predictions.values())
-                measure["lower_value"], measure["upper_value"] = wilson_interval(value * n, n)
+            if metric.name == "accuracy" and (interval := summary.accuracy_ci95(*summary.passed[0].predictions)):
+                measure["lower_value"], measure["upper_value"] = interval
             elif len(values) > 1:
                 measure["lower_value"], measure["upper_value"] = min(values), max(values)
     return exported
@@ -59,7 +58,8 @@ def to_pytest_benchmark(records: Sequence[Record]) -> dict[str, Any]:
     from pytest_benchmark.stats import Stats
 
     entries = []
-    for name, summary in _named(records):
+    for summary in _measured(records):
+        name = summary.first.phase_id + ("-tiny" if summary.first.scale == "tiny" else "")  # as pytest names the case
         stats: Any = Stats()  # type: ignore[no-untyped-call]
         for record in summary.passed:
             stats.update(record.train_runtime_seconds or 0.0)
@@ -93,10 +93,14 @@ def to_pytest_benchmark(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
+def _measured(records: Sequence[Record]) -> list[Summary]:
+    return [summary for summary in summarize(records) if summary.passed]
+
+
 def _named(records: Sequence[Record]) -> list[tuple[str, Summary]]:
-    summaries = [summary for summary in summarize(records) if summary.passed]
+    summaries = _measured(records)
     several = len({summary.first.scale for summary in summaries}) > 1
-    names = [f"{s.first.phase}-{s.first.name}" + (f"-{s.first.scale}" if several else "") for s in summaries]
+    names = [s.first.phase_id + (f"-{s.first.scale}" if several else "") for s in summaries]
     return list(zip(names, summaries, strict=True))
 
 

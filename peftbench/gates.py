@@ -10,7 +10,15 @@ from peftbench.verdicts import Row
 
 Status = Literal[0, 1, 2]
 
-_LIMIT = re.compile(r"(?P<number>\d+(\.\d+)?([eE][-+]?\d+)?)(?P<unit>|%|pt)")
+_LIMIT = re.compile(r"(?P<number>\d+(\.\d+)?([eE][-+]?\d+)?)(?P<unit>\D*)")
+
+_UNITS = {
+    "": {"": 1.0, "pt": 0.01},
+    "s": {"": 1.0, "s": 1.0, "ms": 1e-3, "min": 60.0},
+    "ms": {"": 1.0, "ms": 1.0, "s": 1e3},
+    "B": {"": 1.0, "B": 1.0, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30},
+}
+"""How a limit may be written, by the metric's unit, and what it is times; of other units the number alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +37,7 @@ class Gate:
     @classmethod
     def from_text(cls, text: str) -> "Gate":
         """
-        ``METRIC:LIMIT`` as pytest-benchmark has it: ``train_runtime_seconds:20%``, ``latency_ms:0.5``, ``accuracy:0.5pt``.
+        ``METRIC:LIMIT`` as pytest-benchmark has it: ``train_runtime_seconds:20%``, ``latency_ms:0.5ms``, ``accuracy:0.5pt``.
 
         Raises:
             ValueError: Naming what was got and what is allowed.
@@ -38,11 +46,12 @@ class Gate:
         if name not in METRICS:
             raise ValueError(f"--fail must name one of {', '.join(METRICS)}, got {text!r}")
         metric, found = METRICS[name], _LIMIT.fullmatch(limit)
-        if found is None or ((found["unit"] == "pt") and metric.unit):
-            allowed = "20% of the base" + (f", or 5 {metric.unit} as 5" if metric.unit else ", 0.5pt (percentage points) or 0.005")
-            raise ValueError(f"--fail {name}: the limit must be {allowed}; got {limit!r}")
-        number = float(found["number"])
-        return cls(metric, number / 100 if found["unit"] else number, found["unit"] == "%")
+        units = {**_UNITS.get(metric.unit, {"": 1.0}), "%": 0.01}
+        number = float(found["number"]) * units[found["unit"]] if found and found["unit"] in units else None
+        if found is None or number is None or (not metric.unit and number > 1):
+            written = ", ".join(f"{5 if unit or metric.unit else 0.05}{unit}" for unit in units)
+            raise ValueError(f"--fail {name}: the limit must be written as {written} (of the base); got {limit!r}")
+        return cls(metric, number, found["unit"] == "%")
 
     def breaks(self, row: Row, *, strict: bool) -> bool:
         """Whether a row of this metric is worse by more than the limit and, unless strict, by more than noise."""

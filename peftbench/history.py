@@ -1,15 +1,16 @@
 """Which records are meant: runs on disk, named by commit, run, folder or file, and the order of their commits."""
 
 import json
+import re
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peftbench.compare import Sample, incomparable, judge_samples
+from peftbench.intervals import Estimate
 from peftbench.metrics import Metric
-from peftbench.paired import Difference
 from peftbench.records import MAX_RECORD_BYTES, Record, RecordError, parse_json, read_record
 from peftbench.verdicts import Point
 
@@ -29,11 +30,18 @@ class Side:
     Attributes:
         label: For people.
         problems: Of files that could not be read.
+        paths: The file of each record; none where one file holds them all.
     """
 
     label: str
     records: Sequence[Record]
     problems: Sequence[str] = ()
+    paths: Sequence[Path] = ()
+
+    @property
+    def files(self) -> dict[tuple[str, str], Path]:
+        """Where records are, by run and case."""
+        return {(record.run_id, record.case): path for record, path in zip(self.records, self.paths, strict=False)}
 
     @property
     def latest(self) -> list[Record]:
@@ -77,9 +85,12 @@ class History:
                 return cls(folder, files, repository)
         raise HistoryError(f"no records in {outputs / 'runs'}; run pytest benchmarks first, or name the outputs folder")
 
-    def select(self, text: str) -> Side:
+    def select(self, text: str, *, without: Collection[str] = ()) -> Side:
         """
         The records that a text names: ``latest``, a run's id, or a commit as git writes it.
+
+        Args:
+            without: Ids of runs that a commit shall not mean, unless it has no others.
 
         Raises:
             HistoryError: If it names none, saying what was looked for.
@@ -89,15 +100,19 @@ class History:
             return self._runs(f"latest run {runs[-1]}", runs[-1:])
         if text in runs:
             return self._runs(f"run {text}", [text])
+        if re.fullmatch(r"[0-9TZ]+-[0-9a-f]+", text) and (tiny := self.folder.parent / "tiny" / "runs" / text).is_dir():
+            return _read(f"run {text} of the tiny scale", sorted(tiny.glob("*.json")), str(tiny))
         known = {run: facts for run in runs if (facts := self.commit_of(run)).get("id")}
         ids = {str(facts["id"]) for facts in known.values()}
-        commit = self._git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{text}^{{commit}}")
+        commit = _git(self.repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{text}^{{commit}}")
         wanted = commit.strip() if commit else _completed(text, ids)
         at_commit = [run for run, facts in known.items() if facts["id"] == wanted]
+        at_commit = [run for run in at_commit if run not in without] or at_commit
         clean = [run for run in at_commit if not known[run].get("dirty")]
         if at_commit:
             note = "" if clean else ", with uncommitted changes"
-            return self._runs(f"commit {wanted[:12]}{note}", clean or at_commit)
+            count = f", {len(clean or at_commit)} runs" if len(clean or at_commit) > 1 else ""
+            return self._runs(f"commit {wanted[:12]}{note}{count}", clean or at_commit)
         if wanted:
             raise HistoryError(f"no run in {self.folder} is of commit {wanted[:12]} ({text!r}); runs are of {_few(ids)}")
         raise HistoryError(
@@ -120,26 +135,18 @@ class History:
         """All runs."""
         return self._runs(f"all {len(self.files)} runs in {self.folder}", list(self.files))
 
-    def commits_in_order(self) -> list[tuple[str, str]]:
-        """Id and subject of the commits that git knows, each after its parents; none without git."""
-        log = self._git("log", "--all", "HEAD", "--topo-order", "--reverse", "--format=%H%x00%s") or ""
-        return [(line.partition("\0")[0], line.partition("\0")[2]) for line in log.splitlines() if line]
-
     def _runs(self, label: str, runs: Iterable[str]) -> Side:
         return _read(label, [path for run in runs for path in self.files[run]], str(self.folder))
 
     def _describe_depth(self) -> str:
-        shallow = (self._git("rev-parse", "--is-shallow-repository") or "").strip() == "true"
+        shallow = (_git(self.repository, "rev-parse", "--is-shallow-repository") or "").strip() == "true"
         return "; this clone is shallow, and git fetch --unshallow brings the commits before it" if shallow else ""
 
-    def _git(self, *arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *arguments], cwd=self.repository, capture_output=True, text=True, errors="replace", timeout=20, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout if done.returncode == 0 else None
+
+def commits_in_order(repository: Path) -> list[tuple[str, str]]:
+    """Id and subject of the commits that git knows, each after its parents; none without git."""
+    log = _git(repository, "log", "--all", "HEAD", "--topo-order", "--reverse", "--format=%H%x00%s") or ""
+    return [(line.partition("\0")[0], line.partition("\0")[2]) for line in log.splitlines() if line]
 
 
 def trace(records: Iterable[Record], metric: Metric, commits: Sequence[tuple[str, str]]) -> dict[str, list[Point]]:
@@ -155,7 +162,7 @@ def trace(records: Iterable[Record], metric: Metric, commits: Sequence[tuple[str
     by_phase: dict[tuple[str, str], dict[tuple[str, str], list[Record]]] = {}
     for record in sorted(records, key=lambda r: r.run_id):
         key = (str(record.commit.get("id") or record.run_id), str(record.commit.get("changes") or ""))
-        by_phase.setdefault((record.scale, f"{record.phase}-{record.name}"), {}).setdefault(key, []).append(record)
+        by_phase.setdefault((record.scale, record.phase_id), {}).setdefault(key, []).append(record)
     several = len({scale for scale, _ in by_phase}) > 1
     traced = {}
     for (scale, phase), groups in sorted(by_phase.items()):
@@ -183,7 +190,7 @@ def trace(records: Iterable[Record], metric: Metric, commits: Sequence[tuple[str
     return traced
 
 
-def read_side(text: str, history: Callable[[], History]) -> Side:
+def read_side(text: str, history: Callable[[], History], *, without: Collection[str] = ()) -> Side:
     """
     The records that a text names: a file or a folder, or what `History.select` knows, for which alone the history is listed.
 
@@ -194,8 +201,9 @@ def read_side(text: str, history: Callable[[], History]) -> Side:
     if path.is_file():
         return read_file(path)
     if path.is_dir():
-        return _read(f"folder {text}", sorted(path.glob("*.json")) or sorted(path.glob("runs/*/*.json")), text)
-    return history().select(text)
+        found = next((files for place in ("*.json", "runs/*/*.json", "*/*.json") if (files := sorted(path.glob(place)))), [])
+        return _read(f"folder {text}", found, text)
+    return history().select(text, without=without)
 
 
 def read_file(path: Path) -> Side:
@@ -225,15 +233,16 @@ def read_file(path: Path) -> Side:
 
 
 def _read(label: str, paths: Sequence[Path], where: str) -> Side:
-    records, problems = [], []
+    records, problems, found = [], [], []
     for path in paths:
         try:
             records.append(read_record(path))
+            found.append(path)
         except RecordError as error:
             problems.append(str(error))
     if not records:
         raise HistoryError(f"no record in {where}" + (f" can be read; the first problem: {problems[0]}" if problems else ""))
-    return Side(label, records, problems)
+    return Side(label, records, problems, found)
 
 
 def _in_order(
@@ -257,8 +266,18 @@ def _shift(metric: Metric, level: Sample, sample: Sample) -> tuple[str | None, s
     if mean[0] is None or mean[1] is None or abs(difference := mean[1] - mean[0]) < metric.absolute:
         return None, None
     found = judge_samples(metric, level, sample)
-    certain = found.p < LEVEL if isinstance(found, Difference) else abs(difference) > metric.relative * abs(mean[0])
+    certain = found.p < LEVEL if isinstance(found, Estimate) else abs(difference) > metric.relative * abs(mean[0])
     return ("better" if metric.gain(difference) > 0 else "worse") if certain else None, None
+
+
+def _git(repository: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=repository, capture_output=True, text=True, errors="replace", timeout=20, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
 
 
 def _completed(text: str, ids: Iterable[str]) -> str:

@@ -49,7 +49,7 @@ class Stopwatch:
 
 class PeakMemory:
     """
-    The most memory in use since `restart`.
+    The most memory in use since `restart`, and what was in use then.
 
     On CUDA what torch's allocator held; on Linux the process's resident set; elsewhere the resident set since the process
     began, which earlier cases share. ``scope`` says which.
@@ -58,18 +58,20 @@ class PeakMemory:
     def __init__(self, device: Device) -> None:
         self._device = device
         self.scope = "process resident set since its start"
+        self.before_bytes = 0
 
     def restart(self) -> None:
         """Forget earlier peaks."""
         if self._device.kind == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device.name)
             self.scope = "CUDA allocator during the case"
-            return
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            self.scope = "process resident set during the case"
-        except OSError:
-            pass
+        else:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")
+                self.scope = "process resident set during the case"
+            except OSError:
+                pass
+        self.before_bytes = self.read_bytes()
 
     def read_bytes(self) -> int:
         """The peak in bytes."""
@@ -90,8 +92,13 @@ class PeakMemory:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def describe_machine(device: Device) -> dict[str, Any]:
-    """What the figures were measured on; ``id`` is equal where times may be compared."""
+def describe_machine(device: Device, workers: int = 1) -> dict[str, Any]:
+    """
+    What the figures were measured on; ``id`` is equal where times may be compared.
+
+    Args:
+        workers: Processes that run cases beside each other and share the machine.
+    """
     facts: dict[str, Any] = {
         "system": platform.system(),
         "architecture": platform.machine(),
@@ -101,6 +108,7 @@ def describe_machine(device: Device) -> dict[str, Any]:
         "memory_gib": _memory_gib(),
         "device": device.name,
         "accelerator": torch.cuda.get_device_name(device.name) if device.kind == "cuda" else None,
+        **({"workers": workers} if workers > 1 else {}),
     }
     return {**facts, "id": fingerprint(facts)[:16]}
 

@@ -34,8 +34,11 @@ class Metric:
     relative: float
 
     def value(self, record: Record) -> float | None:
-        """The record's figure; None where it measured none."""
-        return _quality(record, self.name) if self.kind == "quality" else _look_up(record, self.place)
+        """The record's figure; None where it measured none, as a phase that trains nothing has no training time."""
+        if self.kind == "quality":
+            return _quality(record, self.name)
+        value = _look_up(record, self.place)
+        return None if self.kind == "time" and not value else value
 
     def gain(self, difference: float) -> float:
         """The difference, its sign such that more is better."""
@@ -73,7 +76,7 @@ _TABLE: tuple[tuple[str, str, str, Kind, Literal["higher", "lower"], float, floa
     ("train_runtime_seconds", "train_runtime_seconds", "s", "time", "lower", 0.1, 0.25),
     ("samples_per_second", "samples_per_second", "1/s", "time", "higher", 0.1, 0.25),
     ("evaluation_seconds", "evaluation_seconds", "s", "time", "lower", 0.1, 0.25),
-    ("latency_ms", "latency_ms", "ms", "time", "lower", 0.1, 0.25),
+    ("latency_ms", "latency_ms", "ms", "time", "lower", 0.1, 0.5),
     ("peak_memory_bytes", "peak_memory_bytes", "B", "memory", "lower", 2.0**20, 0.1),
     ("artifact_bytes", "artifact_bytes", "B", "size", "lower", 2.0**10, 0.0),
     ("trainable_parameters", "parameter_counts.trainable", "parameters", "size", "lower", 1.0, 0.0),

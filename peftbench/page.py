@@ -6,13 +6,16 @@ import io
 import math
 import os
 import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from peftbench.metrics import METRICS
+from peftbench.phases import SCALE_NAMES
 from peftbench.records import Record
 from peftbench.report import render_bytes, render_count, render_duration, render_value
 from peftbench.summary import Summary, pareto_front, summarize
@@ -39,6 +42,7 @@ body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--paper)
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--faint); text-align: right; white-space: nowrap; }
+.scroll th:first-child, .scroll td:first-child { position: sticky; left: 0; background: var(--paper); }
 th:first-child, td:first-child, .facts th, .facts td { text-align: left; } .facts td { white-space: normal; }
 th button { all: unset; cursor: pointer; font-weight: 600; }
 th button::after { content: " \\2195"; color: var(--front); }
@@ -47,6 +51,7 @@ th[aria-sort=descending] button::after { content: " \\2193"; color: var(--ink); 
 :focus-visible { outline: 2px solid var(--c0); outline-offset: 2px; }
 tbody tr:hover { background: var(--shade); } a { color: var(--c0); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
+.note { font-size: .85rem; color: var(--front); }
 figure { margin: 0; } figcaption { font-size: .85rem; } svg { width: 100%; height: auto; max-width: 38rem; }
 svg text { fill: var(--ink); } svg [data-tip]:focus { outline: 2px solid var(--c0); }
 #tip { position: fixed; z-index: 1; padding: .3rem .5rem; max-width: 20rem; border: 1px solid var(--faint); border-radius: .3rem;
@@ -102,19 +107,23 @@ def render_page(
         ValueError: If matplotlib is not installed, saying how to get it.
     """
     scales = sorted({record.scale for record in records})
+    looks = _Looks(sorted({record.phase_id for record in records} | {_phase_id(phase) for phase in history}))
     body = [f"<h1>peftbench: {escape(label)}</h1>"]
     for scale in scales:
         of_scale = [record for record in records if record.scale == scale]
         summaries = summarize(of_scale)
         measured = [summary for summary in summaries if summary.passed]
         body.append(f"<h2>Scale {escape(scale)}</h2>{_table(summaries, link)}")
+        body.append('<p class="note">A wide table scrolls sideways; a click on a heading sorts.')
+        seeds = max(len(summary.passed) for summary in summaries)
+        body.append(f" ±: standard deviation over {seeds} seeds.</p>" if seeds > 1 else "</p>")
         if measured:
             body.append(f"<p>{escape(_data_line(measured[0].passed[0]))}</p>")
-            charts = [_trade_off(measured, "parameters", scale), _trade_off(measured, "minutes", scale), _curves(measured, scale)]
-            charts.append(_dev_curves(measured, scale))
+            charts = [_trade_off(measured, cost, scale, looks) for cost in ("parameters", "minutes")]
+            charts += [_curves(measured, scale, looks), _dev_curves(measured, scale, looks)]
             body.append(f'<div class="charts">{"".join(charts)}</div>')
     if any(len(points) > 1 for points in history.values()):
-        body.append(f'<h2>History</h2><div class="charts">{_history(history)}</div>')
+        body.append(f'<h2>History</h2><div class="charts">{_history(history, looks)}</div>')
     body.append(f"<h2>Measured on</h2>{_facts(records)}")
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
@@ -129,12 +138,12 @@ def render_page(
 
 def _table(summaries: Sequence[Summary], link: Callable[[Record], str | None]) -> str:
     front = pareto_front(summaries)
-    columns = ["phase", "dev accuracy", "test accuracy", "over majority", "test F1", "trained", "training", "peak", "ships"]
+    columns = ["phase", "dev accuracy", "test accuracy", "dev over majority", "test F1", "trained", "training", "peak", "ships"]
     columns += ["latency", "texts/s", "front", "records"]
     head = "".join(f'<th scope="col"><button type="button">{name}</button></th>' for name in columns[:-1]) + "<th>records</th>"
     rows = []
     for summary in summaries:
-        name = f"{summary.first.phase}-{summary.first.name}"
+        name = summary.first.phase_id
         cells: list[tuple[object, str]] = [(name, name)]
         if summary.passed:
             counts = summary.passed[0].parameter_counts
@@ -143,7 +152,7 @@ def _table(summaries: Sequence[Summary], link: Callable[[Record], str | None]) -
             cells += [
                 (value, _interval(summary, split)) for split in ("dev", "test") if (value := summary.mean(f"{split}.accuracy"))
             ]
-            cells.append((dev and dev - majority, f"+{100 * (dev - majority):.1f} pt" if dev else "-"))
+            cells.append((dev and dev - majority, f"{100 * (dev - majority):+.1f} pt" if dev else "-"))
             cells.append(_cell(summary.mean("test.f1"), lambda v: f"{100 * v:.1f}%"))
             cells.append(_cell(counts.trainable if counts else None, render_count))
             cells.append(_cell(summary.mean("train_runtime_seconds") or None, render_duration))
@@ -181,34 +190,28 @@ def _interval(summary: Summary, split: str) -> str:
 
 
 def _bounds(summary: Summary, split: str = "dev") -> tuple[float, float]:
-    """Of the mean over seeds, by the examples of one."""
-    quality = getattr(summary.passed[0], split)
-    return quality.accuracy_ci95 if quality else (math.nan, math.nan)
+    """The 95% interval of the accuracy; for several seeds, of their mean."""
+    return summary.accuracy_ci95(split) or (math.nan, math.nan)
 
 
-def _trade_off(summaries: Sequence[Summary], cost: str, scale: str) -> str:
+def _trade_off(summaries: Sequence[Summary], cost: str, scale: str, looks: "_Looks") -> str:
     """Dev accuracy against trainable parameters or training minutes, with intervals and the front."""
     figure, axes = _figure()
     tips, points = {}, []
     front = pareto_front(summaries)
-    for i, summary in enumerate(summaries):
-        name = f"{summary.first.phase}-{summary.first.name}"
+    for summary in summaries:
+        name = summary.first.phase_id
         counts = summary.passed[0].parameter_counts
         seconds, accuracy = summary.mean("train_runtime_seconds"), summary.mean("dev.accuracy")
         if not counts or not counts.trainable or not seconds or accuracy is None:
             continue
         x = counts.trainable if cost == "parameters" else seconds / 60
         low, high = _bounds(summary)
-        colour = _COLOURS[i % len(_COLOURS)]
-        axes.errorbar(
-            [x],
-            [100 * accuracy],
-            yerr=[[100 * max(0.0, accuracy - low)], [100 * max(0.0, high - accuracy)]],
-            color=colour,
-            linewidth=1,
-        )
-        gid = f"point-{scale}-{cost}-{i}"
-        axes.plot([x], [100 * accuracy], MARKERS[i % len(MARKERS)], color=colour, markersize=9, gid=gid)
+        number, colour, marker = looks.of(name)
+        ends = [[100 * max(0.0, accuracy - low)], [100 * max(0.0, high - accuracy)]]
+        axes.errorbar([x], [100 * accuracy], yerr=ends, color=colour, linewidth=1)
+        gid = f"point-{scale}-{cost}-{number}"
+        axes.plot([x], [100 * accuracy], marker, color=colour, markersize=9, gid=gid)
         axes.annotate(_text(name), (x, 100 * accuracy), xytext=(8, 5), textcoords="offset points", color=_INK)
         tips[gid] = (
             f"{name}\ndev accuracy {_interval(summary, 'dev')}\n{render_count(counts.trainable)} trained parameters\n"
@@ -218,43 +221,44 @@ def _trade_off(summaries: Sequence[Summary], cost: str, scale: str) -> str:
     edge = [
         (x, y) for x, y in sorted(points) if not any(other <= x and best >= y for other, best in points if (other, best) != (x, y))
     ]
-    if edge:
+    if len(edge) > 1:
         axes.step(*zip(*edge, strict=True), "--", where="post", color=_FRONT, linewidth=1, zorder=0)
     _scale_logarithmically(axes.xaxis, render_count if cost == "parameters" else "{:g}".format)
     axes.margins(x=0.25)
     axes.set_xlabel("trained parameters" if cost == "parameters" else "training, minutes")
     axes.set_ylabel("dev accuracy, %")
     title = f"Accuracy against {'trained parameters' if cost == 'parameters' else 'training time'}"
-    return _embed(figure, f"{title}; bars: 95% interval; dashed: what no other phase beats on these two", tips)
+    dashed = "; dashed: what no other phase beats on these two" if len(edge) > 1 else ""
+    return _embed(figure, f"{title}; bars: 95% interval{dashed}", tips)
 
 
-def _curves(summaries: Sequence[Summary], scale: str) -> str:
+def _curves(summaries: Sequence[Summary], scale: str, looks: "_Looks") -> str:
     """Training loss over the share of training."""
     lines = {}
     for summary in summaries:
         if curve := summary.passed[-1].learning_curve:
             steps, losses = zip(*curve, strict=True)
             tip = f"loss {losses[0]:.3f} → {losses[-1]:.3f} in {steps[-1]} steps"
-            lines[summary.first.case] = [step / steps[-1] for step in steps], losses, tip
+            lines[summary.first.phase_id] = [step / steps[-1] for step in steps], losses, tip
     caption = "Learning curves: mean training loss, each phase over its own steps"
-    return _lines(summaries, lines, f"curve-{scale}", "share of training", "training loss", caption)
+    return _lines(lines, looks, f"curve-{scale}", "share of training", "training loss", caption)
 
 
-def _dev_curves(summaries: Sequence[Summary], scale: str) -> str:
+def _dev_curves(summaries: Sequence[Summary], scale: str, looks: "_Looks") -> str:
     """Dev accuracy over the seconds of training, where it was evaluated meanwhile."""
     lines = {}
     for summary in summaries:
         if curve := summary.passed[-1].dev_curve:
             steps, seconds, reached = zip(*curve, strict=True)
             tip = f"dev accuracy {100 * reached[-1]:.1f}% after {render_duration(seconds[-1])} and {steps[-1]} steps"
-            lines[summary.first.case] = seconds, [100 * share for share in reached], tip
+            lines[summary.first.phase_id] = seconds, [100 * share for share in reached], tip
     caption = "Dev accuracy against seconds of training, evaluation left out"
-    return _lines(summaries, lines, f"dev-{scale}", "training, seconds", "dev accuracy, %", caption)
+    return _lines(lines, looks, f"dev-{scale}", "training, seconds", "dev accuracy, %", caption)
 
 
 def _lines(
-    summaries: Sequence[Summary],
     lines: Mapping[str, tuple[Sequence[float], Sequence[float], str]],
+    looks: "_Looks",
     gid: str,
     across: str,
     up: str,
@@ -265,40 +269,87 @@ def _lines(
         return ""
     figure, axes = _figure()
     tips = {}
-    for i, summary in enumerate(summaries):
-        if summary.first.case in lines:
-            xs, ys, tip = lines[summary.first.case]
-            name = f"{summary.first.phase}-{summary.first.name}"
-            look = {"color": _COLOURS[i % len(_COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markevery": max(1, len(xs) // 6)}
-            axes.plot(xs, ys, **look, markersize=5, linewidth=1.2, label=_text(name), gid=f"{gid}-{i}")
-            tips[f"{gid}-{i}"] = f"{name}: {tip}"
+    for name, (xs, ys, tip) in lines.items():
+        number, colour, marker = looks.of(name)
+        look = {"color": colour, "marker": marker, "markevery": max(1, len(xs) // 6), "markersize": 5, "linewidth": 1.2}
+        axes.plot(xs, ys, **look, label=_text(name), gid=f"{gid}-{number}")
+        tips[f"{gid}-{number}"] = f"{name}: {tip}"
     axes.set_xlabel(across)
     axes.set_ylabel(up)
-    axes.legend(frameon=False, labelcolor=_INK)
+    figure.legend(loc="outside upper left", ncols=3, frameon=False, labelcolor=_INK)
     return _embed(figure, caption, tips)
 
 
-def _history(history: Mapping[str, Sequence[Point]]) -> str:
+def _history(history: Mapping[str, Sequence[Point]], looks: "_Looks") -> str:
+    """Accuracy over the commits that any phase was measured at, in their order."""
     figure, axes = _figure()
     tips = {}
+    stops = {phase: _stops(points) for phase, points in history.items()}
+    commits = _merged(list(stops.values()))
+    place = {stop: x for x, stop in enumerate(commits)}
     for i, (phase, points) in enumerate(history.items()):
-        colour = _COLOURS[i % len(_COLOURS)]
-        known = [(x, 100 * point.value) for x, point in enumerate(points) if point.value is not None]
-        axes.plot(
-            *zip(*known, strict=True), color=colour, linewidth=1, label=_text(phase), marker=MARKERS[i % len(MARKERS)], markersize=4
-        )
-        for x, value in known if len(known) <= 60 else ():
-            point, gid = points[x], f"history-{i}-{x}"
-            axes.plot([x], [value], MARKERS[i % len(MARKERS)], color=colour, markersize=9 if point.shift else 5, gid=gid)
+        _, colour, marker = looks.of(_phase_id(phase))
+        known = [(place[stop], point) for stop, point in zip(stops[phase], points, strict=True) if point.value is not None]
+        heights = [100 * (point.value or 0.0) for _, point in known]
+        axes.plot([x for x, _ in known], heights, color=colour, linewidth=1, label=_text(phase), marker=marker, markersize=4)
+        for (x, point), value in zip(known, heights, strict=True) if len(known) <= 60 else ():
+            gid = f"history-{i}-{x}"
+            axes.plot([x], [value], marker, color=colour, markersize=9 if point.shift else 5, gid=gid)
             notes = [*point.marks, *([f"{point.shift} from here"] if point.shift else [])]
             tips[gid] = (
                 f"{phase} at {point.commit[:12]} {point.subject}\naccuracy {render_value(METRICS['accuracy'], point.value)}"
                 + (f"\n{', '.join(notes)}" if notes else "")
             )
+    every = max(1, math.ceil(len(commits) / 8))
+    axes.set_xticks(range(0, len(commits), every), [_text(commit[:7]) for commit, _ in commits[::every]], rotation=30)
     axes.set_xlabel("commits, oldest first")
     axes.set_ylabel("accuracy, dev and test, %")
-    axes.legend(frameon=False, labelcolor=_INK)
+    figure.legend(loc="outside upper left", ncols=3, frameon=False, labelcolor=_INK)
     return _embed(figure, "Accuracy over commits; a larger mark shifts the level", tips)
+
+
+def _stops(points: Sequence[Point]) -> list[tuple[str, int]]:
+    """A name for each point: its commit, and how many points of that commit, with other changes, stand before it."""
+    met: Counter[str] = Counter()
+    stops = []
+    for point in points:
+        stops.append((point.commit, met[point.commit]))
+        met[point.commit] += 1
+    return stops
+
+
+def _merged(sequences: Sequence[Sequence[tuple[str, int]]]) -> list[tuple[str, int]]:
+    """What any of several sequences holds, each after what stands before it in the first sequence that has it."""
+    merged: list[tuple[str, int]] = []
+    met: set[tuple[str, int]] = set()
+    for stops in sequences:
+        at = 0
+        for stop in stops:
+            if stop in met:
+                at = merged.index(stop) + 1
+            else:
+                merged.insert(at, stop)
+                met.add(stop)
+                at += 1
+    return merged
+
+
+@dataclass(frozen=True, slots=True)
+class _Looks:
+    """Colour and marker of each phase, the same all over the page."""
+
+    phases: Sequence[str]
+
+    def of(self, phase: str) -> tuple[int, str, str]:
+        """The phase's number, its colour, and its marker."""
+        number = self.phases.index(phase)
+        return number, _COLOURS[number % len(_COLOURS)], MARKERS[number % len(MARKERS)]
+
+
+def _phase_id(label: str) -> str:
+    """Of a phase in a history, which has the scale behind it where there are several."""
+    name, _, scale = label.rpartition("-")
+    return name if scale in SCALE_NAMES else label
 
 
 def _figure() -> tuple[Any, Any]:
@@ -371,13 +422,12 @@ def _facts(records: Sequence[Record]) -> str:
     return f'<div class="scroll"><table class="facts">{rows}</table></div>'
 
 
-def link_from(page: Path | None, folder: Path) -> Callable[[Record], str | None]:
-    """Where records are in a folder of runs, seen from a page (or, without one, from the working directory)."""
+def link_from(page: Path | None, files: Mapping[tuple[str, str], Path]) -> Callable[[Record], str | None]:
+    """Where records are, by run and case, seen from a page (or, without one, from the working directory)."""
     start = page.parent if page else Path()
 
     def link(record: Record) -> str | None:
-        path = folder / record.run_id / f"{record.case}.json"
-        inside = path.resolve().is_relative_to(folder.resolve())
-        return quote(Path(os.path.relpath(path, start)).as_posix()) if inside and path.is_file() else None
+        path = files.get((record.run_id, record.case))
+        return quote(Path(os.path.relpath(path, start)).as_posix()) if path else None
 
     return link

@@ -4,30 +4,16 @@ import functools
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from peftbench.intervals import Estimate, estimate
+
 RESAMPLES = 2000
 
 Bits = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """
-    Head less base, and how sure that is.
-
-    Attributes:
-        ci95: The 95% interval of the value.
-        p: Of a difference at least as large, in either direction, where there is none.
-    """
-
-    value: float
-    ci95: tuple[float, float]
-    p: float
 
 
 @functools.lru_cache(maxsize=4096)  # a history asks for the same counts again and again
@@ -52,7 +38,7 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def paired_difference(name: str, gold: Bits, base: Bits, head: Bits, *, seed: int = 0) -> Difference:
+def paired_difference(name: str, gold: Bits, base: Bits, head: Bits, *, seed: int = 0) -> Estimate:
     """
     Accuracy or F1 of the head less that of the base, the mean over seeds.
 
@@ -75,18 +61,17 @@ def paired_difference(name: str, gold: Bits, base: Bits, head: Bits, *, seed: in
     else:
         observed, drawn = _bootstrap_f1(gold, base, head, seed)
         over_examples = float(drawn.mean(axis=1).var(ddof=1))
-    value, over_seeds, freedom = float(observed.mean()), 0.0, math.inf
+    sources = [(over_examples, n - 1.0)]
     if seeds > 1:
-        over_seeds = float(observed.var(ddof=1)) / seeds
-        parts = over_seeds**2 / (seeds - 1) + over_examples**2 / (n - 1)
-        freedom = (over_examples + over_seeds) ** 2 / parts if parts else math.inf
-    found = _by_student(value, math.sqrt(over_examples + over_seeds), freedom)
+        sources.append((float(observed.var(ddof=1)) / seeds, seeds - 1.0))
+    found = estimate(float(observed.mean()), sources)
+    p = found.p
     if seeds == 1 and name == "accuracy":
-        return Difference(value, found.ci95, mcnemar_exact(int((gains < 0).sum()), int((gains > 0).sum())))
-    return found
+        p = mcnemar_exact(int((gains < 0).sum()), int((gains > 0).sum()))
+    return Estimate(found.value, (max(-1.0, found.ci95[0]), min(1.0, found.ci95[1])), p)
 
 
-def ratio_difference(base: Sequence[float], head: Sequence[float]) -> Difference | None:
+def ratio_difference(base: Sequence[float], head: Sequence[float]) -> Estimate | None:
     """
     Mean of the head less that of the base, judged by the logarithm of their ratio (Welch 1947).
 
@@ -96,25 +81,11 @@ def ratio_difference(base: Sequence[float], head: Sequence[float]) -> Difference
     if min(len(base), len(head)) < 2 or min(*base, *head) <= 0:
         return None
     logs = [[math.log(x) for x in side] for side in (base, head)]
-    parts = [statistics.variance(side) / len(side) for side in logs]
-    variance = sum(parts)
-    spread = sum(part**2 / (len(side) - 1) for part, side in zip(parts, logs, strict=True))
-    freedom = variance**2 / spread if spread else math.inf
-    ratio = _by_student(statistics.fmean(logs[1]) - statistics.fmean(logs[0]), math.sqrt(variance), freedom)
+    sources = [(statistics.variance(side) / len(side), len(side) - 1.0) for side in logs]
+    ratio = estimate(statistics.fmean(logs[1]) - statistics.fmean(logs[0]), sources)
     mean = statistics.fmean(base)
     low, high = (mean * math.expm1(end) for end in ratio.ci95)
-    return Difference(statistics.fmean(head) - mean, (low, high), ratio.p)
-
-
-def _by_student(value: float, error: float, freedom: float) -> Difference:
-    """Interval and p of a value with a standard error that has these degrees of freedom."""
-    if not error:
-        return Difference(value, (value, value), float(not value))
-    from scipy.special import stdtr, stdtrit
-
-    freedom = min(freedom, 1e9)
-    half = float(stdtrit(freedom, 0.975)) * error
-    return Difference(value, (value - half, value + half), 2 * float(stdtr(freedom, -abs(value) / error)))
+    return Estimate(statistics.fmean(head) - mean, (low, high), ratio.p)
 
 
 def _bootstrap_f1(gold: Bits, base: Bits, head: Bits, seed: int) -> tuple[Any, Any]:

@@ -114,12 +114,14 @@ class Session:
         self.progress = Progress(config)
         worker: dict[str, Any] = getattr(config, "workerinput", {})  # set in a worker of pytest-xdist
         self.run_id: str = worker.get("peftbench_run_id") or make_run_id()
+        self.workers = int(worker.get("workercount", 1))
         self.trained_seconds = 0.0
         self.record_paths: list[Path] = []
         self.resumed: list[Record] = []
         self.unreadable: set[str] = set()
         self.bases: list[Side] = []
         self.comparison: list[Row] = []
+        self.changes: list[str] = []
         self.judgement: Judgement | None = None
         self._phases: dict[str, Phase] = {}
         self._history: dict[Path, list[Record]] = {}
@@ -132,6 +134,11 @@ class Session:
         import torch
 
         return "thesis" if torch.cuda.is_available() else "mini"
+
+    @property
+    def asked_for(self) -> list[str]:
+        """What selects cases by name."""
+        return [self.config.option.keyword, *(argument for argument in self.config.args if "::" in argument)]
 
     @cached_property
     def device(self) -> Device:
@@ -155,6 +162,7 @@ class Session:
             device=options.device,
             precision=options.precision,
             evaluations=options.evaluations,
+            workers=self.workers,
         )
 
     def train_runtime_seconds(self) -> float:
@@ -245,7 +253,7 @@ class Session:
         Raises:
             ValueError: If there is nothing to compare with, which under pytest-xdist comes out only here.
         """
-        from peftbench.compare import compare
+        from peftbench.compare import compare, set_up_changes
         from peftbench.gates import judge
 
         records = [read_record(path) for path in dict.fromkeys(self.record_paths)]
@@ -253,7 +261,10 @@ class Session:
         if not self.bases:
             self.choose_bases(scales)
         base = [record for side in self.bases for record in side.records if record.scale in scales]
-        self.comparison = compare(base, records)
+        if any(self.asked_for):  # the other phases are not missing then
+            measured = {(record.scale, record.phase_id) for record in records}
+            base = [record for record in base if (record.scale, record.phase_id) in measured]
+        self.comparison, self.changes = compare(base, records), set_up_changes(base, records)
         self.judgement = judge(self.comparison, self.options.gates)
         return self.judgement.status if self.options.gates else 0
 
@@ -377,8 +388,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave tiny versions and comparisons with peers out unless something in the command line names them."""
-    named = [config.option.markexpr, config.option.keyword, config.stash[SESSION].options.scale]
-    named += [argument for argument in config.args if "::" in argument]
+    own = config.stash[SESSION]
+    named = [config.option.markexpr, own.options.scale, *own.asked_for]
     unnamed = [marker for marker in ("tiny", "peer") if not any(marker in text for text in named)]
     cases = [item for item in items if "peft_scale" in getattr(item, "fixturenames", ())]
     left_out = [item for item in cases if any(item.get_closest_marker(marker) for marker in unnamed)]
@@ -488,6 +499,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         if session.bases:
             terminalreporter.write_line(f"\ncompared with {', '.join(printable(side.label) for side in session.bases)}:")
             terminalreporter.write_line(render_comparison(session.comparison))
+            for line in session.changes:
+                terminalreporter.write_line(f"changed: {printable(line)}")
         for line in session.judgement.lines if session.options.gates or not session.bases else ():
             terminalreporter.write_line(printable(line), red=True)
     for line in session.describe_times(records):

@@ -18,7 +18,12 @@ from typing import Any, Literal
 from peftbench.phases import KD_MAX_LENGTH, Phase
 from peftbench.sealed import lock, write_atomically
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+
+_GROUPS = frozenset(
+    ("dev", "test", "parameter_counts", "efficiency", "memory_use", "teacher_cost", "config.peft", "config.distillation")
+)
+"""Keys that hold keys of their own, unless they are null."""
 
 MAX_RECORD_BYTES = 64 * 2**20
 """Of a file that is read; a record has some ten thousand."""
@@ -26,6 +31,7 @@ MAX_RECORD_BYTES = 64 * 2**20
 _ADDED: Mapping[int, Sequence[str]] = {
     2: ("skipped_steps", "memory_use", "teacher_checkpoint"),
     3: ("metrics_version", "dev_curve"),
+    4: ("precision", "memory_before_bytes"),
 }
 """The top-level keys that each version of the schema brought; in records of older ones they are null."""
 
@@ -205,8 +211,10 @@ class Record:
     dev_curve: tuple[tuple[int, float, float], ...] | None = None
     peak_memory_bytes: int | None = None
     peak_memory_scope: str | None = None
+    memory_before_bytes: int | None = None
     artifact_bytes: int | None = None
     latency_ms: float | None = None
+    precision: str | None = None
     batching: str | None = None
     teacher_cost: TeacherCost | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -216,9 +224,14 @@ class Record:
     commit: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def phase_id(self) -> str:
+        """As the study writes it: ``D-hybrid``."""
+        return f"{self.phase}-{self.name}"
+
+    @property
     def case(self) -> str:
         """File name of the record without its ending; unique within a run."""
-        return f"{self.phase}-{self.name}-{self.scale}-s{self.seed}"
+        return f"{self.phase_id}-{self.scale}-s{self.seed}"
 
     def reaching(self, accuracy: float) -> tuple[int, float] | None:
         """Optimizer steps and seconds of training after which dev accuracy was first seen to be that high; None if it never was."""
@@ -230,8 +243,12 @@ class Record:
         return content
 
     def to_row(self) -> dict[str, Any]:
-        """The record's single values by their dotted path, for a table: no predictions, no curve."""
-        row: dict[str, Any] = {}
+        """
+        The record's single values by their dotted path, after the phase's id and the case, for a table.
+
+        Left out are predictions, curves, and groups that the case has nothing in, such as a teacher's cost.
+        """
+        row: dict[str, Any] = {"id": self.phase_id, "case": self.case}
 
         def add(name: str, value: Any) -> None:
             if isinstance(value, dict):
@@ -240,7 +257,7 @@ class Record:
             elif isinstance(value, list):
                 row.update({name: json.dumps(value)} if name not in ("learning_curve", "dev_curve") else {})
             else:
-                row[name] = value
+                row.update({name: value} if value is not None or name not in _GROUPS else {})
 
         add("", {name: value for name, value in self.to_json().items() if name != "predictions"})
         return row
@@ -265,6 +282,9 @@ class Record:
             raise RecordError(str(misfit)) from None
         for predictions in record.predictions.values():
             predictions.masks()
+        for name, split in (("dev", record.dev), ("test", record.test)):
+            if split and not (0 <= split.accuracy <= 1 and 0 <= split.f1 <= 1):
+                raise RecordError(f"record.{name} must have fractions, got accuracy {split.accuracy!r} and f1 {split.f1!r}")
         return record
 
 
@@ -394,14 +414,6 @@ class Store:
                 yield read_record(path)
             except RecordError as error:
                 yield error
-
-
-def wilson_interval(hits: float, n: int, *, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927), 95% by default."""
-    share, spread = hits / n, z * z / n
-    centre = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def phase_config(phase: Phase) -> dict[str, Any]:

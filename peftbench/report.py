@@ -3,12 +3,14 @@
 import csv
 import io
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
 from peftbench.metrics import METRICS, Metric
 from peftbench.records import Plan, Record
 from peftbench.summary import Summary, pareto_front, summarize
-from peftbench.verdicts import Point, Row
+from peftbench.verdicts import Point, Row, Verdict
 
 HEADERS = (
     "phase",
@@ -120,7 +122,7 @@ def render_csv(rows: Sequence[Mapping[str, object]]) -> str:
 
 def render_comparison(rows: Sequence[Row], *, table: str = "simple") -> str:
     """
-    A comparison as a table, one row a phase and metric.
+    A comparison as a table, one row a phase and metric, and how many of each verdict there are.
 
     Args:
         table: A format of `tabulate`.
@@ -144,7 +146,8 @@ def render_comparison(rows: Sequence[Row], *, table: str = "simple") -> str:
     headers = ["phase", "metric", "base", "head", "difference", "95% interval", "verdict", "why"]
     align = ("left", "left", "right", "right", "right", "right", "left", "left")
     text: str = tabulate(cells, headers=headers, tablefmt=table, disable_numparse=True, colalign=align if cells else None)
-    return text
+    counts = Counter(row.verdict for row in rows)
+    return f"{text}\n\n{', '.join(f'{counts[verdict]} {verdict}' for verdict in get_args(Verdict) if counts[verdict])}"
 
 
 def render_history(traced: Mapping[str, Sequence[Point]], metric: Metric) -> str:
@@ -167,6 +170,10 @@ def render_history(traced: Mapping[str, Sequence[Point]], metric: Metric) -> str
         values = [point.value for point in points]
         table = tabulate(rows, headers=["commit", "subject", metric.name, "records", "marks", "level"], disable_numparse=True)
         blocks.append(f"{printable(phase)}  {metric.name}  {sparkline(values)}\n{table}")
+    blocks.append(
+        f"{metric.name}: {metric.better} is better; level: where it got better or worse than all since the shift before, "
+        "by more than noise\nmarks: dirty, changes that were not committed; unknown, to git here; failed; other ..., not compared"
+    )
     return "\n\n".join(blocks)
 
 
@@ -239,7 +246,7 @@ def render_count(count: float) -> str:
 
 def _row(summary: Summary, front: set[str]) -> list[str]:
     first = summary.first
-    name = f"{first.phase}-{first.name}"
+    name = first.phase_id
     if not summary.passed:
         return [name, "failed", *[""] * 10]
     counts = summary.passed[0].parameter_counts
@@ -309,6 +316,8 @@ def _notes(summaries: Sequence[Summary]) -> list[str]:
     for training, logits, cache, phase in sorted(teachers, key=lambda t: t[3]):
         spent = f"tuning {render_duration(training)}, logits {render_duration(logits)}, when first made"
         lines.append(f"{phase} also needs the teacher: {spent}; cache {cache} here")
+    if seeds := sorted({len(summary.passed) for summary in summaries if len(summary.passed) > 1}):
+        lines.append(f"×{', ×'.join(map(str, seeds))}: means over that many seeds; ±: their standard deviation")
     lines += [f"{r.phase}-{r.name} seed {r.seed} failed: {_first_line(r.error)}" for r in records if r.outcome == "failed"]
     return lines
 

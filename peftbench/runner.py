@@ -68,6 +68,7 @@ class Settings:
         run_id: The run that the records belong to.
         commit: What `peftbench.measure.describe_commit` said when the session began.
         evaluations: How often each phase is evaluated on dev while it trains; takes no part in the training time.
+        workers: Processes that run cases beside each other.
     """
 
     outputs: Path
@@ -77,6 +78,7 @@ class Settings:
     device: str = "auto"
     precision: str = "auto"
     evaluations: int = 0
+    workers: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -298,13 +300,15 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
         dev_curve=run.dev_curve if run else (),
         peak_memory_bytes=peak,
         peak_memory_scope=memory.scope,
+        memory_before_bytes=memory.before_bytes,
         artifact_bytes=artifact_bytes(model),
         latency_ms=latency_ms(model, held_out[0], bench.device, packed=packed),
+        precision=bench.device.precision,
         batching="packed" if packed else "padded to the longest",
         teacher_cost=_teacher_cost(phase, bench, logits, hit=bench.misses == misses),
         data=bench.splits.describe(),
         predictions=predictions,
-        machine=describe_machine(bench.device),
+        machine=describe_machine(bench.device, settings.workers),
         versions=describe_versions(),
         commit=settings.commit,
     )

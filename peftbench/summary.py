@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peftbench.records import Record, wilson_interval
+from peftbench.intervals import estimate, wilson_interval
+from peftbench.records import Record
 
 FIGURES = (
     "dev.accuracy",
@@ -55,6 +56,25 @@ class Summary:
         """The single values, by seed."""
         return [float(value) for record in self.passed if (value := _look_up(record, figure)) is not None]
 
+    def accuracy_ci95(self, *splits: str) -> tuple[float, float] | None:
+        """
+        Of the accuracy over these splits together: Wilson's for one seed, for several that of the mean over seeds and examples.
+
+        None where no predictions were recorded. Two seeds leave it wide, as they tell little about how far seeds vary.
+        """
+        seeds = [_wrong(record, splits) for record in self.passed]
+        if not seeds or not all(n for _, n in seeds) or len({n for _, n in seeds}) > 1:
+            return None
+        n, wrong = seeds[0][1], [mask for mask, _ in seeds]
+        if len(seeds) == 1:
+            return wilson_interval(n - wrong[0].bit_count(), n)
+        rates = [mask.bit_count() / n for mask in wrong]
+        square = sum((one & other).bit_count() for one in wrong for other in wrong) / len(wrong) ** 2 / n
+        over_examples = max(0.0, square - statistics.fmean(rates) ** 2) / n
+        over_seeds = statistics.variance(rates) / len(rates)
+        low, high = estimate(1 - statistics.fmean(rates), [(over_examples, n - 1), (over_seeds, len(rates) - 1)]).ci95
+        return max(0.0, low), min(1.0, high)
+
 
 def summarize(records: Iterable[Record]) -> list[Summary]:
     """One summary for each phase and scale, in the order of the phases' ids."""
@@ -69,7 +89,7 @@ def phase_report(summary: Summary) -> dict[str, Any]:
     A phase's latest result: the record's keys, with means where there are several seeds.
 
     ``seeds`` lists them; ``spread`` holds mean, standard deviation (null for one seed) and the single values of each figure.
-    The interval of a mean accuracy is that of the examples, which all seeds share.
+    The interval of a mean accuracy is that over seeds and examples.
     """
     passed = summary.passed
     report = passed[-1].to_json()
@@ -86,7 +106,9 @@ def phase_report(summary: Summary) -> dict[str, Any]:
             place[last] = round(spread["mean"]) if isinstance(place[last], int) else spread["mean"]
         for split in ("dev", "test"):
             quality = report[split]
-            quality["accuracy_ci95"] = list(wilson_interval(quality["accuracy"] * quality["n"], quality["n"]))
+            quality["accuracy_ci95"] = list(
+                summary.accuracy_ci95(split) or wilson_interval(quality["accuracy"] * quality["n"], quality["n"])
+            )
     return report
 
 
@@ -94,19 +116,30 @@ def pareto_front(summaries: Iterable[Summary]) -> set[str]:
     """
     Ids of the trained phases that no other beats on dev accuracy, trainable parameters and training time at once.
 
-    A phase that trains nothing is left out: it would be on every front for free.
+    Left out are a phase that trains nothing, which would be on every front for free, and one no better than the majority class.
     """
     points = {}
     for summary in summaries:
-        if summary.passed and summary.passed[0].parameter_counts and summary.passed[0].parameter_counts.trainable:
-            accuracy, seconds = summary.mean("dev.accuracy"), summary.mean("train_runtime_seconds")
-            trainable = summary.passed[0].parameter_counts.trainable
-            points[f"{summary.first.phase}-{summary.first.name}"] = (-(accuracy or 0.0), trainable, seconds or 0.0)
+        accuracy, seconds = summary.mean("dev.accuracy") or 0.0, summary.mean("train_runtime_seconds") or 0.0
+        one = next(iter(summary.passed), summary.first)
+        trainable = one.parameter_counts.trainable if one.parameter_counts else 0
+        if trainable and (one.majority_accuracy is None or accuracy > one.majority_accuracy):
+            points[one.phase_id] = (-accuracy, trainable, seconds)
     return {
         name
         for name, point in points.items()
         if not any(other != point and all(o <= p for o, p in zip(other, point, strict=True)) for other in points.values())
     }
+
+
+def _wrong(record: Record, splits: Sequence[str]) -> tuple[int, int]:
+    """The wrong predictions of the splits as bits, end to end, and how many examples there are."""
+    wrong, n = 0, 0
+    for split in splits:
+        if predictions := record.predictions.get(split):
+            predicted, gold = predictions.masks()
+            wrong, n = wrong << predictions.n | (predicted ^ gold), n + predictions.n
+    return wrong, n
 
 
 def _look_up(record: Record, figure: str) -> Any:

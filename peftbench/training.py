@@ -103,7 +103,8 @@ def fit(
     parameters = [p for group in groups for p in group["params"]]
     in_place = device.kind == "cpu"  # where it is quicker; on a GPU each addition to a gradient is a kernel to launch
     memory = MemoryUse(examples_at_once=examples_at_once)
-    every = max(1, math.ceil(total / CURVE_POINTS))
+    points = min(CURVE_POINTS, total)
+    marks = {round(total * (i + 1) / points) for i in range(points)}
     curve: list[tuple[int, float]] = []
     evaluated: list[tuple[int, float, float]] = []
     due = {round(total * (i + 1) / evaluations) for i in range(evaluations)} if evaluate is not None else set()
@@ -158,7 +159,7 @@ def fit(
                     schedule.step()
                 step, examples, tokens = step + 1, examples + len(rows), tokens + batch_tokens
                 since_point += number
-                if step % every == 0 or step == total:
+                if step in marks:
                     curve.append((step, since_point / (step - (curve[-1][0] if curve else 0))))
                     since_point = 0.0
                 progress(what, step, total)

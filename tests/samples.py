@@ -2,7 +2,8 @@
 
 import random
 
-from peftbench.records import Efficiency, ParameterCounts, Predictions, Record, SplitMetrics, wilson_interval
+from peftbench.intervals import wilson_interval
+from peftbench.records import Efficiency, ParameterCounts, Predictions, Record, SplitMetrics
 
 
 def predictions(n, wrong, *, split="dev", seed=0):

@@ -155,7 +155,7 @@ def test_a_phase_beside_another():
     for first, second in (("B", "D"), ("lora", "hybrid"), ("b-lora", "d-hybrid")):
         rows = {row.metric: row for row in compare_phases(records, first, second)}
         assert ("B-lora → D-hybrid", "worse") == (rows["accuracy"].phase, rows["accuracy"].verdict)
-    with pytest.raises(ValueError, match=r"a phase must be one of B-lora, D-hybrid; got 'X'"):
+    with pytest.raises(ValueError, match=r"a phase must be one of B-lora, D-hybrid; got 'X'; another run"):
         compare_phases(records, "B", "X")
 
 

@@ -22,6 +22,11 @@ def status(base, head, *limits, strict=False):
         ("train_runtime_seconds:20%", 0.2, True),
         ("latency_ms:1.5", 1.5, False),
         ("peak_memory_bytes:1e6", 1e6, False),
+        ("peak_memory_bytes:100MiB", 100 * 2**20, False),
+        ("latency_ms:2ms", 2.0, False),
+        ("latency_ms:0.01s", 10.0, False),
+        ("train_runtime_seconds:1.5min", 90.0, False),
+        ("samples_per_second:10", 10.0, False),
     ],
 )
 def test_a_gate_is_written_as_pytest_benchmark_does(text, limit, relative):
@@ -31,11 +36,13 @@ def test_a_gate_is_written_as_pytest_benchmark_does(text, limit, relative):
 
 
 @pytest.mark.parametrize(
-    "text", ["accuracy", "accuracy:", "accuracy:-1pt", "speed:3%", "latency_ms:1pt", "accuracy:nan", "accuracy:5 %"]
+    "text", ["accuracy", "accuracy:", "accuracy:-1pt", "speed:3%", "latency_ms:1pt", "accuracy:nan", "accuracy:5 %", "accuracy:5"]
 )
 def test_a_wrong_gate_says_what_is_allowed(text):
     """The metric's name or its limit."""
-    with pytest.raises(ValueError, match=r"--fail (must name one of accuracy, f1|\w+: the limit must be 20% of the base, )"):
+    with pytest.raises(
+        ValueError, match=r"--fail (must name one of accuracy, f1|\w+: the limit must be written as .*5% \(of the base\))"
+    ):
         Gate.from_text(text)
 
 

@@ -4,12 +4,15 @@ import dataclasses
 import json
 import statistics
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from samples import passed as measured
+from scipy import stats
 
-from peftbench.records import Efficiency, ParameterCounts, Record, SplitMetrics, wilson_interval
+from peftbench.intervals import wilson_interval
+from peftbench.records import Efficiency, ParameterCounts, Record, SplitMetrics
 from peftbench.summary import FIGURES, Summary, pareto_front, phase_report, summarize
 
 
@@ -182,11 +185,26 @@ def test_the_report_of_several_seeds_holds_means_where_the_record_holds_values()
     assert "passed" == report["outcome"]
 
 
-def test_the_interval_of_a_mean_accuracy_is_that_of_the_shared_examples():
-    """Three seeds on 100 examples know no more than 100 examples: Wilson's interval of 90 of 100."""
-    report = phase_report(Summary(THREE))
-    reference = binomtest(90, 100).proportion_ci(method="wilson")
-    assert [pytest.approx(reference.low), pytest.approx(reference.high)] == report["dev"]["accuracy_ci95"]
+@pytest.mark.parametrize("spread", [0, 30])
+def test_the_interval_of_a_mean_accuracy_is_over_seeds_and_examples(spread):
+    """The variances of both, by their definitions, and Student's t; alike seeds leave the interval of the examples."""
+    wrong = [set(range(100)) | set(range(200, 200 + spread * i)) for i in range(3)]
+    records = [measured(seed=seed, wrong=positions) for seed, positions in zip((42, 43, 44), wrong, strict=True)]
+    correct = np.array([[i not in positions for i in range(900)] for positions in wrong], float)
+    by_example, by_seed = correct.mean(axis=0).var() / 900, correct.mean(axis=1).var(ddof=1) / 3
+    freedom = (by_example + by_seed) ** 2 / (by_example**2 / 899 + by_seed**2 / 2)
+    half = stats.t.ppf(0.975, freedom) * (by_example + by_seed) ** 0.5
+    low, high = phase_report(Summary(records))["dev"]["accuracy_ci95"]
+    assert (pytest.approx(correct.mean() - half), pytest.approx(correct.mean() + half)) == (low, high)
+
+
+def test_the_interval_of_one_seed_is_wilsons():
+    """Of dev, and of dev and test together."""
+    summary = Summary([measured(wrong=range(90))])
+    for splits, n in ((("dev",), 900), (("dev", "test"), 1800)):
+        reference = stats.binomtest(n - 90, n).proportion_ci(method="wilson")
+        assert (pytest.approx(reference.low), pytest.approx(reference.high)) == summary.accuracy_ci95(*splits)
+    assert summary.accuracy_ci95("train") is None
 
 
 def test_figures_that_nobody_measured_are_not_in_the_spread():
@@ -235,6 +253,12 @@ def test_a_phase_that_trains_nothing_is_on_no_front_and_beats_nobody():
     """It would be on every front for free."""
     teacher = passed("A-teacher", accuracy=0.99, trainable=0, seconds=0.0)
     assert {"B-lora"} == front_of(teacher, passed("B-lora", accuracy=0.5))
+
+
+def test_always_answering_the_same_is_on_no_front():
+    """However cheap: half of dev is of the more frequent label."""
+    useless = passed("C-positive", accuracy=0.5, trainable=1, seconds=1.0, majority_accuracy=0.5)
+    assert {"B-lora"} == front_of(useless, passed("B-lora", majority_accuracy=0.5))
 
 
 def test_a_failed_phase_is_on_no_front():

@@ -269,16 +269,17 @@ def test_learning_curve_has_the_mean_of_every_stretch(total, seed):
     assert len(steps) <= CURVE_POINTS
     assert sorted(set(steps)) == steps
     starts = [0, *steps[:-1]]
+    assert max(b - a for a, b in zip(starts, steps, strict=True)) <= -(-total // CURVE_POINTS)
     expected = [sum(losses[a:b]) / (b - a) for a, b in zip(starts, steps, strict=True)]
     assert expected == pytest.approx([mean for _, mean in curve], rel=1e-5)
 
 
 def test_learning_curve_by_hand():
-    """101 steps with losses 1, 2, …: a point every third step and one at the end for the two that are left."""
+    """101 steps with losses 1, 2, …: fifty points, each of two steps but one."""
     curve = fit_losses([float(i) for i in range(1, 102)]).learning_curve
-    assert [(3, 2.0), (6, 5.0), (9, 8.0)] == list(curve[:3])
-    assert [(99, 98.0), (101, 100.5)] == list(curve[-2:])
-    assert 34 == len(curve)
+    assert [(2, 1.5), (4, 3.5), (6, 5.5)] == list(curve[:3])
+    assert [(99, 98.5), (101, 100.5)] == list(curve[-2:])
+    assert 50 == len(curve)
 
 
 def test_progress_is_told_every_step():

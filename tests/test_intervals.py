@@ -1,0 +1,47 @@
+"""Intervals against scipy's and worked examples."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from scipy import stats
+from scipy.stats import binomtest
+
+from peftbench.intervals import estimate, wilson_interval
+
+
+def test_wilsons_interval_matches_the_worked_example():
+    """8 of 10, worked out by hand: centre (0.8 + 0.19207) / 1.38415 = 0.71674, half width 0.22659."""
+    low, high = wilson_interval(8, 10)
+    assert (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4)) == (low, high)
+
+
+@given(n=st.integers(1, 3000), data=st.data())
+@hypothesis_settings(deadline=None, max_examples=60)
+def test_wilsons_interval_matches_scipy(n, data):
+    """For any number of hits, none and all included."""
+    hits = data.draw(st.integers(0, n))
+    reference = binomtest(hits, n).proportion_ci(confidence_level=0.95, method="wilson")
+    low, high = wilson_interval(hits, n)
+    assert (pytest.approx(reference.low, abs=1e-9), pytest.approx(reference.high, abs=1e-9)) == (low, high)
+    assert 0.0 <= low <= hits / n + 1e-12 and hits / n - 1e-12 <= high <= 1.0
+
+
+def test_an_estimate_of_two_sources_is_welchs_t_test():
+    """Interval and p of the difference of two means whose variances differ."""
+    rng = np.random.default_rng(0)
+    base, head = rng.normal(0.0, 1.0, 5), rng.normal(1.0, 3.0, 9)
+    found = estimate(head.mean() - base.mean(), [(side.var(ddof=1) / len(side), len(side) - 1) for side in (base, head)])
+    expected = stats.ttest_ind(head, base, equal_var=False)
+    interval = expected.confidence_interval(0.95)
+    assert (pytest.approx(expected.pvalue), pytest.approx((interval.low, interval.high))) == (found.p, found.ci95)
+
+
+@pytest.mark.parametrize(("value", "p"), [(0.0, 1.0), (0.1, 0.0)])
+def test_an_estimate_without_variance_is_certain(value, p):
+    """Of nothing, and of something."""
+    found = estimate(value, [(0.0, math.inf)])
+    assert ((value, value), p) == (found.ci95, found.p)
