@@ -130,16 +130,16 @@ def compare_phases(records: Iterable[Record], base: str, head: str) -> list[Row]
 
 def set_up_changes(base: Iterable[Record], head: Iterable[Record]) -> list[str]:
     """
-    What two sides' phases were set up with differently, a line each: hyperparameters, checkpoints, versions.
+    What the phases that passed on two sides were set up with differently, a line each: hyperparameters, checkpoints, versions.
 
     Changes that several phases share are told once.
     """
     sides = _by_case(base), _by_case(head)
     labels = _labels([*sides[0], *sides[1]])
-    both = sorted(set(sides[0]) & set(sides[1]))
+    both = sorted(case for case in labels if all(case in side and side[case].passed for side in sides))
     phases: dict[str, list[str]] = {}
     for case in both:
-        rows = [_set_up(side[case].records[-1]) for side in sides]
+        rows = [_set_up(side[case].passed[-1]) for side in sides]
         for key in dict.fromkeys([*rows[0], *rows[1]]):
             before, after = (str(row.get(key))[:60] for row in rows)
             if before != after:
@@ -148,9 +148,6 @@ def set_up_changes(base: Iterable[Record], head: Iterable[Record]) -> list[str]:
 
 
 def _set_up(record: Record) -> dict[str, object]:
-    """Of what passed; a failed case may not have got to know it."""
-    if record.outcome != "passed":
-        return {}
     kinds = ("config", "checkpoint", "teacher_checkpoint", "precision", "batching", "versions")
     return {key: value for key, value in record.to_row().items() if key.partition(".")[0] in kinds}
 

@@ -47,6 +47,26 @@ def test_compare_prints_rows_and_says_what_it_read(outputs, capsys):
     assert f"peftbench: read run {FIRST}: 2 records\npeftbench: read latest run {SECOND}: 2 records\n" == err
 
 
+def test_a_run_is_not_in_its_own_base(outputs, capsys):
+    """The commit's other run is; without one, the commit is compared with itself."""
+    store = Store(outputs, "mini")
+    third = "20260103T000000Z-cccccc"
+    store.save(passed(run=third, wrong=range(90), commit={"id": SECOND[:8] * 5, "dirty": False, "changes": None}))
+    status, out, err = run(capsys, "compare", SECOND[:8] * 5)
+    assert 0 == status
+    assert re.search(r"B-lora +accuracy +97.5% +95.0%", out)
+    assert f"peftbench: read latest run {third}: 1 record\n" in err
+
+
+def test_compare_ends_with_counts_and_changes(outputs, capsys):
+    """How many of each verdict; what was set up differently, on standard error."""
+    third = "20260103T000000Z-cccccc"
+    Store(outputs, "mini").save(passed(run=third, config={"epochs": 5}))
+    _, out, err = run(capsys, "compare", FIRST)
+    assert "9 no difference shown, 1 missing" == out.splitlines()[-1]
+    assert "peftbench: changed: B-lora: config.epochs 2 → 5" == err.splitlines()[-1]
+
+
 def test_compare_as_json(outputs, capsys):
     """A list of rows with the keys that scripts go by."""
     _, out, _ = run(capsys, "compare", FIRST, "latest", "--format", "json")
@@ -82,6 +102,9 @@ def test_gates_decide_the_exit_status(outputs, capsys, arguments, expected):
         (("history", "speed"), "the metric must be one of accuracy, f1"),
         (("history", "--phase", "X"), "no record of the phases asked for has accuracy"),
         (("report", "nothing.json"), "'nothing.json' is no file"),
+        (("report", "--reach", "80"), "--reach must be a fraction, such as 0.8, and the format md or latex; got 80, md"),
+        (("report", "--reach", "0.8", "--format", "html"), "--reach must be a fraction, such as 0.8, and the format md or latex"),
+        (("plan", "--memory", "-3"), "--memory must be more than 0 GiB, got -3"),
         (("export", "bad.json", "--format", "bencher"), "bad.json: "),
         (("report", "empty"), "no record in empty"),
         (("report", "--format", "csv", "--to", "empty"), "empty"),
@@ -136,6 +159,22 @@ def test_report_to_a_file_links_to_the_records(outputs, tmp_path, capsys):
     assert (0, "") == (status, out)
     assert "peftbench: wrote report.html\n" in err
     assert f'href="outputs/runs/{SECOND}/B-lora-mini-s42.json"' in (tmp_path / "report.html").read_text()
+
+
+def test_the_pages_history_is_of_what_it_reports(outputs, tmp_path, capsys):
+    """All runs for a run; for a file what it holds, though there are runs beside it."""
+    path = next((tmp_path / "outputs" / "runs" / FIRST).glob("B-*.json"))
+    for side, expected in (("latest", True), (str(path), False)):
+        _, out, _ = run(capsys, "report", side, "--format", "html")
+        assert expected == ("<h2>History</h2>" in out), side
+
+
+def test_the_version_is_told(capsys):
+    """The installed package's."""
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert 0 == caught.value.code
+    assert re.fullmatch(r"peftbench \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
 def test_hostile_names_are_only_text(tmp_path, capsys, monkeypatch):

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 from samples import failed, passed
 
-from peftbench.compare import compare, compare_phases
+from peftbench.compare import compare, compare_phases, set_up_changes
+from peftbench.records import TeacherCost
 
 LOST = range(45)  # of 1,800 examples, 2.5 points
 
@@ -87,12 +88,18 @@ def test_the_last_run_of_a_seed_counts():
         ({"machine": {"id": "m2"}}, "train_runtime_seconds", "other machine: m1 and m2"),
         ({"machine": {"id": "m2"}}, "peak_memory_bytes", "other machine"),
         ({"predictions": passed(n=800).predictions}, "accuracy", "other data"),
+        ({"machine": {"id": "m1 with 2 workers"}}, "evaluation_seconds", "other machine"),
         ({"peak_memory_bytes": None}, "peak_memory_bytes", "not measured in the head"),
+        (
+            {"memory_before_bytes": 2**30},
+            "peak_memory_bytes",
+            "other memory in use before the case: 512 MiB and 1024 MiB",
+        ),
     ],
 )
 def test_what_cannot_be_compared_says_why(changes, metric, why):
     """Never a number where the two sides are of different things."""
-    row = row_of([passed()], [passed(**changes)], metric)
+    row = row_of([passed(memory_before_bytes=2**29)], [passed(**{"memory_before_bytes": 2**29, **changes})], metric)
     assert ("not comparable", None, None) == (row.verdict, row.difference, row.ci95)
     assert row.reason.startswith(why)
 
@@ -155,6 +162,9 @@ def test_a_phase_beside_another():
     for first, second in (("B", "D"), ("lora", "hybrid"), ("b-lora", "d-hybrid")):
         rows = {row.metric: row for row in compare_phases(records, first, second)}
         assert ("B-lora → D-hybrid", "worse") == (rows["accuracy"].phase, rows["accuracy"].verdict)
+    [row] = compare_phases([passed("B-lora"), failed("D-hybrid")], "B", "D")
+    assert ("outcome", "not comparable") == (row.metric, row.verdict)
+    assert row.reason.startswith("D-hybrid failed: RuntimeError")
     with pytest.raises(ValueError, match=r"a phase must be one of B-lora, D-hybrid; got 'X'; another run"):
         compare_phases(records, "B", "X")
 
@@ -166,5 +176,33 @@ def test_scales_are_never_mixed():
 
 
 def test_a_phase_that_does_not_train_has_no_training_time():
-    """Zero seconds on both sides is no row."""
-    assert "train_runtime_seconds" not in {row.metric for row in compare([passed(seconds=0.0)], [passed(seconds=0.0)])}
+    """Zero seconds on both sides is no row, and beside a phase that trains no number."""
+    still = passed(seconds=0.0)
+    assert "train_runtime_seconds" not in {row.metric for row in compare([still], [still])}
+    row = row_of([still], [passed()], "train_runtime_seconds")
+    assert ("not comparable", None, "not measured in the base") == (row.verdict, row.base, row.reason)
+
+
+def test_a_training_time_says_what_it_leaves_out():
+    """The teacher's, where one side alone needed one."""
+    cost = TeacherCost(training_seconds=77.0, logit_seconds=2.0, cache="hit")
+    rows = compare_phases([passed("B-lora"), passed("D-hybrid", teacher_cost=cost)], "B", "D")
+    [reason] = [row.reason for row in rows if row.metric == "train_runtime_seconds"]
+    assert reason.endswith("; the teacher's 79 s in the head not counted")
+    assert "teacher" not in row_of([passed(teacher_cost=cost)], [passed(teacher_cost=cost)], "train_runtime_seconds").reason
+
+
+def test_a_mean_beside_one_measurement_is_not_called_single():
+    """Nothing tells how far one varies, though the other side has two."""
+    base = [passed(), passed(run="20260102T000000Z-bbbbbb")]
+    assert "a single measurement on one side, tolerance 25%" == row_of(base, [passed()], "train_runtime_seconds").reason
+
+
+def test_what_was_set_up_differently_is_told():
+    """Hyperparameters of one phase, versions of all; what did not change and what failed is not."""
+    ids = ("B-lora", "C1-full")
+    base = [passed(i) for i in ids]
+    head = [passed(i, config={"epochs": 3 if i == "B-lora" else 2}, versions={"torch": "3"}) for i in ids]
+    assert ["B-lora: config.epochs 2 → 3", "all phases: versions.torch 2 → 3"] == set_up_changes(base, head)
+    assert [] == set_up_changes(base, base)
+    assert [] == set_up_changes(base, [failed(i) for i in ids])

@@ -1,5 +1,6 @@
 """Exports: each by its format's published rules, or by the tool that reads it."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -65,3 +66,9 @@ def test_pytest_benchmark_reads_its_own_format(tmp_path):
     assert 0 == done.returncode, done.stderr
     assert "test_phase[B-lora]" in done.stdout
     assert "63.0000" in done.stdout
+
+
+def test_pytest_benchmark_entries_are_named_as_the_cases():
+    """A tiny case has that in its id, so that an exported run pairs with one that pytest-benchmark saved."""
+    records = [passed(), dataclasses.replace(passed(), scale="tiny")]
+    assert ["test_phase[B-lora]", "test_phase[B-lora-tiny]"] == [e["name"] for e in to_pytest_benchmark(records)["benchmarks"]]

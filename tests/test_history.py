@@ -65,6 +65,27 @@ def test_a_commits_clean_runs_come_before_its_dirty_ones(repository, store):
     assert [clean] == list(History.from_outputs(store.outputs, folder).select(ids[0]).records)
 
 
+def test_a_folder_of_runs_is_a_side_and_so_is_a_run_of_the_tiny_scale(store):
+    """By the folder that holds the runs, and by the run's id where the outputs have other runs, too."""
+    record = keep(store, "c" * 40)
+    tiny = dataclasses.replace(record, scale="tiny", run_id="20260102T000000Z-bbbbbb")
+    Store(store.outputs, "tiny").save(tiny)
+    history = History.from_outputs(store.outputs)
+    assert [record] == list(read_side(str(store.runs), lambda: history).records)
+    assert [tiny] == list(read_side(str(store.outputs / "tiny"), lambda: history).records)
+    assert [tiny] == list(history.select(tiny.run_id).records)
+
+
+def test_a_commit_means_its_other_runs(repository, store):
+    """Those that are not to be compared with; if there are no others, those."""
+    folder, ids = repository
+    first, second = (keep(store, ids[0], day=day) for day in (1, 2))
+    history = History.from_outputs(store.outputs, folder)
+    assert [first, second] == list(history.select(ids[0]).records)
+    assert [first] == list(history.select(ids[0], without={second.run_id}).records)
+    assert [first, second] == list(history.select(ids[0], without={first.run_id, second.run_id}).records)
+
+
 def test_without_git_a_record_tells_its_commit(store, tmp_path):
     """By the beginning of its id."""
     record = keep(store, "deadbeef" * 5)
@@ -201,9 +222,20 @@ def test_marks_tell_what_is_unusual():
     assert [[], ["dirty"], ["other machine"], ["failed"], ["unknown"]] == marks
 
 
+def test_a_commit_that_failed_last_has_the_value_of_what_passed():
+    """A failed record's own figures are in no value."""
+    low = dataclasses.replace(at("a" * 40, 2, wrong=LOST), outcome="failed", error="AssertionError")
+    [point] = points_of([at("a" * 40, 1), low], "accuracy", COMMITS)
+    assert (1.0, ["failed"]) == (point.value, point.marks)
+
+
 def test_load_records_gives_flat_rows(store):
-    """A row a record, as pandas takes them."""
-    keep(store, "c" * 40)
-    [row] = load_records(store.outputs)
+    """A row a record, as pandas takes them; a bad file is warned of; groups that are empty give no column of their own."""
+    path = store.record_path(keep(store, "c" * 40))
+    path.with_name("bad.json").write_text("{")
+    with pytest.warns(UserWarning, match=r"left out: .*bad\.json"):
+        [row] = load_records(store.outputs)
+    assert ("B-lora", "B-lora-mini-s42") == (row["id"], row["case"])
+    assert not {"memory_use", "teacher_cost", "predictions", "learning_curve"} & set(row)
     assert ("B", 1.0, 1000, "m1") == (row["phase"], row["dev.accuracy"], row["parameter_counts.trainable"], row["machine.id"])
     assert not any(isinstance(value, dict | list) for value in row.values())

@@ -85,6 +85,23 @@ def test_peak_memory_sees_an_allocation_and_forgets_it_after_restart():
     assert after < peak - 150 * MEGABYTE
 
 
+def test_peak_memory_knows_what_was_in_use_before():
+    """It is part of the peak."""
+    memory = PeakMemory(CPU)
+    memory.restart()
+    kept = torch.ones(64 * 2**20, dtype=torch.uint8)
+    assert 64 * 2**20 * 0.8 < memory.read_bytes() - memory.before_bytes
+    assert memory.before_bytes > 50 * 2**20
+    del kept
+
+
+def test_workers_beside_each_other_are_another_machine():
+    """One alone is none."""
+    ids = {describe_machine(CPU, workers)["id"] for workers in (1, 2, 4)} | {describe_machine(CPU)["id"]}
+    assert 3 == len(ids)
+    assert "workers" not in describe_machine(CPU)
+
+
 def test_peak_memory_is_of_a_process_with_torch():
     """Bytes, not kilobytes: torch alone takes more than 50 MB and a test no terabyte."""
     assert 50 * MEGABYTE < PeakMemory(CPU).read_bytes() < 10**12

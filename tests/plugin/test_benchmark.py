@@ -31,7 +31,7 @@ def test_cases_run_and_leave_records_without_pytest_benchmark(study, records, ar
 
 
 def test_workers_of_xdist_write_one_run(study, records, pytester, data_folder):
-    """Cases in two processes share the run and the teacher, the table shows them all, and a gate judges them at the end."""
+    """Cases in two processes share run, teacher and machine, the table shows them all, and a gate judges them at the end."""
     study("--collect-only", "-q")
     gate = ["--peft-compare", "no-such", "--peft-fail", "accuracy:1pt"]
     command = [sys.executable, "-m", "pytest", "-m", "tiny", "-n", "2", f"--peft-data={data_folder}", *gate]
@@ -40,6 +40,7 @@ def test_workers_of_xdist_write_one_run(study, records, pytester, data_folder):
     assert "no records in" in done.stdout
     assert ["A-teacher-tiny-s42.json", "K-kd-tiny-s42.json", "S-small-tiny-s42.json"] == sorted(records())
     assert 1 == len({record["run_id"] for record in records().values()})
+    assert {2} == {record["machine"]["workers"] for record in records().values()}
     assert 1 == len(list((pytester.path / "outputs/tiny/cache/teachers").glob("[!.]*")))
     assert all(phase in done.stdout for phase in ("A-teacher", "S-small", "K-kd"))
 

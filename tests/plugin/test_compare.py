@@ -44,6 +44,19 @@ def test_worse_fails_the_session(study, pytester):
     result.stdout.fnmatch_lines(["*S-small: accuracy is worse by more than 0.005*"])
 
 
+def test_phases_that_were_not_asked_for_are_not_missing(study):
+    """With -k the others of the base are left alone; without, a phase that is gone leaves the gate open."""
+    study("-k", "small or teacher")
+    limits = ("--peft-compare", "latest", "--peft-fail", "accuracy:0.5pt")
+    assert 0 == study("-k", "small", *limits).ret
+    study("-k", "small or teacher")
+    result = study(
+        "--deselect", "test_study.py::test_phase[A-teacher-tiny]", "--deselect", "test_study.py::test_phase[K-kd-tiny]", *limits
+    )
+    assert 2 == result.ret
+    result.stdout.fnmatch_lines(["*A-teacher: outcome: missing: no record in the head*"])
+
+
 def test_what_cannot_be_told_is_neither(study, pytester):
     """Other seeds: exit status 2."""
     study("-k", "small", "--peft-seeds", "1")
