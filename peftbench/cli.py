@@ -105,6 +105,8 @@ def plan(options: argparse.Namespace) -> None:
     from peftbench.report import render_plans
     from peftbench.runner import Settings, Workbench, plan_phases
 
+    if options.data is not None and not options.data.is_dir():
+        raise ValueError(f"--data must be a folder with train.tsv and dev.tsv, got {str(options.data)!r}, which is none")
     if options.memory is not None and not options.memory > 0:
         raise ValueError(f"--memory must be more than 0 GiB, got {options.memory:g}")
     phases = _load_phases(options.phases)

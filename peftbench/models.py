@@ -2,6 +2,7 @@
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,9 +204,11 @@ def _adapt(model: nn.Module, phase: Phase) -> nn.Module:
     head = [name for name, _ in model.named_children() if name in HEAD]
     peft = copy.deepcopy(dict(phase.peft))  # peft extends lists in place
     try:
-        adapted: nn.Module = get_peft_model(
-            model, get_peft_config({"task_type": TaskType.SEQ_CLS, "modules_to_save": head, **peft})
-        )
+        with warnings.catch_warnings():  # peft asks transformers by an old name whether activations are checkpointed
+            warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+            adapted: nn.Module = get_peft_model(
+                model, get_peft_config({"task_type": TaskType.SEQ_CLS, "modules_to_save": head, **peft})
+            )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{phase.id}: peft cannot apply {peft}: {type(error).__name__}: {error}") from error
     return adapted

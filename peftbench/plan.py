@@ -32,6 +32,9 @@ LEAST_SECONDS = 0.05
 USABLE = 0.9
 """Share of the free memory that a plan may fill; the rest is left to fragments and to the libraries."""
 
+STEP_SECONDS = 0.008
+"""Of an optimizer step beside its products, however small the model: what one of the tiny scale takes on a CPU."""
+
 
 def plan_phase(
     phase: Phase,
@@ -93,7 +96,7 @@ def examples_at_once(model: nn.Module, encoded: Encoded, batch_size: int, device
 
 def estimate_seconds(plan: Plan, matrix_rate: float) -> float:
     """Duration of a phase on a device that does that many multiplications and additions of matrix products a second."""
-    return (plan.training_flops + plan.other_flops) / (matrix_rate * MATRIX_SHARE)
+    return (plan.training_flops + plan.other_flops) / (matrix_rate * MATRIX_SHARE) + plan.steps * STEP_SECONDS
 
 
 def measure_matrix_rate(device: Device, *, tokens: int = 512, width: int = 1024, rounds: int = 5) -> float:

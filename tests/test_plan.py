@@ -135,10 +135,10 @@ def test_loaded_model_asks_its_device(monkeypatch):
 
 
 def test_seconds_by_hand():
-    """Arithmetic over rate, and matrix products are only a share of a step."""
+    """Arithmetic over rate, matrix products being only a share of a step, and what the one step takes besides."""
     numbers = dict.fromkeys(("parameters", "trainable", "examples", "steps", "tokens", "weight_bytes", "activation_bytes"), 1)
     planned = Plan(phase="X", training_flops=3e12, other_flops=1e12, examples_at_once=1, **numbers)
-    assert estimate_seconds(planned, 1e12) == pytest.approx(4 / planning.MATRIX_SHARE)
+    assert estimate_seconds(planned, 1e12) == pytest.approx(4 / planning.MATRIX_SHARE + planning.STEP_SECONDS)
 
 
 def test_matrix_rate_is_measured():
