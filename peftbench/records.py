@@ -322,8 +322,13 @@ def parse_json(path: Path) -> object:
 
 
 def make_run_id() -> str:
-    """An id that sorts by time and does not collide: UTC to the second, and six random hexadecimal digits."""
-    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(3)}"
+    """An id that sorts by time, within a second, too, and does not collide.
+
+    UTC to the second, five hexadecimal digits of its fraction (about a microsecond), three random ones.
+    """
+    seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+    fraction = (nanoseconds << 20) // 10**9
+    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(seconds))}-{fraction:05x}{secrets.token_hex(2)[:3]}"
 
 
 @dataclass(frozen=True, slots=True)

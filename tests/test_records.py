@@ -393,11 +393,19 @@ def test_outputs_that_cannot_be_written_are_refused_with_the_option(tmp_path, ou
     assert "in the way" == (tmp_path / "file").read_text()
 
 
-def test_run_ids_sort_by_time_and_do_not_collide():
-    """UTC to the second, and random digits that differ within it."""
-    ids = {make_run_id() for _ in range(50)}
-    assert 50 == len(ids)
-    assert all(re.fullmatch(r"\d{8}T\d{6}Z-[0-9a-f]{6}", run_id) for run_id in ids)
+def test_run_ids_sort_by_time_and_do_not_collide(monkeypatch):
+    """Two runs within a second: the later is the greater, so that 'latest' is. Runs of the same moment differ."""
+    second = 1_800_000_000 * 10**9
+    moments = [0, 1, 1_000, 250_000_000, 999_999_999, 10**9]
+    ids = []
+    for moment in moments:
+        monkeypatch.setattr("time.time_ns", lambda moment=moment: second + moment)
+        ids.append(make_run_id())
+    assert all(re.fullmatch(r"\d{8}T\d{6}Z-[0-9a-f]{8}", run_id) for run_id in ids)
+    assert ids[2:] == sorted(ids[2:])
+    assert max(ids[:2]) < ids[2]
+    assert [run_id[:21] for run_id in ids[3:]] == ["20270115T080000Z-4000", "20270115T080000Z-ffff", "20270115T080001Z-0000"]
+    assert 3 <= len({make_run_id() for _ in range(5)})
 
 
 def test_a_phases_configuration_holds_every_hyperparameter():
