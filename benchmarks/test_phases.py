@@ -20,7 +20,12 @@ PHASES = [
         epochs=1,
         learning_rate=5e-4,
         at_scale={
-            "mini": {"peft": {**MINI_LORA, "target_modules": LINEAR}, "warmup_fraction": 0.1},
+            "mini": {
+                "peft": {**MINI_LORA, "target_modules": LINEAR},
+                "learning_rate": 7e-4,
+                "layer_decay": 0.9,
+                "warmup_fraction": 0.1,
+            },
             "tiny": {"peft": TINY_LORA, "epochs": 4, "learning_rate": 2e-3, "warmup_fraction": 0.1},
         },
     ),
