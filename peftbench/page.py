@@ -197,7 +197,8 @@ def _bounds(summary: Summary, split: str = "dev") -> tuple[float, float]:
 def _trade_off(summaries: Sequence[Summary], cost: str, scale: str, looks: "_Looks") -> str:
     """Dev accuracy against trainable parameters or training minutes, with intervals and the front."""
     figure, axes = _figure()
-    tips, points = {}, []
+    tips: dict[str, str] = {}
+    points: dict[str, tuple[float, float]] = {}
     front = pareto_front(summaries)
     for summary in summaries:
         name = summary.first.phase_id
@@ -212,24 +213,42 @@ def _trade_off(summaries: Sequence[Summary], cost: str, scale: str, looks: "_Loo
         axes.errorbar([x], [100 * accuracy], yerr=ends, color=colour, linewidth=1)
         gid = f"point-{scale}-{cost}-{number}"
         axes.plot([x], [100 * accuracy], marker, color=colour, markersize=9, gid=gid)
-        axes.annotate(_text(name), (x, 100 * accuracy), xytext=(8, 5), textcoords="offset points", color=_INK)
         tips[gid] = (
             f"{name}\ndev accuracy {_interval(summary, 'dev')}\n{render_count(counts.trainable)} trained parameters\n"
             f"{render_duration(seconds)} of training" + ("\non the Pareto front" if name in front else "")
         )
-        points.append((x, 100 * accuracy))
-    edge = [
-        (x, y) for x, y in sorted(points) if not any(other <= x and best >= y for other, best in points if (other, best) != (x, y))
-    ]
+        points[name] = x, 100 * accuracy
+    places = sorted(points.values())
+    edge = [(x, y) for x, y in places if not any(other <= x and best >= y for other, best in places if (other, best) != (x, y))]
     if len(edge) > 1:
         axes.step(*zip(*edge, strict=True), "--", where="post", color=_FRONT, linewidth=1, zorder=0)
     _scale_logarithmically(axes.xaxis, render_count if cost == "parameters" else "{:g}".format)
     axes.margins(x=0.25)
+    _label(axes, points)
     axes.set_xlabel("trained parameters" if cost == "parameters" else "training, minutes")
     axes.set_ylabel("dev accuracy, %")
     title = f"Accuracy against {'trained parameters' if cost == 'parameters' else 'training time'}"
     dashed = "; dashed: what no other phase beats on these two" if len(edge) > 1 else ""
     return _embed(figure, f"{title}; bars: 95% interval{dashed}", tips)
+
+
+def _label(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """A name beside each point: right above it, unless another point or name is there and another side is free."""
+    from matplotlib.transforms import Bbox
+
+    axes.autoscale_view()
+    around = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in map(axes.transData.transform, points.values())]
+    for name, point in points.items():
+        sides = []
+        for across, up in ((8, 5), (-8, 5), (8, -12), (-8, -12)):
+            side = "left" if across > 0 else "right"
+            text = axes.annotate(_text(name), point, xytext=(across, up), textcoords="offset points", color=_INK, ha=side)
+            sides.append((sum(text.get_window_extent().overlaps(box) for box in around), text))
+        _, best = min(sides, key=lambda side: side[0])
+        for _, text in sides:
+            if text is not best:
+                text.remove()
+        around.append(best.get_window_extent())
 
 
 def _curves(summaries: Sequence[Summary], scale: str, looks: "_Looks") -> str:
