@@ -10,8 +10,6 @@ import json
 import os
 import sys
 import tempfile
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,12 +38,11 @@ PHASES = {
 MATRIX_PRODUCTS = {
     torch.ops.aten.mm,
     torch.ops.aten.addmm,
+    torch.ops.aten.addmm_,
     torch.ops.aten.bmm,
     torch.ops.aten.baddbmm,
     ONEDNN_LINEAR,
 }
-LEAST_SECONDS = 0.01
-"""That a matrix product is repeated for when it is timed alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,16 +170,19 @@ class Contest:
         return clock.seconds, done.global_step
 
     def matrices(self) -> dict[str, float]:
-        """Time each matrix product of a round alone: seconds for all of them together."""
-        return {"matrix_seconds": sum(count * _time_alone(self.device, *product) for product, count in self.products.items())}
+        """Run the matrix products of a round alone, in their order and on memory that they share as there: seconds."""
+        replay = _Replay(self.products, self.device.name)
+        replay()  # the first touch of new memory is not the product's
+        with Stopwatch(self.device) as watch:
+            replay()
+        return {"matrix_seconds": watch.seconds}
 
     @functools.cached_property
-    def products(self) -> "Counter[Any]":
+    def products(self) -> "list[tuple[Callable[..., Any], list[Any]]]":
         """The matrix products of a round, which is run once more to note them."""
-        noted = _MatrixProducts()
-        with noted:
+        with _MatrixProducts() as noted:
             self.run()
-        return noted.counts
+        return noted.products
 
 
 class _LoopClock(TrainerCallback):
@@ -217,36 +217,64 @@ class _DistillingTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
+@dataclass(frozen=True, slots=True)
+class _Operand:
+    """A tensor that a matrix product read or wrote: where it lay, and how."""
+
+    address: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "_Operand":
+        return cls(tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    @property
+    def extent(self) -> int:
+        """Numbers from the first to the last."""
+        return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+
+
 class _MatrixProducts(TorchDispatchMode):
-    """Counts the matrix products that run, by operation and by shape, strides and type of their operands."""
+    """Notes the matrix products that run, in their order: the operation and its arguments."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts: Counter[Any] = Counter()
+        self.products: list[tuple[Callable[..., Any], list[Any]]] = []
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if operation.overloadpacket in MATRIX_PRODUCTS:
-            described = [(tuple(x.shape), x.stride(), x.dtype) if isinstance(x, torch.Tensor) else x for x in args]
-            self.counts[operation.overloadpacket.default, tuple(tuple(x) if isinstance(x, list) else x for x in described)] += 1
+            self.products.append((operation, [_Operand.of(x) if isinstance(x, torch.Tensor) else x for x in args]))
         return operation(*args, **(kwargs or {}))
 
 
-def _time_alone(device: Any, operation: Callable[..., Any], described: tuple[Any, ...]) -> float:
-    made = [_make(device, *x) if isinstance(x, tuple) and x else list(x) if isinstance(x, tuple) else x for x in described]
-    with torch.no_grad():
-        operation(*made)
-        device.synchronize()
-        times, began = [], time.perf_counter()
-        while len(times) < 3 or time.perf_counter() - began < LEAST_SECONDS:
-            with Stopwatch(device) as watch:
-                operation(*made)
-            times.append(watch.seconds)
-    return sorted(times)[len(times) // 2]
+class _Replay:
+    """
+    Matrix products and nothing between them.
 
+    Operands that lay in the same place do so here, too, so that a weight is as likely in the processor's cache as in the step; the
+    same products repeated one by one would find all of theirs there.
+    """
 
-def _make(device: Any, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    size = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-    return torch.rand(size, device=device.name).to(dtype).as_strided(shape, stride)
+    def __init__(self, products: list[tuple[Callable[..., Any], list[Any]]], device: str) -> None:
+        extents: dict[tuple[int, torch.dtype], int] = {}
+        for operand in (x for _, args in products for x in args if isinstance(x, _Operand)):
+            place = operand.address, operand.dtype
+            extents[place] = max(extents.get(place, 0), operand.extent)
+        memory = {place: torch.rand(extent, device=device).to(place[1]) for place, extent in extents.items()}
+        self.products = [
+            (
+                operation,
+                [memory[x.address, x.dtype].as_strided(x.shape, x.stride) if isinstance(x, _Operand) else x for x in args],
+            )
+            for operation, args in products
+        ]
+
+    def __call__(self) -> None:
+        with torch.no_grad():
+            for operation, args in self.products:
+                operation(*args)
 
 
 @contextlib.contextmanager
