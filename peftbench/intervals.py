@@ -41,7 +41,7 @@ def estimate(value: float, sources: Sequence[tuple[float, float]]) -> Estimate:
         return Estimate(value, (value, value), float(not value))
     from scipy.special import stdtr, stdtrit
 
-    spread = sum(part**2 / freedom for part, freedom in sources)
+    spread = sum(part**2 / freedom for part, freedom in sources if part)  # of one example neither part nor freedom is left
     freedom = min(variance**2 / spread, 1e9) if spread else 1e9
     error = math.sqrt(variance)
     half = float(stdtrit(freedom, 0.975)) * error

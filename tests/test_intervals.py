@@ -45,3 +45,8 @@ def test_an_estimate_without_variance_is_certain(value, p):
     """Of nothing, and of something."""
     found = estimate(value, [(0.0, math.inf)])
     assert ((value, value), p) == (found.ci95, found.p)
+
+
+def test_a_source_that_is_nothing_needs_no_degrees_of_freedom():
+    """The variance over one example is none, and so is what is left to tell it by."""
+    assert estimate(0.5, [(0.1, 1.0)]) == estimate(0.5, [(0.0, 0.0), (0.1, 1.0)])

@@ -42,6 +42,12 @@ def test_mcnemar_by_hand():
     assert 0.25 == mcnemar_exact(3, 0)
 
 
+def test_mcnemar_of_many_examples_is_quick():
+    """Of millions the sum of all terms would take for ever; the normal distribution knows the result."""
+    expected = 2 * stats.norm.sf(2 * (2500 - 0.5) / 5_000_000**0.5)
+    assert expected == pytest.approx(mcnemar_exact(2_497_500, 2_502_500), rel=1e-4)
+
+
 def test_holm_is_that_of_statsmodels():
     """Adjusted p-values of a family."""
     p = [0.04, 0.001, 0.03, 0.5, 0.011]
@@ -49,7 +55,7 @@ def test_holm_is_that_of_statsmodels():
     assert [] == holm([])
 
 
-def test_the_bootstrap_is_that_of_scipy():
+def test_the_variance_is_that_of_scipys_bootstrap():
     """One seed: the standard error behind the interval, for accuracy and F1, paired over examples."""
     from sklearn.metrics import f1_score
 
@@ -78,6 +84,22 @@ def test_the_mean_over_seeds_is_compared():
     assert paired_difference("f1", gold, base, head).value == pytest.approx(((1 - 2 / 3) + (0 - 4 / 5)) / 2)
 
 
+@pytest.mark.parametrize("name", ["accuracy", "f1"])
+def test_one_example_and_two_seeds_are_too_few(name):
+    """Nothing is shown, and nothing divided by zero."""
+    gold, base, head = np.array([1], np.uint8), np.array([[1], [1]], np.uint8), np.array([[1], [0]], np.uint8)
+    found = paired_difference(name, gold, base, head)
+    assert -0.5 == found.value
+    assert found.p > 0.3
+
+
+def test_f1_without_positives_is_zero():
+    """Neither predicted nor true ones, on either side."""
+    gold = np.zeros(4, np.uint8)
+    found = paired_difference("f1", gold, gold[None], gold[None])
+    assert (0.0, 1.0) == (found.value, found.p)
+
+
 def test_the_same_predictions_differ_by_nothing():
     """No variance, no difference, p of 1."""
     gold, base, _ = simulate(np.random.default_rng(0), n=50, seeds=2)
@@ -96,19 +118,38 @@ def test_the_variances_over_examples_and_seeds_add_up():
     assert freedom[1] * error * 0.95 < (found.ci95[1] - found.ci95[0]) / 2 < freedom[0] * error
 
 
+def is_rare(alarms):
+    """Of comparisons without an effect at most 5%, up to what chance does to the count."""
+    return np.mean(alarms) <= 0.05 + 2 * (0.05 * 0.95 / len(alarms)) ** 0.5
+
+
+@pytest.mark.parametrize("name", ["accuracy", "f1"])
 @pytest.mark.parametrize(
     ("seeds", "seed_effect", "shared"),
     [(1, 0.0, 0.5), (3, 0.0, 0.0), (3, 0.0, 1.0), (3, 0.005, 0.5), (3, 0.01, 0.5), (5, 0.02, 0.5)],
 )
-def test_false_alarms_are_rare(seeds, seed_effect, shared):
-    """Of 2,000 comparisons without an effect at most 5% are called different, up to what chance does to the count."""
+def test_false_alarms_are_rare(name, seeds, seed_effect, shared):
+    """Of 2,000 comparisons without an effect."""
     rng = np.random.default_rng(7)
-    runs = 2000
-    alarms = 0
-    for _ in range(runs):
-        gold, base, head = simulate(rng, n=600, seeds=seeds, seed_effect=seed_effect, shared=shared)
-        alarms += paired_difference("accuracy", gold, base, head).p < 0.05
-    assert alarms / runs <= 0.05 + 2 * (0.05 * 0.95 / runs) ** 0.5
+    simulations = (simulate(rng, n=600, seeds=seeds, seed_effect=seed_effect, shared=shared) for _ in range(2000))
+    assert is_rare([paired_difference(name, *one).p < 0.05 for one in simulations])
+
+
+def test_false_alarms_are_rare_where_few_examples_differ():
+    """Of 2,000 comparisons of F1 each, from three to twelve examples in which the sides differ."""
+    rng = np.random.default_rng(7)
+    for differing in (3, 4, 6, 8, 12):
+        simulations = (simulate(rng, n=1800, discordance=differing / 1800) for _ in range(2000))
+        assert is_rare([paired_difference("f1", *one).p < 0.05 for one in simulations]), differing
+
+
+@pytest.mark.parametrize("runs", [2, 3, 5])
+def test_false_alarms_of_repeated_times_are_rare(runs):
+    """Of 2,000 comparisons of runs that differ by 2%, with an average of three seeds in each that differ by 1%."""
+    rng = np.random.default_rng(7)
+    logs = 0.02 * rng.standard_normal((2000, 2, runs, 1)) + 0.01 * rng.standard_normal((2000, 2, runs, 3))
+    seconds = (60 * np.exp(logs)).mean(axis=-1)
+    assert is_rare([ratio_difference(base, head).p < 0.05 for base, head in seconds])
 
 
 def test_a_drop_is_found():
@@ -127,8 +168,19 @@ def test_a_ratio_is_judged_like_welchs_test_on_logarithms():
     base, head = [10.0, 10.5, 9.8], [12.0, 12.9, 12.2, 12.4]
     found = ratio_difference(base, head)
     assert stats.ttest_ind(np.log(head), np.log(base), equal_var=False).pvalue == pytest.approx(found.p)
-    assert np.mean(head) - np.mean(base) == pytest.approx(found.value)
+    assert np.mean(base) * (stats.gmean(head) / stats.gmean(base) - 1) == pytest.approx(found.value)
     assert 0 < found.ci95[0] < found.value < found.ci95[1]
+
+
+def test_an_outlier_does_not_put_a_difference_outside_its_interval():
+    """The arithmetic means of these say faster, the geometric ones slower."""
+    found = ratio_difference([10.0, 10.1, 9.9] * 4 + [60.0], [12.5] * 13)
+    assert found.ci95[0] < found.value < found.ci95[1]
+
+
+def test_a_ratio_that_no_float_holds_leaves_finite_numbers():
+    """Two measurements a side that have nothing in common."""
+    assert np.isfinite(ratio_difference([1e-300, 1.0], [1e-300, 1.0]).ci95).all()
 
 
 def test_a_single_measurement_tells_no_interval():
