@@ -6,10 +6,11 @@ import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from peftbench.assets import say
@@ -119,7 +120,12 @@ class Splits:
 
 
 def load_splits(
-    source: DataSource, folder: Path | None, reviews: Callable[[], Path], notify: Callable[[str], None] = say
+    source: DataSource,
+    folder: Path | None,
+    reviews: Callable[[], Path],
+    notify: Callable[[str], None] = say,
+    *,
+    revisions: Mapping[str, str] = MappingProxyType({}),
 ) -> Splits:
     """
     The splits of a scale.
@@ -129,6 +135,7 @@ def load_splits(
         folder: GLUE-style TSV files that take its place.
         reviews: Gives the folder of the reviews asset, fetching it if need be.
         notify: Told when the Hub keeps us waiting.
+        revisions: Of the Hub's data sets, by name.
     """
     if folder is not None:
         return read_glue_folder(folder)
@@ -138,7 +145,7 @@ def load_splits(
         case "reviews":
             return read_reviews(reviews() / "reviews.tsv")
         case "glue":
-            return load_glue(notify)
+            return load_glue(notify, revisions)
 
 
 def draw(train: Split, size: int | None) -> Split:
@@ -256,19 +263,25 @@ def read_glue_folder(folder: Path) -> Splits:
     return Splits(train=train, dev=dev, test=test, source=f"GLUE-style folder {folder.name}", protocol=protocol, notes=notes)
 
 
-def load_glue(notify: Callable[[str], None] = say) -> Splits:
+def load_glue(notify: Callable[[str], None] = say, revisions: Mapping[str, str] = MappingProxyType({})) -> Splits:
     """
     SST-2 from the Hub: GLUE's train and validation, and the labelled test of the Stanford split.
 
     GLUE's own test labels are all -1; the labelled rows are joined to its sentences by their letters and digits, so that ids
     are GLUE's.
 
+    Args:
+        notify: Told when the Hub keeps us waiting.
+        revisions: Branch, tag or commit of either repository, by name; the main branch of what is not named.
+
     Raises:
         HubError: If a repository cannot be had.
-        DataError: If one lacks a file or a column, or a sentence finds no partner, naming the first.
+        DataError: If one lacks a file or a column, a sentence finds no partner, naming the first, or a revision is of another one.
     """
-    glue = snapshot(GLUE, kind="dataset", files=["sst2/*"], notify=notify)
-    stanford = snapshot(LABELLED_TEST, kind="dataset", files=["test*"], notify=notify)
+    if unknown := sorted(set(revisions) - {GLUE, LABELLED_TEST}):
+        raise DataError(f"data_revisions must name {GLUE} or {LABELLED_TEST}, got {unknown[0]!r}")
+    glue = snapshot(GLUE, kind="dataset", files=["sst2/*"], revision=revisions.get(GLUE), notify=notify)
+    stanford = snapshot(LABELLED_TEST, kind="dataset", files=["test*"], revision=revisions.get(LABELLED_TEST), notify=notify)
     train, dev, bare = (
         _split_of_table(glue.folder / "sst2", stem, name)
         for name, stem in (("train", "train"), ("dev", "validation"), ("test", "test"))

@@ -9,6 +9,15 @@ import torch
 from peftbench.phases import PRECISIONS
 
 
+class DoesNotFit(RuntimeError):  # noqa: N818 - a state, not a mistake
+    """Not even one example at a time fits the device's memory."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device ran out of memory: torch's own error, or that of cuBLAS without room for its workspace."""
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
     """
@@ -58,10 +67,15 @@ class Device:
         """The device without its index: ``cpu``, ``cuda``."""
         return torch.device(self.name).type
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the products."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
+
     def autocast(self) -> AbstractContextManager[object]:
         """The context in which a forward pass runs."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        return torch.autocast(self.kind, dtype or torch.bfloat16, enabled=dtype is not None)
+        reduced = self.dtype != torch.float32
+        return torch.autocast(self.kind, self.dtype if reduced else torch.bfloat16, enabled=reduced)
 
     def set_up(self) -> None:
         """Let fp32 products that a 16-bit precision leaves use TF32, where the chip has it; fp32 on request stays exact."""

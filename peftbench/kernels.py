@@ -128,11 +128,12 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """As `torch.nn.Linear`: (…, in) → (…, out), in autocast's type where that is on."""
         weight, *bias = self._parameters_for_use()
-        x = x.to(weight.dtype)
+        rows = x.to(weight.dtype).reshape(-1, x.shape[-1])
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            out: Tensor = _Linear.apply(x, self.weight, self, weight, *bias)  # type: ignore[no-untyped-call]
-            return out
-        return _product(x, weight, *bias)
+            out: Tensor = _Linear.apply(rows, self.weight, self, weight, *bias)  # type: ignore[no-untyped-call]
+        else:
+            out = _product(rows, weight, *bias)
+        return out.view(*x.shape[:-1], -1)  # outside of `_Linear`, whose result an adapter may add to in place
 
     def add_gradient(self, x: Tensor, gradient: Tensor) -> None:
         """Accumulate what flows back from (N, out) for inputs of (N, in)."""
@@ -186,6 +187,17 @@ def economize(model: nn.Module) -> None:
             module.__class__ = RowEmbedding
         elif type(module) is nn.Linear and len({p.requires_grad for p in module.parameters(recurse=False)}) == 1:
             module.__class__ = Linear
+
+
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """
+    Keep the linear layers that do not train in the type that autocast would convert them to in every step, in place.
+
+    The numbers are the same; for a GPU, where BERT-large under an adapter would be read and written anew for each few examples.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear and not any(p.requires_grad for p in module.parameters(recurse=False)):
+            module.to(dtype)
 
 
 @contextmanager
@@ -259,9 +271,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        rows = gradient.reshape(-1, gradient.shape[-1])
         if x is not None:
-            ctx.module.add_gradient(x.reshape(-1, x.shape[-1]), rows)
+            ctx.module.add_gradient(x, gradient)
         into = _product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
         return (into, *[None] * (len(ctx.needs_input_grad) - 1))
 

@@ -106,7 +106,7 @@ def describe_machine(device: Device, workers: int = 1) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": _memory_gib(),
-        "device": device.name,
+        "device": device.kind,
         "accelerator": torch.cuda.get_device_name(device.name) if device.kind == "cuda" else None,
         **({"workers": workers} if workers > 1 else {}),
     }

@@ -44,6 +44,9 @@ CHECKPOINT_FILES = (
 )
 """What makes a checkpoint; nothing else is fetched or loaded."""
 
+TOKENIZER_FILES = frozenset(("tokenizer.json", "vocab.txt"))
+"""One of them must be there: without, transformers makes up a tokenizer to which every word is unknown."""
+
 Fetch = Callable[[Asset], Path]
 
 
@@ -74,14 +77,17 @@ def locate(source: Pretrained | Untrained, fetch: Fetch, notify: Callable[[str],
 
     Raises:
         HubError: If the source is no asset and no local folder, and cannot be had from the Hub.
-        ModelError: If the checkpoint has no safetensors.
+        ModelError: If the checkpoint has no safetensors or no tokenizer, or there is no such asset.
     """
     if isinstance(source, Untrained):
         facts = [source.architecture, source.layers, source.hidden_size, source.attention_heads, grammar_words()]
         return Weights(source, "", fingerprint(facts))
     commit = None
     if source.source.startswith("asset:"):
-        folder = fetch(ASSETS[source.source.removeprefix("asset:")])
+        asset = ASSETS.get(source.source.removeprefix("asset:"))
+        if asset is None:
+            raise ModelError(f"{source.source} is no asset; there are {', '.join(f'asset:{name}' for name in ASSETS)}")
+        folder = fetch(asset)
     elif Path(source.source).is_dir():
         folder = Path(source.source)
     else:
@@ -94,14 +100,27 @@ def locate(source: Pretrained | Untrained, fetch: Fetch, notify: Callable[[str],
             "has it (the Hub keeps its conversions as refs/pr/1 and so on), or save the checkpoint anew with safetensors"
             + ("" if commit is None else f". If it does have it, its copy in {folder} is not whole: run once online")
         )
+    if not {file.name for file in files} & TOKENIZER_FILES:
+        raise ModelError(
+            f"{source.source} has no tokenizer, wanted {' or '.join(sorted(TOKENIZER_FILES))}; "
+            "save the tokenizer that the weights were trained with beside them"
+        )
     content = {file.name: file_sha256(file) for file in files}
     return Weights(source, str(folder), fingerprint([content, list(source.layers)]), commit)
 
 
 def load_tokenizer(weights: Weights) -> Any:
-    """The tokenizer that belongs to the weights; at tiny scale one word is one token."""
+    """
+    The tokenizer that belongs to the weights; at tiny scale one word is one token.
+
+    Raises:
+        ModelError: If its files cannot be read.
+    """
     if not isinstance(weights.source, Untrained):
-        return AutoTokenizer.from_pretrained(weights.folder)
+        try:
+            return AutoTokenizer.from_pretrained(weights.folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"cannot load the tokenizer of {weights.source.source}: {str(error).strip()[:300]}") from error
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *grammar_words()]
@@ -140,7 +159,8 @@ def load_classifier(weights: Weights, *, tuned: bool = False, shapes_only: bool 
 
 def _from_config(weights: Weights, labels: dict[str, Any]) -> Any:
     try:
-        return AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(weights.folder, **labels))
+        config = AutoConfig.from_pretrained(weights.folder, trust_remote_code=False, **labels)
+        return AutoModelForSequenceClassification.from_config(config)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot read the architecture in {weights.folder}: {str(error).strip()[:300]}") from error
 
@@ -154,7 +174,7 @@ def _from_checkpoint(weights: Weights, labels: dict[str, Any], *, tuned: bool) -
     logging.set_verbosity_error()  # that the head is new is what we want, not news
     try:
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            weights.folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **labels
+            weights.folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **labels
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot load a two-label classifier from {source.source}: {str(error).strip()[:300]}") from error
@@ -182,8 +202,12 @@ def prepare(model: nn.Module, phase: Phase) -> tuple[nn.Module, list[dict[str, A
         The model, and its trainable parameters with their learning rates as an optimizer takes them.
 
     Raises:
-        ModelError: If the PEFT configuration is not valid, matches no module, or more layers are to be unfrozen than exist.
+        ModelError: If the PEFT configuration is not valid, matches no module, more layers are to be unfrozen than exist, or texts
+            may have more tokens than the model has positions.
     """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and phase.max_length > positions:
+        raise ModelError(f"{phase.id}: max_length must be at most the model's {positions} positions, got {phase.max_length}")
     unfrozen: list[nn.Parameter] = []
     if phase.peft is not None:
         if phase.unfreeze_top_layers:

@@ -20,7 +20,7 @@ from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 
 from peftbench.data import Split
-from peftbench.device import Device
+from peftbench.device import Device, DoesNotFit, is_out_of_memory
 
 ATTENTION = "peftbench_packed"
 
@@ -204,7 +204,7 @@ def make_batch(encoded: Encoded, rows: Sequence[int], device: str, *, packed: bo
     if packed:
         spans = Spans([len(t) for t in tokens], device)
         inputs = {
-            "input_ids": torch.cat([*tokens, tokens[0].new_zeros(spans.filling)]).to(device)[None],  # (1, T)
+            "input_ids": torch.cat([*tokens, tokens[0][:1].expand(spans.filling)]).to(device)[None],  # (1, T)
             "position_ids": spans.positions[None],  # (1, T)
             "spans": spans,
         }
@@ -228,6 +228,9 @@ def predict(model: nn.Module, encoded: Encoded, device: Device, *, packed: bool,
 
     Returns:
         Shape (N, C), fp32, on the CPU, in the order of the examples.
+
+    Raises:
+        DoesNotFit: If one text at a time is too much for the device's memory.
     """
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded.tokens[i]), i))
     logits: Tensor | None = None
@@ -239,9 +242,15 @@ def predict(model: nn.Module, encoded: Encoded, device: Device, *, packed: bool,
             batch = make_batch(encoded, order[start : start + batch_size], device.name, packed=packed)
             try:
                 out = model(**batch.inputs).logits.float().cpu()
-            except torch.OutOfMemoryError:
-                if batch_size == 1:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
                     raise
+                out = None
+            if out is None:  # the error, which keeps what was computed before it, is gone
+                if batch_size == 1:
+                    raise DoesNotFit(
+                        f"split {encoded.split.name!r}: one text at a time does not fit {device.name}; use a larger device"
+                    )
                 batch_size //= 2
                 device.release_memory()
                 continue

@@ -181,6 +181,7 @@ class Scale:
     Where roles and data come from and how big they are.
 
     Attributes:
+        data_revisions: Branch, tag or commit of the Hub's data sets, by their names; the main branch of what is not named.
         teacher: A published teacher, or the phase by which the backbone is tuned once to become it.
         threads: Of an operation on the CPU; None leaves torch its choice. Operations of a tiny model are too short to share.
     """
@@ -191,6 +192,7 @@ class Scale:
     student: Pretrained | Untrained
     teacher: Pretrained | Phase
     threads: int | None = None
+    data_revisions: Mapping[str, str] = field(default_factory=dict)
 
 
 def _check_count(what: str, got: object, *, at_least: int) -> None:

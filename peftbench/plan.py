@@ -101,9 +101,8 @@ def estimate_seconds(plan: Plan, matrix_rate: float) -> float:
 
 def measure_matrix_rate(device: Device, *, tokens: int = 512, width: int = 1024, rounds: int = 5) -> float:
     """Multiplications and additions a second of a feed-forward layer's product on this device, in its precision; median."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(device.precision, torch.float32)
-    x = torch.ones(tokens, width, dtype=dtype, device=device.name)
-    w = torch.ones(width, 4 * width, dtype=dtype, device=device.name)
+    x = torch.ones(tokens, width, dtype=device.dtype, device=device.name)
+    w = torch.ones(width, 4 * width, dtype=device.dtype, device=device.name)
     device.set_up()
 
     def seconds(products: int) -> float:

@@ -613,9 +613,10 @@ def explained() -> Iterator[None]:
     """Let errors that explain themselves fail the test without the traceback of a library on top."""
     from peftbench.assets import AssetError
     from peftbench.data import DataError
+    from peftbench.device import DoesNotFit
     from peftbench.hub import HubError
     from peftbench.models import ModelError
-    from peftbench.training import DoesNotFit, TrainingDiverged
+    from peftbench.training import TrainingDiverged
 
     try:
         yield

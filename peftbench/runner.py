@@ -32,7 +32,7 @@ from peftbench.distill import (
     read_subset,
 )
 from peftbench.evaluation import METRICS_VERSION, latency_ms, score
-from peftbench.kernels import economize, flattened, only_words, retain_memory
+from peftbench.kernels import cast_frozen, economize, flattened, only_words, retain_memory
 from peftbench.measure import PeakMemory, Stopwatch, describe_machine, describe_versions
 from peftbench.models import (
     Weights,
@@ -112,7 +112,8 @@ class Workbench:
     @cached_property
     def splits(self) -> Splits:
         """Train, dev and test, with labels checked."""
-        splits = load_splits(self.scale.data, self.settings.data, lambda: self._fetch(REVIEWS), self.notify)
+        scale, reviews = self.scale, functools.partial(self._fetch, REVIEWS)
+        splits = load_splits(scale.data, self.settings.data, reviews, self.notify, revisions=scale.data_revisions)
         for split in (splits.train, splits.dev, splits.test):
             split.check_labels()
         return splits
@@ -186,6 +187,8 @@ class Workbench:
             torch.set_num_threads(self.scale.threads or _THREADS)
             retain_memory()
             economize(model)
+        elif self.device.precision != "fp32":
+            cast_frozen(model, self.device.dtype)
         self.device.set_up()
         return model.to(self.device.name), packed
 

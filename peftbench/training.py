@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from peftbench.device import Device
+from peftbench.device import Device, DoesNotFit, is_out_of_memory
 from peftbench.measure import Stopwatch
 from peftbench.packing import Batch
 from peftbench.records import MemoryUse
@@ -19,10 +19,6 @@ CURVE_POINTS = 50
 
 class TrainingDiverged(RuntimeError):  # noqa: N818 - a state, not a mistake
     """The loss is no longer a finite number."""
-
-
-class DoesNotFit(RuntimeError):  # noqa: N818 - a state, not a mistake
-    """Not even one example at a time fits the device's memory."""
 
 
 class Progress(Protocol):
@@ -92,7 +88,7 @@ def fit(
         evaluations: How often to evaluate, evenly, the last time after the last step; takes no part in the runtime.
 
     Raises:
-        TrainingDiverged: If a loss is not finite, or loss scaling finds no scale that is, naming step and learning rate.
+        TrainingDiverged: If a loss or a gradient is not finite, or not at any loss scale, naming step and learning rate.
         DoesNotFit: If one example at a time, with activations computed twice, is too much.
     """
     total = epochs * steps_per_epoch
@@ -108,24 +104,24 @@ def fit(
     curve: list[tuple[int, float]] = []
     evaluated: list[tuple[int, float, float]] = []
     due = {round(total * (i + 1) / evaluations) for i in range(evaluations)} if evaluate is not None else set()
-    since_point, step, examples, tokens, skipped = 0.0, 0, 0, 0, 0
+    since_point, step, examples, tokens, skipped, scale = 0.0, 0, 0, 0, 0, scaler.get_scale()
 
     def diverged(why: str) -> TrainingDiverged:
         rates = ", ".join(f"{rate:.3g}" for rate in schedule.get_last_lr())
         return TrainingDiverged(f"{what}: {why} at step {step + 1} of {total}, learning rate {rates}; lower it")
 
-    def gradients(rows: Sequence[int]) -> tuple[float, int] | None:
-        """The batch's mean loss and tokens, its gradients left in the parameters; None if memory ran out."""
-        mean, count = 0.0, 0
+    def gradients(rows: Sequence[int]) -> tuple[Tensor, int] | None:
+        """The batch's mean loss, shape (), and tokens, its gradients left in the parameters; None if memory ran out."""
+        mean, count = torch.zeros((), device=device.name), 0
         try:
             for start in range(0, len(rows), memory.examples_at_once):
                 batch = collate(rows[start : start + memory.examples_at_once])
                 with device.autocast():
                     value = loss(batch) * (len(batch.rows) / len(rows))
                 scaler.scale(value).backward()  # type: ignore[no-untyped-call]
-                mean, count = mean + value.item(), count + batch.tokens
-        except RuntimeError as error:  # torch.OutOfMemoryError is one, cuBLAS without room for its workspace another
-            if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
+                mean, count = mean + value.detach(), count + batch.tokens
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
                 raise
             return None
         return mean, count
@@ -138,22 +134,25 @@ def fit(
                     optimizer.zero_grad(set_to_none=not in_place)
                     device.release_memory()
                     memory = _relieve(memory, model, device, what)
-                number, batch_tokens = done
-                if not math.isfinite(number):
-                    raise diverged(f"loss is {number}")
+                mean, batch_tokens = done
                 # The fused AdamW divides by this as it reads the gradients; clipping them first would be a pass more over all.
                 norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-                optimizer.grad_scale = (norm / (scaler.get_scale() * clip_norm)).clamp(min=1.0)  # type: ignore[attr-defined]
+                optimizer.grad_scale = (norm / (scale * clip_norm)).clamp(min=1.0)  # type: ignore[attr-defined]
+                number, length = torch.stack([mean, norm.to(mean.device)]).tolist()  # a GPU is waited for here alone
+                if not math.isfinite(number):
+                    raise diverged(f"loss is {number}")
+                if not math.isfinite(length) and not scaler.is_enabled():  # which skips such a step
+                    raise diverged(f"the gradient's norm is {length}")
                 try:
                     scaler.step(optimizer)
                 except torch.OutOfMemoryError:
                     raise DoesNotFit(f"{what}: weights, gradients and optimizer state alone do not fit {device.name}") from None
-                scale = scaler.get_scale()
                 scaler.update()
                 optimizer.zero_grad(set_to_none=not in_place)
-                if scaler.get_scale() < scale:
+                before, scale = scale, scaler.get_scale()
+                if scale < before:
                     skipped += 1
-                    if scaler.get_scale() < 1.0:
+                    if scale < 1.0:
                         raise diverged("gradients overflow fp16 at any loss scale")
                 else:
                     schedule.step()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from peftbench.kernels import Dropout, Linear, RowEmbedding, economize, flattened, only_words
+from peftbench.kernels import Dropout, Linear, RowEmbedding, cast_frozen, economize, flattened, only_words
 
 N = 200_000
 
@@ -414,3 +414,39 @@ def test_parameters_are_their_own_again_after_an_error():
         raise KeyboardInterrupt
     assert [2, 2, 2] == parameter.tolist()
     assert 12 == parameter.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (2, 3, 4)])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_output_of_a_linear_layer_may_be_added_to_in_place(shape, frozen):
+    """As some adapters do; the gradient is that of torch's layer."""
+    torch.manual_seed(0)
+    x, plain = torch.randn(shape, requires_grad=True), nn.Linear(4, 3).requires_grad_(not frozen)
+    model = nn.Sequential(copy.deepcopy(plain))
+    economize(model)
+    gradients = []
+    for layer in (plain, model):
+        out = layer(x)
+        out += x.sum()
+        out.square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in layer.parameters() if not frozen)])
+        x.grad = None
+    for expected, actual in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_frozen_linear_layers_cast_once_give_the_numbers_of_autocast():
+    """Those that train keep fp32; outputs and gradients are the same to the bit."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.ReLU(), nn.Linear(8, 2))
+    cast = copy.deepcopy(plain)
+    cast_frozen(cast, torch.bfloat16)
+    assert [torch.bfloat16, torch.float32] == [cast[0].weight.dtype, cast[2].weight.dtype]
+    x, results = torch.randn(5, 8), []
+    for model in (plain, cast):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(x)
+        out.sum().backward()
+        results.append([out, model[2].weight.grad])
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(expected, actual)

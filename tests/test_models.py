@@ -1,6 +1,7 @@
 """Roles become classifiers: the layers asked for, the adapter asked for, and nothing else trains."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def lora(architecture, **changes):
 
 
 def phase_with(peft=None, **changes):
-    return Phase(id="X-test", role="backbone", peft=peft, **changes)
+    return Phase(id="X-test", role="backbone", peft=peft, **{"max_length": 32, **changes})
 
 
 def load(folder, layers=()):
@@ -77,7 +78,7 @@ def assert_same_weights(expected, actual):
 def saved(tmp_path):
     def save(architecture="bert", **options):
         model = classifier(architecture, **options)
-        model.save_pretrained(tmp_path / "checkpoint")
+        save_classifier(model, load_tokenizer(locate(TINY, fetch=None)), tmp_path / "checkpoint")
         return model, tmp_path / "checkpoint"
 
     return save
@@ -201,6 +202,50 @@ def test_identity_of_untrained_weights_is_their_shape():
     wider = Untrained(architecture="bert", layers=1, hidden_size=16, attention_heads=1)
     assert locate(TINY, fetch=None).identity == locate(TINY, fetch=None).identity
     assert locate(TINY, fetch=None).identity != locate(wider, fetch=None).identity
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(saved):
+    """Else transformers would make one up to which every word is unknown, and the case would pass at the level of chance."""
+    _, folder = saved()
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"checkpoint has no tokenizer, wanted tokenizer.json or vocab.txt"):
+        locate(Pretrained(source=str(folder)), fetch=None)
+
+
+def test_a_damaged_tokenizer_is_refused(saved):
+    """The message names the folder."""
+    _, folder = saved()
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"cannot load the tokenizer of .*checkpoint"):
+        load_tokenizer(locate(Pretrained(source=str(folder)), fetch=None))
+
+
+def test_code_of_a_checkpoint_does_not_run(saved, monkeypatch):
+    """Nobody is asked whether to trust it, either."""
+    _, folder = saved()
+    (folder / "mine.py").write_text("raise SystemExit('code of the checkpoint ran')")
+    for name, auto_class in (("config.json", "AutoConfig"), ("tokenizer_config.json", "AutoTokenizer")):
+        content = json.loads((folder / name).read_text())
+        classes = [None, "mine.Mine"] if auto_class == "AutoTokenizer" else "mine.Mine"
+        (folder / name).write_text(json.dumps({**content, "auto_map": {auto_class: classes}}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    weights = locate(Pretrained(source=str(folder)), fetch=None)
+    load_tokenizer(weights)
+    load_classifier(weights)
+    load_classifier(weights, shapes_only=True)
+
+
+def test_an_asset_that_there_is_not_is_refused():
+    """The message lists those there are."""
+    with pytest.raises(ModelError, match="asset:nope is no asset; there are asset:encoder"):
+        locate(Pretrained(source="asset:nope"), fetch=None)
+
+
+def test_more_tokens_than_positions_are_refused():
+    """On a GPU the first such text would end every later case, too."""
+    prepare(classifier("bert"), phase_with(max_length=32))
+    with pytest.raises(ModelError, match="X-test: max_length must be at most the model's 32 positions, got 33"):
+        prepare(classifier("bert"), phase_with(max_length=33))
 
 
 def test_assets_are_fetched_by_name(saved):

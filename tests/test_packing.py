@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, BertConfig, DistilBertConfig, RobertaConfig
 
 from peftbench.data import Split
-from peftbench.device import Device
-from peftbench.kernels import economize
+from peftbench.device import Device, DoesNotFit
+from peftbench.kernels import economize, only_words
 from peftbench.models import load_tokenizer, locate, prepare
 from peftbench.packing import ATTENTION_STEP, ROW_STEP, Encoded, Spans, make_batch, make_packable, predict, shuffled_rows
 from peftbench.phases import Phase, Untrained
@@ -58,7 +58,7 @@ def adapter(architecture, method):
 
 
 def adapted(architecture, method, *, dropout=0.0):
-    phase = Phase(id="X-test", role="backbone", peft=adapter(architecture, method))
+    phase = Phase(id="X-test", role="backbone", peft=adapter(architecture, method), max_length=32)
     model, groups = prepare(classifier(architecture, dropout=dropout), phase)
     return model, groups
 
@@ -268,7 +268,7 @@ def test_packed_batch_lays_tokens_end_to_end():
     """The same rows in one row, positions restarting, with filling at the end that does not count."""
     encoded = Encoded(Split("dev", (7, 8), ("a", "b"), (1, 0)), [torch.tensor([4, 5, 6]), torch.tensor([9])], torch.tensor([1, 0]))
     batch = make_batch(encoded, [1, 0], "cpu", packed=True)
-    assert [[9, 4, 5, 6, *[0] * 12]] == batch.inputs["input_ids"].tolist()
+    assert [[9, 4, 5, 6, *[9] * 12]] == batch.inputs["input_ids"].tolist()
     assert [[0, 0, 1, 2, *range(12)]] == batch.inputs["position_ids"].tolist()
     assert ([1, 0], [0, 1], 4) == (batch.rows.tolist(), batch.labels.tolist(), batch.tokens)
 
@@ -361,23 +361,48 @@ def test_taking_rows_keeps_tokens_labels_and_split_together():
 
 
 def test_predicting_halves_the_batch_where_memory_runs_out():
-    """The same logits in the same order; one example that does not fit is torch's own error."""
+    """The same logits in the same order, whichever error says so; one text that does not fit is an error of ours."""
     model, encoded = classifier("bert").eval(), encoded_of([5, 3, 8, 2, 6, 4, 7])
     expected = predict(model, encoded, CPU, packed=False)
     sizes, forward = [], model.forward
 
-    def cramped(room):
+    def cramped(room, error):
         def run(**inputs):
             sizes.append(len(inputs["input_ids"]))
             if sizes[-1] > room:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise error
             return forward(**inputs)
 
         return run
 
-    model.forward = cramped(2)
-    torch.testing.assert_close(predict(model, encoded, CPU, packed=False, batch_size=8), expected)
-    assert [7, 4, 2, 2, 2, 1] == sizes
-    model.forward = cramped(0)
-    with pytest.raises(torch.OutOfMemoryError):
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")):
+        sizes.clear()
+        model.forward = cramped(2, error)
+        torch.testing.assert_close(predict(model, encoded, CPU, packed=False, batch_size=8), expected)
+        assert [7, 4, 2, 2, 2, 1] == sizes
+        model.forward = cramped(0, error)
+        with pytest.raises(DoesNotFit, match="split 'train': one text at a time does not fit cpu"):
+            predict(model, encoded, CPU, packed=False)
+    model.forward = cramped(0, RuntimeError("something else"))
+    with pytest.raises(RuntimeError, match="something else"):
         predict(model, encoded, CPU, packed=False)
+
+
+@pytest.mark.parametrize("padding", [0, 3, None])
+def test_the_filling_of_a_packed_row_needs_no_padding_token(padding):
+    """It is made of a token that is there, so that a model trains whatever its padding token is."""
+    model = AutoModelForSequenceClassification.from_config(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            pad_token_id=padding,
+        )
+    )
+    make_packable(model)
+    economize(model)
+    encoded = encoded_of([3, 5])
+    with only_words(model, torch.cat([*encoded.tokens])):
+        model(**make_batch(encoded, [0, 1], "cpu", packed=True).inputs).logits.sum().backward()

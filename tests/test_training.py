@@ -21,11 +21,11 @@ from transformers import (
 )
 
 from peftbench.data import Split
-from peftbench.device import Device
+from peftbench.device import Device, DoesNotFit
 from peftbench.kernels import economize, flattened
 from peftbench.packing import Batch, Encoded, make_batch, make_packable, shuffled_rows
 from peftbench.records import MemoryUse
-from peftbench.training import CURVE_POINTS, DoesNotFit, TrainingDiverged, fit, rate_factor
+from peftbench.training import CURVE_POINTS, TrainingDiverged, fit, rate_factor
 
 CPU = Device(name="cpu", precision="fp32", why="test")
 DEFAULTS = {
@@ -237,6 +237,20 @@ def test_loss_that_is_not_finite_stops_training(bad):
     """The message has the work, the step, how many there are, and the learning rate at that step."""
     with pytest.raises(TrainingDiverged, match=re.escape(f"X-test: loss is {bad} at step 3 of 4, learning rate 0.001; lower it")):
         fit_losses([1.0, 1.0, bad, 1.0], lr=2e-3)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_stops_training(bad):
+    """At its own step, the last one too, before it reaches the weights."""
+    model = nn.Linear(1, 1, bias=False)
+    before = model.weight.detach().clone()
+    batch = Batch(rows=torch.arange(2), labels=torch.zeros(2), inputs={}, tokens=3)
+    groups = [{"params": list(model.parameters()), "lr": 1e-3}]
+
+    model.weight.register_hook(lambda gradient: torch.full_like(gradient, bad))
+    with pytest.raises(TrainingDiverged, match=r"X-test: the gradient's norm is (inf|nan) at step 1 of 1, learning rate"):
+        fit_batches(model, lambda _: model.weight.sum(), [batch], groups, **DEFAULTS, progress=silent, steps_per_epoch=1)
+    assert torch.equal(before, model.weight)
 
 
 def test_diverging_training_leaves_the_weights_of_the_last_good_step():

@@ -92,6 +92,17 @@ def test_a_data_set_of_another_shape_is_an_error(sst2, files, message):
         load_glue()
 
 
+def test_revision_of_a_data_set(sst2):
+    """Of the one that is named; the other's is the main branch."""
+    sst2.repos[f"datasets/{LABELLED_TEST}"].branches = ("main", "v2")
+    assert load_glue(revisions={LABELLED_TEST: "v2"}).test.labels == load_glue().test.labels
+    assert any(f"{LABELLED_TEST}/revision/v2" in request for request in sst2.requests)
+    with pytest.raises(HubError, match=rf"{GLUE} .*no revision 'v3'"):
+        load_glue(revisions={GLUE: "v3"})
+    with pytest.raises(DataError, match=r"data_revisions must name .*, got 'sst2'"):
+        load_glue(revisions={"sst2": "main"})
+
+
 def test_a_data_set_that_is_gone(hub):
     """The way out is named: files."""
     with pytest.raises(HubError, match=r"nyu-mll/glue .*--peft-data"):
