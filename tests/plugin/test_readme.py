@@ -5,16 +5,32 @@ import re
 from pathlib import Path
 
 import peftbench
+from peftbench.models import load_classifier, load_tokenizer, locate, save_classifier
+from peftbench.phases import Untrained
 from peftbench.plugin import OPTIONS
 from peftbench.records import Record
 
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 
 
+def example_with(text):
+    """The README's Python that has this text in it."""
+    [example] = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if text in code]
+    return example
+
+
+def test_the_example_of_other_models_runs_as_printed(pytester, study, records):
+    """The student is the folder's, which the record says."""
+    weights = locate(Untrained(architecture="distilbert", layers=1, hidden_size=8, attention_heads=1), fetch=None)
+    save_classifier(load_classifier(weights), load_tokenizer(weights), pytester.path / "my-student")
+    pytester.makeconftest(example_with("peft_scale"))
+    study("-k", "small").assert_outcomes(passed=1, deselected=5)
+    assert "my-student" == records()["S-small-tiny-s42.json"]["checkpoint"]
+
+
 def test_the_example_of_a_phase_runs_as_printed(pytester, data_folder, records):
     """The phase that the README adds trains, passes and leaves its record."""
-    [example] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    pytester.makepyfile(test_example=example)
+    pytester.makepyfile(test_example=example_with("Phase("))
     result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={data_folder}")
     result.assert_outcomes(passed=1, deselected=1)
     assert ["E-ia3-tiny-s42.json"] == list(records())
