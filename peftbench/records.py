@@ -4,14 +4,14 @@ import base64
 import dataclasses
 import functools
 import json
-import math
+import reprlib
 import secrets
-import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count, repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,15 @@ _GROUPS = frozenset(
 
 MAX_RECORD_BYTES = 64 * 2**20
 """Of a file that is read; a record has some ten thousand."""
+
+_LARGEST = 1e100
+"""Of a figure, either way; its square, which a spread and an axis need, is finite, too."""
+
+_DEEPEST = 50
+"""Mappings and lists inside each other, of which a record has some four; whatever reads a record need not fear more."""
+
+_MEASURED = ("dev", "test", "parameter_counts", "train_runtime_seconds", "efficiency")
+"""What a passed case has, whatever the phase."""
 
 _ADDED: Mapping[int, Sequence[str]] = {
     2: ("skipped_steps", "memory_use", "teacher_checkpoint"),
@@ -239,7 +248,9 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values."""
-        content: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
+        text = json.dumps(dataclasses.asdict(self), allow_nan=False, ensure_ascii=False)
+        # An error may quote a path that is not UTF-8; half a character in it would keep the record from being read.
+        content: dict[str, Any] = json.loads(text.encode("utf-8", "replace"))
         return content
 
     def to_row(self) -> dict[str, Any]:
@@ -278,13 +289,9 @@ class Record:
         later = {key: None for added, keys in _ADDED.items() if added > version for key in keys}
         try:
             record: Record = _reader(typing.cast(Any, cls))({**later, **content, "schema_version": SCHEMA_VERSION})
+            _check(record)
         except _Misfit as misfit:
             raise RecordError(str(misfit)) from None
-        for predictions in record.predictions.values():
-            predictions.masks()
-        for name, split in (("dev", record.dev), ("test", record.test)):
-            if split and not (0 <= split.accuracy <= 1 and 0 <= split.f1 <= 1):
-                raise RecordError(f"record.{name} must have fractions, got accuracy {split.accuracy!r} and f1 {split.f1!r}")
         return record
 
 
@@ -297,8 +304,6 @@ def read_record(path: Path) -> Record:
     """
     try:
         return Record.from_json(parse_json(path))
-    except RecursionError as error:
-        raise RecordError(f"{path}: nested too deeply") from error
     except RecordError as error:
         raise RecordError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
 
@@ -452,18 +457,31 @@ def _refuse_constant(name: str) -> float:
 class _Misfit(Exception):  # noqa: N818 - an intermediate state of the message
     """A value that is not of its type: what is wrong with it, and the keys to it, the innermost first."""
 
-    def __init__(self, problem: str) -> None:
+    def __init__(self, problem: str, *keys: str | int) -> None:
         super().__init__(problem)
         self.problem = problem
-        self.keys: list[str] = []
+        self.keys = list(keys)
 
     def __str__(self) -> str:
-        return f"record{''.join(reversed(self.keys))} {self.problem}"
+        keys = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in reversed(self.keys))
+        return f"record{keys} {self.problem}"
 
-
-_LARGEST = sys.float_info.max
 
 Reader = Callable[[Any], Any]
+
+
+def _check(record: Record) -> None:
+    """What types alone do not say."""
+    if record.outcome == "passed" and (missing := [name for name in _MEASURED if getattr(record, name) is None]):
+        raise _Misfit(f"is of a case that passed, and has null for {', '.join(missing)}")
+    for predictions in record.predictions.values():
+        predictions.masks()
+    for name, split in (("dev", record.dev), ("test", record.test)):
+        if split and not (0 <= split.accuracy <= 1 and 0 <= split.f1 <= 1):
+            raise _Misfit(f"must have fractions, got accuracy {split.accuracy!r} and f1 {split.f1!r}", name)
+    if record.learning_curve and min(record.learning_curve)[0] < 1:
+        raise _Misfit(f"must count its steps from 1, got {min(record.learning_curve)[0]}", "learning_curve")
+    _read_parts(["data.sizes"], [_reader(Mapping[str, int])], [record.data.get("sizes", {})])
 
 
 @functools.cache
@@ -489,7 +507,7 @@ def _reader(kind: Any) -> Reader:
 def _reader_of_choice(choices: Sequence[Any]) -> Reader:
     def read(value: Any) -> Any:
         if value not in choices:
-            raise _Misfit(f"must be one of {', '.join(map(str, choices))}, got {str(value)[:80]!r}")
+            raise _Misfit(f"must be one of {', '.join(map(str, choices))}, got {reprlib.repr(value)}")
         return value
 
     return read
@@ -503,7 +521,7 @@ def _reader_of_dataclass(kind: Any) -> Reader:
             raise _misfit(kind, value)
         if missing := [name for name in readers if name not in value]:
             raise _Misfit(f"has no {', '.join(missing)}")
-        return kind(**{name: _read_at(f".{name}", reader, value[name]) for name, reader in readers.items()})
+        return kind(**_read_parts(readers, readers.values(), map(value.__getitem__, readers)))
 
     return read
 
@@ -515,7 +533,7 @@ def _reader_of_list(kind: Any) -> Reader:
         if not isinstance(value, list):
             raise _misfit(tuple, value)
         rows = _read_rows(value, kinds)
-        return tuple([_read_at(f"[{i}]", reader, item) for i, item in enumerate(value)]) if rows is None else rows
+        return tuple(_read_parts(count(), repeat(reader), value).values()) if rows is None else rows
 
     return read
 
@@ -524,18 +542,16 @@ def _read_rows(rows: list[Any], kinds: Sequence[Any]) -> tuple[Any, ...] | None:
     """Rows of numbers, column by column, as curves are most of a record; None if anything is not as it should be."""
     try:
         columns = [_read_column(column, kind) for column, kind in zip(zip(*rows, strict=True), kinds, strict=True)]
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError):
         return None
     return tuple(zip(*columns, strict=True))
 
 
 def _read_column(column: tuple[Any, ...], kind: Any) -> tuple[Any, ...]:
     found = set(map(type, column))
-    if kind is float and found <= {int, float} and all(map(math.isfinite, column)):
-        return tuple(map(float, column))
-    if found != {kind} or kind is float:
-        raise TypeError
-    return column
+    if not sum(map(abs, column)) <= _LARGEST or not found <= ({int, float} if kind is float else {kind}):
+        raise ValueError
+    return column if found == {kind} else tuple(map(float, column))
 
 
 def _reader_of_tuple(kinds: Sequence[Any]) -> Reader:
@@ -544,7 +560,7 @@ def _reader_of_tuple(kinds: Sequence[Any]) -> Reader:
     def read(value: Any) -> Any:
         if not isinstance(value, list) or len(value) != len(readers):
             raise _misfit(tuple, value)
-        return tuple([_read_at(f"[{i}]", reader, item) for i, (reader, item) in enumerate(zip(readers, value, strict=True))])
+        return tuple(_read_parts(count(), readers, value).values())
 
     return read
 
@@ -555,7 +571,7 @@ def _reader_of_mapping(kind: Any) -> Reader:
     def read(value: Any) -> Any:
         if not isinstance(value, dict):
             raise _misfit(dict, value)
-        return {key: _read_at(f".{key}", reader, item) for key, item in value.items()}
+        return _read_parts(map(_read_text, value), repeat(reader), value.values())
 
     return read
 
@@ -566,30 +582,65 @@ def _reader_of_plain(kind: Any) -> Reader:
             return value
         raise _misfit(kind, value)
 
-    return _read_float if kind is float else read
+    return {str: _read_text, int: _read_int, float: _read_float}.get(kind, read)
+
+
+def _read_text(value: Any) -> str:
+    if type(value) is not str:
+        raise _misfit(str, value)
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise _Misfit(f"must be text that UTF-8 can hold, got {reprlib.repr(value)}") from None
+    return value
+
+
+def _read_int(value: Any) -> Any:
+    if type(value) is not int:
+        raise _misfit(int, value)
+    return _read_number(value)
 
 
 def _read_float(value: Any) -> float:
-    if type(value) in (float, int) and -_LARGEST <= value <= _LARGEST:
-        return float(value)
-    raise _misfit(float, value)
+    if type(value) is not float and type(value) is not int:
+        raise _misfit(float, value)
+    return float(_read_number(value))
 
 
-def _read_at(key: str, reader: Reader, value: Any) -> Any:
-    try:
-        return reader(value)
-    except _Misfit as misfit:
-        misfit.keys.append(key)
-        raise
+def _read_number(value: Any) -> Any:
+    if not -_LARGEST <= value <= _LARGEST:  # and NaN is not, either
+        raise _Misfit(f"must be a number within {_LARGEST:g} of zero, got {reprlib.repr(value)}")
+    return value
+
+
+def _read_anything(value: Any, depth: int = 0) -> Any:
+    kind = type(value)
+    if kind is str:
+        return _read_text(value)
+    if kind is int or kind is float:
+        return _read_number(value)
+    if kind is not dict and kind is not list:
+        return value
+    if depth == _DEEPEST:
+        raise _Misfit("is nested too deeply")
+    reader = functools.partial(_read_anything, depth=depth + 1)
+    if kind is dict:
+        return _read_parts(map(_read_text, value), repeat(reader), value.values())
+    return list(_read_parts(count(), repeat(reader), value).values())
+
+
+def _read_parts(keys: Iterable[Any], readers: Iterable[Reader], values: Iterable[Any]) -> dict[Any, Any]:
+    """Each key's value as its reader gives it; a misfit learns which key it stands at."""
+    read = {}
+    for key, reader, value in zip(keys, readers, values, strict=False):  # the count of a list's items has no end
+        try:
+            read[key] = reader(value)
+        except _Misfit as misfit:
+            misfit.keys.append(key)
+            raise
+    return read
 
 
 def _misfit(kind: Any, value: Any) -> _Misfit:
-    return _Misfit(f"must be {kind.__name__}, got {str(value)[:80]!r}")
-
-
-def _read_anything(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise _Misfit(f"must be finite, got {value!r}")
-    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        _read_at(f".{key}", _read_anything, item)
-    return value
+    return _Misfit(f"must be {kind.__name__}, got {reprlib.repr(value)}")

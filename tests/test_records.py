@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -65,44 +66,46 @@ FAILED = Record(
     error="RuntimeError: out of memory",
 )
 
-NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+NUMBERS, WHOLE = st.floats(-1e100, 1e100), st.integers(-(2**63), 2**63)
 JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | NUMBERS | st.text(max_size=8),
+    st.none() | st.booleans() | WHOLE | NUMBERS | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=5,
 )
 MAPPINGS = st.dictionaries(st.text(max_size=8), JSON_VALUES, max_size=3)
 SHARES = st.floats(0, 1)
-QUALITIES = st.builds(SplitMetrics, accuracy=SHARES, f1=SHARES, n=st.integers(), accuracy_ci95=st.tuples(NUMBERS, NUMBERS))
+QUALITIES = st.builds(SplitMetrics, accuracy=SHARES, f1=SHARES, n=WHOLE, accuracy_ci95=st.tuples(NUMBERS, NUMBERS))
 PREDICTIONS = st.builds(
     lambda pairs, name: Predictions.from_labels([p for p, _ in pairs], [g for _, g in pairs], name),
     st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), max_size=20),
     st.text(max_size=8),
 )
-RECORDS = st.builds(
-    Record,
-    run_id=st.text(max_size=8),
-    phase=st.text(max_size=8),
-    name=st.text(max_size=8),
-    scale=st.text(max_size=8),
-    seed=st.integers(),
-    outcome=st.sampled_from(["passed", "failed"]),
-    fingerprint=st.none() | st.text(max_size=8),
-    config=MAPPINGS,
-    error=st.none() | st.text(),
-    dev=st.none() | QUALITIES,
-    test=st.none() | QUALITIES,
-    parameter_counts=st.none() | st.builds(ParameterCounts, total=st.integers(), trainable=st.integers()),
-    train_runtime_seconds=st.none() | NUMBERS,
-    efficiency=st.none()
-    | st.builds(Efficiency, accuracy_per_million_params=st.none() | NUMBERS, accuracy_per_minute=st.none() | NUMBERS),
-    learning_curve=st.lists(st.tuples(st.integers(), NUMBERS), max_size=3).map(tuple),
-    peak_memory_bytes=st.none() | st.integers(),
-    teacher_cost=st.none()
+MEASURED = {
+    "dev": QUALITIES,
+    "test": QUALITIES,
+    "parameter_counts": st.builds(ParameterCounts, total=WHOLE, trainable=WHOLE),
+    "train_runtime_seconds": NUMBERS,
+    "efficiency": st.builds(Efficiency, accuracy_per_million_params=st.none() | NUMBERS, accuracy_per_minute=st.none() | NUMBERS),
+}
+ANY = {
+    "run_id": st.text(max_size=8),
+    "phase": st.text(max_size=8),
+    "name": st.text(max_size=8),
+    "scale": st.text(max_size=8),
+    "seed": WHOLE,
+    "fingerprint": st.none() | st.text(max_size=8),
+    "config": MAPPINGS,
+    "error": st.none() | st.text(),
+    "learning_curve": st.lists(st.tuples(st.integers(1, 2**63), NUMBERS), max_size=3).map(tuple),
+    "peak_memory_bytes": st.none() | WHOLE,
+    "teacher_cost": st.none()
     | st.builds(TeacherCost, training_seconds=NUMBERS, logit_seconds=NUMBERS, cache=st.sampled_from(["hit", "miss"])),
-    data=MAPPINGS,
-    predictions=st.dictionaries(st.text(max_size=8), PREDICTIONS, max_size=2),
-    versions=st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=2),
+    "data": MAPPINGS,
+    "predictions": st.dictionaries(st.text(max_size=8), PREDICTIONS, max_size=2),
+    "versions": st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=2),
+}
+RECORDS = st.builds(Record, outcome=st.just("passed"), **ANY, **MEASURED) | st.builds(
+    Record, outcome=st.just("failed"), **ANY, **{name: st.none() | part for name, part in MEASURED.items()}
 )
 
 
@@ -194,6 +197,20 @@ def without(key):
             json.dumps(changed("latency_ms", 0)).replace('"latency_ms": 0', '"latency_ms": 1e999'), "latency_ms", id="1e999"
         ),
         pytest.param(json.dumps(changed("latency_ms", 10**400)), "latency_ms", id="whole-number-beyond-floats"),
+        pytest.param(json.dumps(changed("peak_memory_bytes", 10**400)), "record.peak_memory_bytes", id="bytes-beyond-floats"),
+        pytest.param(json.dumps(changed("dev.n", 10**400)), "record.dev.n", id="count-beyond-floats"),
+        pytest.param(json.dumps(changed("learning_curve", [[10**400, 0.5]])), "record.learning_curve[0][0]", id="step-beyond"),
+        pytest.param(json.dumps(changed("train_runtime_seconds", 1e200)), "within 1e+100", id="seconds-beyond-squares"),
+        pytest.param(json.dumps(changed("learning_curve", [[0, 0.5]])), "record.learning_curve must count its", id="step-zero"),
+        pytest.param(json.dumps(changed("data", {"sizes": [1]})), "record.data.sizes must be dict, got [1]", id="sizes-list"),
+        pytest.param(json.dumps(changed("data", {"sizes": None})), "record.data.sizes must be dict, got None", id="sizes-null"),
+        pytest.param(json.dumps(changed("data", {"sizes": {"dev": "x"}})), "record.data.sizes.dev must be int", id="sizes-text"),
+        pytest.param(json.dumps(changed("parameter_counts", None)), "null for parameter_counts", id="passed-without-counts"),
+        pytest.param(json.dumps(changed("dev", None)), "null for dev", id="passed-without-dev"),
+        pytest.param(json.dumps(changed("name", "\ud800")), "record.name must be text that UTF-8 can hold", id="half-a-character"),
+        pytest.param(json.dumps(changed("config.x", "\ud800")), "record.config.x must be text", id="half-a-character-below"),
+        pytest.param(json.dumps(changed("config", {"\ud800": 1})), "record.config must be text", id="half-a-character-key"),
+        pytest.param(json.dumps(changed("versions", {"\ud800": "1"})), "record.versions must be text", id="half-a-version"),
         pytest.param(json.dumps(changed("config.x", "@")).replace('"@"', "1e999"), "config", id="1e999-in-config"),
         pytest.param(json.dumps(changed("schema_version", 5)), "schema_version must be 1 to 4, got 5", id="newer-schema"),
         pytest.param(json.dumps(changed("schema_version", "1")), "schema_version must be 1 to 4, got '1'", id="schema-text"),
@@ -203,8 +220,8 @@ def without(key):
         pytest.param(json.dumps(changed("predictions.dev.n", 10**12)), "1000000000000 predictions", id="too-few-predictions"),
         pytest.param(json.dumps(changed("predictions.dev.gold", "é")), "in base64, got 'é'", id="not-base64"),
         pytest.param(json.dumps(changed("seed", "42")), "record.seed must be int, got '42'", id="seed-text"),
-        pytest.param(json.dumps(changed("seed", 42.0)), "record.seed must be int, got '42.0'", id="seed-float"),
-        pytest.param(json.dumps(changed("seed", True)), "record.seed must be int, got 'True'", id="seed-bool"),
+        pytest.param(json.dumps(changed("seed", 42.0)), "record.seed must be int, got 42.0", id="seed-float"),
+        pytest.param(json.dumps(changed("seed", True)), "record.seed must be int, got True", id="seed-bool"),
         pytest.param(json.dumps(changed("dev.accuracy", 7.0)), "record.dev must have fractions, got accuracy 7.0", id="percent"),
         pytest.param(json.dumps(changed("dev.accuracy", True)), "record.dev.accuracy must be float", id="accuracy-bool"),
         pytest.param(json.dumps(changed("dev.accuracy", None)), "record.dev.accuracy must be float", id="accuracy-null"),
@@ -215,7 +232,7 @@ def without(key):
         pytest.param(json.dumps(changed("versions", {"torch": 2})), "record.versions.torch", id="version-number"),
         pytest.param(json.dumps(changed("learning_curve", {})), "record.learning_curve", id="curve-mapping"),
         pytest.param(json.dumps(changed("predictions.dev", {"n": 3})), "record.predictions.dev has no", id="predictions-parts"),
-        pytest.param(json.dumps(changed("phase", None)), "record.phase must be str, got 'None'", id="phase-null"),
+        pytest.param(json.dumps(changed("phase", None)), "record.phase must be str, got None", id="phase-null"),
         pytest.param(json.dumps(without("dev")), "record has no dev", id="without-dev"),
         pytest.param(json.dumps(without("outcome")), "outcome", id="without-outcome"),
     ],
@@ -236,6 +253,22 @@ def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(path, allowe
     with pytest.raises(RecordError) as caught:
         Record.from_json(changed(path, "other"))
     assert [] == [name for name in allowed if name not in str(caught.value)], str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["config", "dev"])
+@pytest.mark.parametrize("levels", [51, 200, 900])
+def test_a_deep_record_is_refused_before_anything_falls_over_it(key, levels):
+    """However it was read; a record has four levels, and fifty are let through."""
+    deep = functools.reduce(lambda inner, _: {"a": inner}, range(levels), {})
+    with pytest.raises(RecordError, match=rf"^record\.{key}"):
+        Record.from_json(changed(key, deep))
+    assert Record.from_json(changed("config.x", functools.reduce(lambda inner, _: [inner], range(40), []))).to_row()
+
+
+def test_half_a_character_in_an_error_does_not_keep_a_record_from_being_read(store):
+    """A path that is not UTF-8 has such in Python's messages."""
+    path = store.save(dataclasses.replace(FAILED, error="no such file: \udcff ü"))
+    assert "no such file: ? ü" == read_record(path).error
 
 
 def test_a_file_that_is_not_utf_8_is_refused_by_name(tmp_path):
