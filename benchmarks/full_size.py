@@ -24,7 +24,10 @@ from peftbench.records import Store
 from peftbench.runner import Settings, Workbench, plan_phases, run_phase
 
 STEPS, BATCH = 20, 16
-FLOPS = {ONEDNN_LINEAR: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]}
+FLOPS = {
+    ONEDNN_LINEAR: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0],
+    torch.ops.aten.addmm_: lambda _, x, y, **__: 2 * math.prod(x) * y[1],
+}
 """Of matrix products that torch's counter does not know, from the operands' shapes."""
 CONFIGS = {
     "bert-large": BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),

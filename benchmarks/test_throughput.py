@@ -23,6 +23,8 @@ pytestmark = pytest.mark.peer
 
 EXAMPLES, TINY_EXAMPLES, BATCH = 256, 32, 16
 ROUNDS = 3
+AHEAD = 1.4
+"""How many times as fast as a tuned Trainer the loop must be at least."""
 CONTENDERS = {
     "full": ("notebook", "tuned", "peftbench"),
     "lora": ("notebook", "tuned", "peftbench"),
@@ -88,7 +90,7 @@ def report(pytestconfig):
 @pytest.mark.parametrize("precision", ["fp32", "native"])
 @pytest.mark.parametrize("method", CONTENDERS)
 def test_peftbench_is_ahead_of_a_tuned_trainer(source, method, precision, peft_scale, peft_workbench, report):
-    """On the same work, peftbench's median is above that of a Trainer as well set up as its user can, and so far the notebook's."""
+    """On the same work and in no more memory, peftbench's median is well above that of a Trainer as well set up as its user can."""
     settings = peft_workbench.settings
     if precision == "native":
         precision = Device.choose(settings.device).precision
@@ -128,8 +130,10 @@ def test_peftbench_is_ahead_of_a_tuned_trainer(source, method, precision, peft_s
     assert {one["updates"] for measured in rounds.values() for one in measured} == {examples // BATCH}
     medians = {row["contender"]: row["examples_per_second"] for row in rows}
     if peft_scale.name != "tiny":  # whose matrices are too small to tell
-        assert medians["peftbench"] > medians["tuned"]
+        assert medians["peftbench"] >= AHEAD * medians["tuned"]
         assert medians["peftbench"] > medians["notebook"]
+        peaks = {row["contender"]: row["peak_memory_bytes"] for row in rows}
+        assert peaks["peftbench"] <= peaks["tuned"]
 
 
 def summarize(rates):

@@ -1,10 +1,13 @@
 """Repositories come whole or not at all, and whatever goes wrong is one clear message."""
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.errors import OfflineModeIsEnabled
 
 from peftbench.hub import HubError, snapshot
 
@@ -79,15 +82,12 @@ def test_offline_with_a_warm_cache(hub, repo, monkeypatch):
     assert [] == hub.requests
 
 
-def test_offline_with_a_cold_cache(hub, repo, monkeypatch):
-    """Nothing is asked, and the message says which switch forbids it."""
-
-    def forbid(*_, **__):
-        raise OfflineModeIsEnabled("offline")
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.hf_api.HfApi.repo_info", forbid)
-    assert "HF_HUB_OFFLINE" in refused()
+def test_offline_with_a_cold_cache(hub, repo, tmp_path):
+    """Nothing is asked, and the message says which switch forbids it; in a process that is offline from its start."""
+    code = "from peftbench.hub import snapshot; snapshot('owner/name', kind='model', files=['*'])"
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True, timeout=60, check=False)
+    assert re.search(r"HubError: .*owner/name.*HF_HUB_OFFLINE", done.stderr.splitlines()[-1])
     assert [] == hub.requests
 
 
