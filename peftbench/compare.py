@@ -4,7 +4,7 @@ import base64
 import dataclasses
 import functools
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from peftbench.records import Record
 from peftbench.verdicts import Row, Verdict
 
 Case = tuple[str, str, str]  # scale, letter, name
+Identity = tuple[tuple[str, str], ...]
 
 LEVEL = 0.05
 
@@ -60,38 +61,62 @@ class Sample:
         """Of the seeds; None without records."""
         return statistics.fmean(record.outcome == "passed" for record in self.latest.values()) if self.records else None
 
+    @property
+    def memory_before(self) -> list[int]:
+        """What was in use when each case that passed began, where that is known."""
+        return [size for record in self.passed if (size := record.memory_before_bytes) is not None]
+
     def mean(self, metric: Metric) -> float | None:
-        """Of quality, over the last record of each seed that passed; of all else, over all that passed."""
+        """Of quality, over the last record of each seed that passed; of all else, over the runs."""
         values = self.values(metric)
         return statistics.fmean(values) if values else None
 
     def values(self, metric: Metric) -> list[float]:
-        """The single measurements."""
-        return [value for record in self._of(metric) if (value := metric.value(record)) is not None]
+        """Independent measurements: of quality, one a seed; of all else, the mean of each run, whose seeds share its conditions."""
+        grouped: dict[object, list[float]] = {}
+        for record in self.measured(metric):
+            if (value := metric.value(record)) is not None:
+                grouped.setdefault(record.seed if metric.kind == "quality" else record.run_id, []).append(value)
+        return [statistics.fmean(values) for values in grouped.values()]
 
-    def identities(self, metric: Metric) -> dict[str, set[str]]:
-        """What must be the same on both sides, by what it is called."""
-        records = self._of(metric)
-        facts = {"data": {str(record.data.get("fingerprint"))[:12] for record in records}}
-        if metric.kind == "quality":
-            facts["seed set"] = {str(record.seed) for record in records}
-            facts["metric code"] = {str(record.metrics_version or 1) for record in records}
-        elif metric.kind != "size":
-            facts["machine"] = {str(record.machine.get("id")) for record in records}
-        if metric.kind == "memory":
-            facts["scope of memory"] = {str(record.peak_memory_scope) for record in records}
-        return facts
-
-    def _of(self, metric: Metric) -> list[Record]:
+    def measured(self, metric: Metric) -> list[Record]:
         """What a metric goes by."""
         return list(self.by_seed.values()) if metric.kind == "quality" else self.passed
+
+    def by_identity(self, metric: Metric) -> dict[Identity, "Sample"]:
+        """Those that passed, in parts that can be compared in themselves."""
+        parts: dict[Identity, list[Record]] = {}
+        for record in self.passed:
+            parts.setdefault(identity(metric, record), []).append(record)
+        return {one: Sample(records) for one, records in parts.items()}
+
+    def facts(self, metric: Metric) -> dict[str, set[str]]:
+        """What must be the same on both sides, by what it is called."""
+        records = self.measured(metric)
+        facts: dict[str, set[str]] = {"seed set": {str(record.seed) for record in records}} if metric.kind == "quality" else {}
+        for name, value in (fact for record in records for fact in identity(metric, record)):
+            facts.setdefault(name, set()).add(value)
+        return facts
+
+
+def identity(metric: Metric, record: Record) -> Identity:
+    """What must be the same in two records that a metric is compared in, each with what it is called."""
+    facts = {"data": str(record.data.get("fingerprint"))[:12]}
+    if metric.kind == "quality":
+        facts["metric code"] = str(record.metrics_version or 1)
+    elif metric.kind != "size":
+        facts["machine"] = str(record.machine.get("id"))
+    if metric.kind == "memory":
+        facts["scope of memory"] = str(record.peak_memory_scope)
+    return tuple(facts.items())
 
 
 def compare(base: Iterable[Record], head: Iterable[Record]) -> list[Row]:
     """
     A row for each phase and metric of two sides.
 
-    Of several records of one case and seed, the last one's predictions count; times and memory are compared over all of them.
+    Of several records of one case and seed, the last one's predictions count; times and memory are compared over the runs. Where
+    the base has records of the head's machine, data and so on, its others are left out.
     """
     sides = _by_case(base), _by_case(head)
     labels = _labels([*sides[0], *sides[1]])
@@ -141,9 +166,9 @@ def set_up_changes(base: Iterable[Record], head: Iterable[Record]) -> list[str]:
     for case in both:
         rows = [_set_up(side[case].passed[-1]) for side in sides]
         for key in dict.fromkeys([*rows[0], *rows[1]]):
-            before, after = (str(row.get(key))[:60] for row in rows)
+            before, after = (str(row.get(key)) for row in rows)
             if before != after:
-                phases.setdefault(f"{key} {before} → {after}", []).append(labels[case])
+                phases.setdefault(f"{key} {_excerpts(before, after)}", []).append(labels[case])
     return [f"{'all phases' if len(of) == len(both) > 1 else ', '.join(of)}: {change}" for change, of in phases.items()]
 
 
@@ -152,40 +177,60 @@ def _set_up(record: Record) -> dict[str, object]:
     return {key: value for key, value in record.to_row().items() if key.partition(".")[0] in kinds}
 
 
+def _excerpts(before: str, after: str) -> str:
+    """Two texts, long ones from shortly before where they differ."""
+    same = next(
+        (i for i, (one, other) in enumerate(zip(before, after, strict=False)) if one != other), min(len(before), len(after))
+    )
+    start = max(0, same - 20) if max(len(before), len(after)) > 60 else 0
+    cut = [f"{'…' if start else ''}{text[start : start + 60]}{'…' if text[start + 60 :] else ''}" for text in (before, after)]
+    return " → ".join(cut)
+
+
 def incomparable(metric: Metric, base: Sample, head: Sample) -> str | None:
     """What is another on the two sides; None if they can be compared."""
-    ours, theirs = base.identities(metric), head.identities(metric)
+    ours, theirs = base.facts(metric), head.facts(metric)
     for name, values in ours.items():
-        if values != theirs[name] or (len(values) > 1 and name != "seed set"):
-            return f"other {name}: {', '.join(sorted(values))} and {', '.join(sorted(theirs[name]))}"
+        if values != theirs.get(name) or (len(values) > 1 and name != "seed set"):
+            return f"other {name}: {', '.join(sorted(values))} and {', '.join(sorted(theirs.get(name, ())))}"
     if metric.kind == "memory":
-        return _other_memory_before(metric, base, head)
+        return other_memory_before(metric, base.values(metric), base.memory_before, head.memory_before)
     return None
 
 
-def _other_memory_before(metric: Metric, base: Sample, head: Sample) -> str | None:
+def other_memory_before(metric: Metric, peaks: Sequence[float], base: Sequence[int], head: Sequence[int]) -> str | None:
     """What earlier cases left in the process counts towards a peak: it must be as much on both sides, within the tolerance."""
-    before = [[bytes_ for r in side.passed if (bytes_ := r.memory_before_bytes) is not None] for side in (base, head)]
-    peaks = base.values(metric)
-    if not all(before) or not peaks:
+    if not (peaks and base and head):
         return None
-    ours, theirs = map(statistics.fmean, before)
+    ours, theirs = statistics.fmean(base), statistics.fmean(head)
     if abs(theirs - ours) <= metric.relative * statistics.fmean(peaks):
         return None
     return f"other memory in use before the case: {ours / 2**20:.0f} MiB and {theirs / 2**20:.0f} MiB"
 
 
-def judge_samples(metric: Metric, base: Sample, head: Sample) -> Estimate | str | None:
-    """
-    How two samples differ that are not `incomparable`; a reason if they are after all, None where single measurements tell nothing.
+def judge_quality(metric: Metric, base: Sample, head: Sample) -> Estimate | str:
+    """How two samples differ that are not `incomparable`, paired on the predictions; a reason if they are after all."""
+    sides = base.by_seed, head.by_seed
+    seeds = sorted(sides[0])
+    splits = sorted(sides[0][seeds[0]].predictions)
+    if not splits:
+        return "no predictions were recorded"
+    bits = [[_bits(side[seed], splits) for seed in seeds] for side in sides]
+    golds = {gold.tobytes() for side in bits for _, gold in side}
+    fingerprints = {
+        tuple(record.predictions[split].split_fingerprint if split in record.predictions else None for split in splits)
+        for side in sides
+        for record in side.values()
+    }
+    if len(golds) != 1 or len(fingerprints) != 1:
+        return "other data: the predictions are of other examples"
+    predicted = [np.stack([one for one, _ in side]) for side in bits]
+    return paired_difference(metric.name, bits[0][0][1], *predicted)
 
-    Quality is paired on the predictions, times and memory go by the ratio where both sides have repeats.
-    """
-    if metric.kind == "quality":
-        return _paired(metric, base.by_seed, head.by_seed)
-    if metric.kind == "size":
-        return None
-    return ratio_difference(base.values(metric), head.values(metric))
+
+def judge_runs(metric: Metric, base: Sequence[float], head: Sequence[float]) -> Estimate | None:
+    """How the runs of two sides differ, times and memory by their ratio; None for sizes, and where there is but one run."""
+    return None if metric.kind == "size" else ratio_difference(base, head)
 
 
 def _by_case(records: Iterable[Record]) -> dict[Case, Sample]:
@@ -207,28 +252,51 @@ def _judge(pairs: Sequence[tuple[str, Sample, Sample]]) -> list[Row]:
     settled = {row.phase for row in rows}
     measured = [pair for pair in pairs if pair[0] not in settled]
     for metric in METRICS.values():
-        blanks = [
-            Row(
+        asked = []
+        for phase, whole, head in measured:
+            base, left_out = _matching(metric, whole, head)
+            row = Row(
                 phase=phase, metric=metric.name, base=base.mean(metric), head=head.mean(metric), verdict="not comparable", reason=""
             )
-            for phase, base, head in measured
-        ]
-        asked = [(row, pair) for row, pair in zip(blanks, measured, strict=True) if {row.base, row.head} != {None}]
-        found = [incomparable(metric, base, head) or judge_samples(metric, base, head) for _, (_, base, head) in asked]
+            if {row.base, row.head} != {None}:
+                asked.append((row, base, head, left_out))
+        found = [_differ(metric, base, head) for _, base, head, _ in asked]
         chances = [one.p for one in found if isinstance(one, Estimate)]
         adjusted = iter(holm(chances))
-        for (row, (_, base, head)), one in zip(asked, found, strict=True):
+        for (row, base, head, left_out), one in zip(asked, found, strict=True):
             if isinstance(one, str):
                 judged = dataclasses.replace(row, reason=one)
             elif one is not None:
                 judged = _judge_difference(metric, row, one, next(adjusted), len(chances))
             else:
-                judged = _judge_single(metric, row, repeats=max(len(base.values(metric)), len(head.values(metric))))
+                judged = _judge_single(metric, row, len(base.values(metric)), len(head.values(metric)))
+            reason = judged.reason + left_out
             if metric.name == "train_runtime_seconds" and base.teacher_seconds != head.teacher_seconds:
-                judged = dataclasses.replace(judged, reason=judged.reason + _without_teacher(base, head))
-            rows.append(judged)
-    order = [phase for phase, _, _ in pairs]
-    return sorted(rows, key=lambda row: order.index(row.phase))
+                reason += _without_teacher(base, head)
+            rows.append(dataclasses.replace(judged, reason=reason))
+    order = {phase: i for i, (phase, _, _) in enumerate(pairs)}
+    return sorted(rows, key=lambda row: order[row.phase])
+
+
+def _matching(metric: Metric, base: Sample, head: Sample) -> tuple[Sample, str]:
+    """What of the base is of the head's machine, data and so on, and what to say of the rest; all of it where none is."""
+    parts = base.by_identity(metric)
+    wanted = {identity(metric, record) for record in head.measured(metric)}
+    if len(wanted) != 1 or len(parts) < 2 or not wanted & set(parts):
+        return base, ""
+    [one] = wanted
+    left = len(base.passed) - len(parts[one].passed)
+    others = {name: None for part in parts for (name, value), (_, ours) in zip(part, one, strict=True) if value != ours}
+    return parts[one], f"; {left} of the base's {len(base.passed)} records left out: other {' and '.join(others)}"
+
+
+def _differ(metric: Metric, base: Sample, head: Sample) -> Estimate | str | None:
+    """How the sides differ, or why they cannot be compared; None where there is nothing but the tolerance to go by."""
+    if reason := incomparable(metric, base, head):
+        return reason
+    if metric.kind == "quality":
+        return judge_quality(metric, base, head)
+    return judge_runs(metric, base.values(metric), head.values(metric))
 
 
 def _without_teacher(base: Sample, head: Sample) -> str:
@@ -266,34 +334,17 @@ def _judge_difference(metric: Metric, row: Row, found: Estimate, p: float, famil
     return dataclasses.replace(row, verdict="better" if metric.gain(found.value) > 0 else "worse")
 
 
-def _judge_single(metric: Metric, row: Row, *, repeats: int) -> Row:
-    """By the metric's tolerance, as there is no telling how far a single measurement varies."""
+def _judge_single(metric: Metric, row: Row, base_runs: int, head_runs: int) -> Row:
+    """By the metric's tolerance, as there is no telling how far single runs vary."""
     if row.base is None or row.head is None:
         return dataclasses.replace(row, reason=f"not measured in the {'base' if row.base is None else 'head'}")
     difference = row.head - row.base
     within = abs(difference) < metric.absolute or abs(difference) <= metric.relative * abs(row.base)
-    how = "single measurements" if repeats == 1 else "a single measurement on one side"
+    single = [name for name, runs in (("base", base_runs), ("head", head_runs)) if runs == 1]
+    how = "one run a side" if len(single) > 1 else f"one run in the {single[0]}" if single else "figures without a ratio"
     how = f"{how}, tolerance {metric.relative:.0%}" if metric.relative else "exact"
     verdict: Verdict = "no difference shown" if within else "better" if metric.gain(difference) > 0 else "worse"
     return dataclasses.replace(row, difference=difference, verdict=verdict, reason=how)
-
-
-def _paired(metric: Metric, base: Mapping[int, Record], head: Mapping[int, Record]) -> Estimate | str | None:
-    seeds = sorted(base)
-    splits = sorted(base[seeds[0]].predictions)
-    if not splits:
-        return "no predictions were recorded"
-    sides = [[_bits(side[seed], splits) for seed in seeds] for side in (base, head)]
-    golds = {gold.tobytes() for side in sides for _, gold in side}
-    fingerprints = {
-        tuple(record.predictions[split].split_fingerprint if split in record.predictions else None for split in splits)
-        for side in (base, head)
-        for record in side.values()
-    }
-    if len(golds) != 1 or len(fingerprints) != 1:
-        return "other data: the predictions are of other examples"
-    predicted = [np.stack([one for one, _ in side]) for side in sides]
-    return paired_difference(metric.name, sides[0][0][1], *predicted)
 
 
 def _bits(record: Record, splits: Sequence[str]) -> tuple[Bits, Bits]:

@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 from samples import failed, passed
 
-from peftbench.compare import compare, compare_phases, set_up_changes
+from peftbench.compare import Sample, compare, compare_phases, judge_runs, set_up_changes
+from peftbench.metrics import METRICS
 from peftbench.records import TeacherCost
 
 LOST = range(45)  # of 1,800 examples, 2.5 points
@@ -113,7 +115,38 @@ def test_quality_compares_across_machines():
 def test_single_times_go_by_the_tolerance(seconds, verdict):
     """A quarter, as there is nothing else to go by."""
     row = row_of([passed()], [passed(seconds=seconds)], "train_runtime_seconds")
-    assert (verdict, None, "single measurements, tolerance 25%") == (row.verdict, row.ci95, row.reason)
+    assert (verdict, None, "one run a side, tolerance 25%") == (row.verdict, row.ci95, row.reason)
+
+
+def test_the_seeds_of_one_run_are_no_repeats():
+    """They share the machine's hour: their mean is one measurement, and a steady 5% within them tells nothing."""
+    base, head = ([passed(seed=seed, seconds=s + seed / 100) for seed in (42, 43, 44)] for s in (60, 63))
+    row = row_of(base, head, "train_runtime_seconds")
+    assert ("no difference shown", None, "one run a side, tolerance 25%") == (row.verdict, row.ci95, row.reason)
+    assert (60.43, 63.43) == (pytest.approx(row.base), pytest.approx(row.head))
+
+
+@pytest.mark.parametrize("runs", [1, 2, 3])
+def test_runs_that_differ_raise_no_false_alarms(runs):
+    """Of 2,000 comparisons at most 5%, up to chance, where runs differ by 2% and the three seeds of each by 1%."""
+    metric, rng = METRICS["train_runtime_seconds"], np.random.default_rng(7)
+    one = passed()
+    alarms = 0
+    for _ in range(2000):
+        logs = 0.02 * rng.standard_normal((2, runs, 1)) + 0.01 * rng.standard_normal((2, runs, 3))
+        base, head = (
+            Sample(
+                [
+                    dataclasses.replace(one, run_id=f"{run}", seed=seed, train_runtime_seconds=float(seconds))
+                    for run, seeds in enumerate(60 * np.exp(side))
+                    for seed, seconds in enumerate(seeds)
+                ]
+            )
+            for side in logs
+        )
+        found = judge_runs(metric, base.values(metric), head.values(metric))
+        alarms += found is not None and found.p < 0.05
+    assert alarms / 2000 <= (0.06 if runs > 1 else 0)
 
 
 def test_repeated_times_go_by_the_interval():
@@ -195,7 +228,35 @@ def test_a_training_time_says_what_it_leaves_out():
 def test_a_mean_beside_one_measurement_is_not_called_single():
     """Nothing tells how far one varies, though the other side has two."""
     base = [passed(), passed(run="20260102T000000Z-bbbbbb")]
-    assert "a single measurement on one side, tolerance 25%" == row_of(base, [passed()], "train_runtime_seconds").reason
+    assert "one run in the head, tolerance 25%" == row_of(base, [passed()], "train_runtime_seconds").reason
+    assert "one run in the base, tolerance 25%" == row_of([passed()], base, "train_runtime_seconds").reason
+
+
+@pytest.mark.parametrize(
+    ("odd", "metric", "why"),
+    [
+        ({"machine": {"id": "m2"}}, "train_runtime_seconds", "1 of the base's 3 records left out: other machine"),
+        ({"data": {"fingerprint": "e" * 64}}, "accuracy", "1 of the base's 3 records left out: other data"),
+        ({"metrics_version": 2}, "f1", "1 of the base's 3 records left out: other metric code"),
+        ({"peak_memory_scope": "device"}, "peak_memory_bytes", "1 of the base's 3 records left out: other scope of memory"),
+    ],
+)
+def test_an_odd_run_in_the_base_is_left_out(odd, metric, why):
+    """The last of three was elsewhere; the other two are compared, and the reason says so."""
+    base = [passed(run=f"2026010{day}T000000Z-aaaaaa", **(odd if day == 3 else {})) for day in (1, 2, 3)]
+    row = row_of(base, [passed(run="20260104T000000Z-aaaaaa", wrong=LOST)], metric)
+    assert row.verdict != "not comparable"
+    assert row.reason.endswith(f"; {why}")
+
+
+def test_a_head_of_several_machines_is_not_comparable():
+    """There is no telling which of them is meant; nor is a base that is of none of the head's."""
+    base = [passed(run=f"2026010{day}T000000Z-aaaaaa", machine={"id": f"m{day}"}) for day in (1, 2)]
+    head = [dataclasses.replace(record, run_id=record.run_id.replace("202601", "202602")) for record in base]
+    row = row_of(base, head, "train_runtime_seconds")
+    assert ("not comparable", "other machine: m1, m2 and m1, m2") == (row.verdict, row.reason)
+    row = row_of(base, [passed(machine={"id": "m3"})], "train_runtime_seconds")
+    assert ("not comparable", "other machine: m1, m2 and m3") == (row.verdict, row.reason)
 
 
 def test_what_was_set_up_differently_is_told():
@@ -206,3 +267,10 @@ def test_what_was_set_up_differently_is_told():
     assert ["B-lora: config.epochs 2 → 3", "all phases: versions.torch 2 → 3"] == set_up_changes(base, head)
     assert [] == set_up_changes(base, base)
     assert [] == set_up_changes(base, [failed(i) for i in ids])
+
+
+def test_long_settings_are_compared_whole():
+    """What they differ in is shown, though it stands behind what they share."""
+    before, after = ("a-model-in-a-folder/" + "0" * 80 + end for end in ("one", "two" + "2" * 80))
+    [line] = set_up_changes([passed(checkpoint=before)], [passed(checkpoint=after)])
+    assert f"B-lora: checkpoint …{'0' * 20}one → …{'0' * 20}two{'2' * 37}…" == line
