@@ -53,12 +53,17 @@ def to_github_action(records: Sequence[Record], better: Literal["higher", "lower
 
 
 def to_pytest_benchmark(records: Sequence[Record]) -> dict[str, Any]:
-    """What ``pytest --benchmark-json`` writes: an entry a phase, whose rounds are its seeds' training times."""
+    """
+    What ``pytest --benchmark-json`` writes: an entry a phase, whose rounds are its seeds' training times.
+
+    The last seed's record is where a case leaves its own, and those of the others are beside it.
+    """
     from pytest_benchmark import __version__
     from pytest_benchmark.stats import Stats
 
     entries = []
     for summary in _measured(records):
+        *others, last = (record.to_json() for record in summary.passed)
         name = summary.first.phase_id + ("-tiny" if summary.first.scale == "tiny" else "")  # as pytest names the case
         stats: Any = Stats()  # type: ignore[no-untyped-call]
         for record in summary.passed:
@@ -71,7 +76,7 @@ def to_pytest_benchmark(records: Sequence[Record]) -> dict[str, Any]:
                 "fullname": f"benchmarks/test_phases.py::test_phase[{name}]",
                 "params": None,
                 "param": name,
-                "extra_info": {"peftbench": summary.passed[-1].to_json()},
+                "extra_info": {"peftbench": last, "peftbench_other_seeds": others},
                 "options": {
                     "disable_gc": False,
                     "timer": "train_runtime_seconds",

@@ -2,14 +2,14 @@
 
 import json
 import re
+import statistics
 import subprocess
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftbench.compare import Sample, incomparable, judge_samples
-from peftbench.intervals import Estimate
+from peftbench.compare import Sample, judge_quality, judge_runs, other_memory_before
 from peftbench.metrics import Metric
 from peftbench.records import MAX_RECORD_BYTES, Record, RecordError, parse_json, read_record
 from peftbench.verdicts import Point
@@ -20,6 +20,20 @@ LEVEL = 0.01
 
 class HistoryError(ValueError):
     """What was asked for names no records."""
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """
+    A commit that git knows.
+
+    Attributes:
+        on_line: Whether it is HEAD or one that leads to it.
+    """
+
+    id: str
+    subject: str
+    on_line: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,22 +157,23 @@ class History:
         return "; this clone is shallow, and git fetch --unshallow brings the commits before it" if shallow else ""
 
 
-def commits_in_order(repository: Path) -> list[tuple[str, str]]:
-    """Id and subject of the commits that git knows, each after its parents; none without git."""
+def commits_in_order(repository: Path) -> list[Commit]:
+    """The commits that git knows, each after its parents; none without git."""
     log = _git(repository, "log", "--all", "HEAD", "--topo-order", "--reverse", "--format=%H%x00%s") or ""
-    return [(line.partition("\0")[0], line.partition("\0")[2]) for line in log.splitlines() if line]
+    line = set((_git(repository, "rev-list", "HEAD") or "").split())
+    found = [text.partition("\0") for text in log.splitlines() if text]
+    return [Commit(id=one, subject=subject, on_line=one in line) for one, _, subject in found]
 
 
-def trace(records: Iterable[Record], metric: Metric, commits: Sequence[tuple[str, str]]) -> dict[str, list[Point]]:
+def trace(records: Iterable[Record], metric: Metric, commits: Sequence[Commit]) -> dict[str, list[Point]]:
     """
     A metric over commits, by phase.
 
-    A level lasts from one shift to the next. A commit shifts it if it differs from the level's first commit (quality) or from all
-    of its measurements (the rest), so that slow drifts show, too. Commits that git does not know, and changes that were never
-    committed, stand where their time puts them.
+    Levels go along the line that leads to HEAD; commits off it are shown and take no part. A commit shifts the level if it differs
+    from the first of the level (quality) or from all of it (the rest), so that slow drifts show, too. Commits that git does not
+    know, and changes that were never committed, stand where their time puts them.
     """
-    place = {commit: i for i, (commit, _) in enumerate(commits)}
-    subjects = dict(commits)
+    place = {commit.id: i for i, commit in enumerate(commits)}
     by_phase: dict[tuple[str, str], dict[tuple[str, str], list[Record]]] = {}
     for record in sorted(records, key=lambda r: r.run_id):
         key = (str(record.commit.get("id") or record.run_id), str(record.commit.get("changes") or ""))
@@ -166,26 +181,22 @@ def trace(records: Iterable[Record], metric: Metric, commits: Sequence[tuple[str
     several = len({scale for scale, _ in by_phase}) > 1
     traced = {}
     for (scale, phase), groups in sorted(by_phase.items()):
-        points: list[Point] = []
-        level: list[Record] = []
+        line, points = _Line(metric), []
         for (commit, changes), group in _in_order(groups, place):
+            known = commits[place[commit]] if commit in place else None
             sample = Sample(group)
             marks = ["dirty"] if changes else []
-            marks += [] if commit in place else ["unknown"]
+            marks += [] if known else ["unknown"]
             marks += ["failed"] if sample.error else []
             shift = None
-            if sample.passed:
-                shift, other = _shift(metric, Sample(level), sample) if level else (None, None)
+            if known and not known.on_line:
+                marks.append("other branch")
+            elif sample.passed:
+                shift, other = line.take(sample)
                 marks += [f"other {other}"] if other else []
-                if shift or other or not level:
-                    level = sample.passed
-                elif metric.kind != "quality":  # of which each commit is compared to the level's first
-                    level = level + sample.passed
-            value = sample.mean(metric)
-            points.append(
-                Point(commit=commit, subject=subjects.get(commit, ""), value=value, records=len(group), marks=marks, shift=shift)
-            )
-        if any(point.value for point in points):
+            subject, value = known.subject if known else "", sample.mean(metric)
+            points.append(Point(commit=commit, subject=subject, value=value, records=len(group), marks=marks, shift=shift))
+        if any(point.value is not None for point in points):
             traced[f"{phase}-{scale}" if several else phase] = points
     return traced
 
@@ -223,8 +234,9 @@ def read_file(path: Path) -> Side:
     for entry in content["benchmarks"]:
         extra = entry.get("extra_info") if isinstance(entry, dict) else None
         if isinstance(extra, dict) and "peftbench" in extra:
+            others = extra.get("peftbench_other_seeds", [])
             try:
-                records.append(Record.from_json(extra["peftbench"]))
+                records += [Record.from_json(one) for one in (*(others if isinstance(others, list) else ()), extra["peftbench"])]
             except RecordError as error:
                 problems.append(f"{path}: {error}")
     if not records:
@@ -236,13 +248,37 @@ def _read(label: str, paths: Sequence[Path], where: str) -> Side:
     records, problems, found = [], [], []
     for path in paths:
         try:
-            records.append(read_record(path))
-            found.append(path)
+            content = parse_json(path)
+            files = _files_behind(path, content)
+            records += [read_record(file) for file in files] or [Record.from_json(content)]
+            found += files or [path]
         except RecordError as error:
-            problems.append(str(error))
+            text = str(error)
+            problems.append(text if text.startswith(str(path)) else f"{path}: {text}")
     if not records:
         raise HistoryError(f"no record in {where}" + (f" can be read; the first problem: {problems[0]}" if problems else ""))
     return Side(label, records, problems, found)
+
+
+def _files_behind(path: Path, content: object) -> list[Path]:
+    """
+    The records that a report over several seeds is made of, as its figures are means; none of what is a record itself.
+
+    Raises:
+        RecordError: If they are not in the runs beside the folder of the report.
+    """
+    seeds = content.get("seeds") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or not isinstance(seeds, list) or len(seeds) < 2:
+        return []
+    runs = path.absolute().parent.parent / "runs"
+    try:
+        files = [runs / one["run_id"] / f"{one['case']}.json" for one in content["records"]]
+    except (KeyError, TypeError):
+        raise RecordError("a report over several seeds that does not say of which records; give the run's folder instead") from None
+    for file in files:
+        if file.parent.parent != runs or not file.is_file():
+            raise RecordError(f"a report over several seeds, of which {file} is not there; give the run's folder instead")
+    return files
 
 
 def _in_order(
@@ -258,16 +294,82 @@ def _in_order(
         yield key, groups[key]
 
 
-def _shift(metric: Metric, level: Sample, sample: Sample) -> tuple[str | None, str | None]:
-    """Whether a sample is better or worse than a level; or what is another, so that they cannot be compared."""
-    if other := incomparable(metric, level, sample):
-        return None, other.partition(":")[0].removeprefix("other ")
-    mean = level.mean(metric), sample.mean(metric)
-    if mean[0] is None or mean[1] is None or abs(difference := mean[1] - mean[0]) < metric.absolute:
-        return None, None
-    found = judge_samples(metric, level, sample)
-    certain = found.p < LEVEL if isinstance(found, Estimate) else abs(difference) > metric.relative * abs(mean[0])
-    return ("better" if metric.gain(difference) > 0 else "worse") if certain else None, None
+@dataclass(slots=True)
+class _Level:
+    """
+    What a commit is compared with, of one machine, data and whatever else must be the same.
+
+    Attributes:
+        first: Of the level, which quality is compared with.
+        values: Of its runs, which all else is compared with.
+        memory_before: Of its cases.
+        last: Place of its last commit along the line.
+    """
+
+    first: Sample
+    values: list[float]
+    memory_before: list[int]
+    last: int
+
+
+class _Line:
+    """The levels of a phase along the commits that lead to HEAD, one for each machine and so on, as those may alternate."""
+
+    def __init__(self, metric: Metric) -> None:
+        self._metric = metric
+        self._levels: dict[object, _Level] = {}
+        self._facts: dict[str, set[str]] = {}
+        self._told: dict[str, int] = {}
+        self._place = 0
+
+    def take(self, sample: Sample) -> tuple[str | None, str | None]:
+        """Whether the line's next commit is better or worse than its level, and what is another than at the commit before it."""
+        self._place += 1
+        facts = sample.facts(self._metric)
+        changed = [name for name, values in facts.items() if self._facts.get(name, values) != values]
+        self._facts = facts
+        shifts = []
+        for one, part in sample.by_identity(self._metric).items():
+            shift, other = self._take((one, frozenset(part.by_seed) if self._metric.kind == "quality" else None), part)
+            shifts += [shift] if shift else []
+            changed += [other] if other else []
+        return next(iter(shifts), None), next(iter(changed), None)
+
+    def _take(self, key: object, sample: Sample) -> tuple[str | None, str | None]:
+        metric, values, before = self._metric, sample.values(self._metric), sample.memory_before
+        level, other = self._levels.get(key), None
+        if level and metric.kind == "memory":
+            other = other_memory_before(metric, level.values, level.memory_before, before)
+        if level is None or other or not level.values:
+            self._levels[key] = _Level(sample, values, before, self._place)
+            return None, other.partition(":")[0].removeprefix("other ") if other else None
+        shift = _shift(metric, level, sample, values) if values else None
+        if shift is None:
+            level.values += values
+            level.memory_before += before
+            level.last = self._place
+            return None, None
+        self._levels[key] = _Level(sample, values, before, self._place)
+        if self._told.get(shift, 0) > level.last:  # another machine has shown it since this one measured
+            return None, None
+        self._told[shift] = self._place
+        return shift, None
+
+
+def _shift(metric: Metric, level: _Level, sample: Sample, values: Sequence[float]) -> str | None:
+    """Whether a sample is better or worse than a level."""
+    quality = metric.kind == "quality"
+    mean = statistics.fmean(level.first.values(metric) if quality else level.values)
+    difference = statistics.fmean(values) - mean
+    if abs(difference) < metric.absolute:
+        return None
+    found = judge_quality(metric, level.first, sample) if quality else judge_runs(metric, level.values, values)
+    if isinstance(found, str):
+        return None
+    if found is not None:
+        difference = found.value
+    certain = abs(difference) > metric.relative * abs(mean) if found is None else found.p < LEVEL
+    return ("better" if metric.gain(difference) > 0 else "worse") if certain else None
 
 
 def _git(repository: Path, *arguments: str) -> str | None:

@@ -10,6 +10,7 @@ import pytest
 from samples import failed, passed
 
 from peftbench.export import to_bencher, to_github_action, to_pytest_benchmark
+from peftbench.history import read_file
 
 RECORDS = [passed("B-lora", seed=42), passed("B-lora", seed=43, seconds=66.0), passed("C1-full"), failed("D-hybrid")]
 
@@ -66,6 +67,13 @@ def test_pytest_benchmark_reads_its_own_format(tmp_path):
     assert 0 == done.returncode, done.stderr
     assert "test_phase[B-lora]" in done.stdout
     assert "63.0000" in done.stdout
+
+
+def test_an_export_for_pytest_benchmark_keeps_all_seeds(tmp_path):
+    """Read again, it is the records that passed."""
+    path = tmp_path / "ours.json"
+    path.write_text(json.dumps(to_pytest_benchmark(RECORDS)))
+    assert RECORDS[:3] == list(read_file(path).records)
 
 
 def test_pytest_benchmark_entries_are_named_as_the_cases():

@@ -8,9 +8,10 @@ import pytest
 from samples import failed, passed
 
 from peftbench import load_records
-from peftbench.history import History, HistoryError, read_side, trace
+from peftbench.history import Commit, History, HistoryError, commits_in_order, read_side, trace
 from peftbench.metrics import METRICS
-from peftbench.records import Store
+from peftbench.records import Predictions, Store
+from peftbench.summary import Summary, phase_report
 
 LOST = range(45)
 
@@ -178,6 +179,45 @@ def test_a_file_of_pytest_benchmark_gives_our_records(tmp_path):
     assert [record] == list(read_side(str(path), lambda: None).records)
 
 
+@pytest.fixture
+def report(store):
+    """The report of a phase over three seeds, of which the last is much better; returns its path and the records."""
+    records = [keep(store, "c" * 40, seed=seed, wrong=range(wrong)) for seed, wrong in ((42, 100), (43, 100), (44, 10))]
+    return store.publish("B", lambda: phase_report(Summary(records))), records
+
+
+def test_a_report_over_several_seeds_is_read_as_its_records(store, report):
+    """Its figures are means beside the last seed's predictions; the folder of reports and the file name the same records."""
+    path, records = report
+    for text in (path, path.parent):
+        side = read_side(str(text), lambda: None)
+        assert records == list(side.records)
+        assert [store.record_path(record) for record in records] == list(side.files.values())
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        (
+            "moved",
+            r"phase_b_metrics\.json: a report over several seeds, of which .*B-lora-mini-s42\.json is not there; give the run's",
+        ),
+        (None, "a report over several seeds that does not say of which records; give the run's folder instead"),
+        ([{"run_id": 3, "case": "x"}], "does not say of which records"),
+        ([{"run_id": "../..", "case": "x"}], "is not there"),
+    ],
+)
+def test_a_report_without_its_records_is_said(report, records, message):
+    """The file that is missing, and what to compare instead."""
+    path, _ = report
+    if records == "moved":
+        (path.parent.parent / "runs").rename(path.parent.parent / "elsewhere")
+    else:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "records": records}))
+    with pytest.raises(HistoryError, match=message):
+        read_side(str(path), lambda: None)
+
+
 def points_of(records, metric, commits):
     [points] = trace(records, METRICS[metric], commits).values()
     return points
@@ -187,7 +227,7 @@ def at(commit, day, **changes):
     return passed(run=f"202601{day:02d}T000000Z-aaaaaa", commit={"id": commit, "dirty": False, "changes": None}, **changes)
 
 
-COMMITS = [(letter * 40, f"step {letter}") for letter in "abcde"]
+COMMITS = [Commit(letter * 40, f"step {letter}") for letter in "abcde"]
 
 
 def test_commits_stand_in_gits_order_and_shifts_are_named():
@@ -202,7 +242,7 @@ def test_commits_stand_in_gits_order_and_shifts_are_named():
 
 def test_a_slow_drift_shifts_the_level():
     """No commit loses enough to show beside the one before it: five more examples each, p of 0.06."""
-    records = [at(commit, day, wrong=range(5 * day - 5)) for day, (commit, _) in enumerate(COMMITS, start=1)]
+    records = [at(commit.id, day, wrong=range(5 * day - 5)) for day, commit in enumerate(COMMITS, start=1)]
     assert [None, None, "worse", None, "worse"] == [point.shift for point in points_of(records, "accuracy", COMMITS)]
 
 
@@ -211,6 +251,80 @@ def test_a_slower_loop_shifts_the_level_of_time():
     seconds = {"a": 60, "b": 66, "c": 93, "d": 90, "e": 95}
     records = [at(letter * 40, day, seconds=seconds[letter]) for day, letter in enumerate("abcde", start=1)]
     assert [None, None, "worse", None, None] == [point.shift for point in points_of(records, "train_runtime_seconds", COMMITS)]
+
+
+def test_commits_of_other_branches_take_no_part_in_the_level(repository):
+    """One that was never merged is shown and marked, and its loss is no shift; once merged, it is."""
+    folder, ids = repository
+    git(folder, "checkout", "-q", "-b", "experiment", "HEAD~2")
+    git(folder, "commit", "-q", "--allow-empty", "-m", "experiment")
+    experiment = git(folder, "rev-parse", "HEAD")
+    git(folder, "checkout", "-q", "-")
+    records = [at(one, day, wrong=LOST if one == experiment else ()) for day, one in enumerate([*ids, experiment], start=1)]
+    points = points_of(records, "accuracy", commits_in_order(folder))
+    assert [None] * 6 == [point.shift for point in points]
+    assert {experiment: ["other branch"]} == {point.commit: point.marks for point in points if point.marks}
+
+    git(folder, "merge", "-q", "--no-ff", "-m", "merge", "experiment")
+    points = points_of(records, "accuracy", commits_in_order(folder))
+    assert "worse" in [point.shift for point in points if point.commit == experiment]
+    assert [] == [mark for point in points for mark in point.marks]
+
+
+def test_machines_that_alternate_have_a_level_each():
+    """The loop gets slower by half at the fourth commit: said once, though the other machine sees it at the fifth only."""
+    machines, seconds = "mnmnmnmn", [60, 90, 61, 135, 90, 134, 91, 60]
+    commits = [Commit(letter * 40, letter) for letter in "abcdefgh"]
+    records = [
+        at(commit.id, day, machine={"id": machine}, seconds=s)
+        for day, (commit, machine, s) in enumerate(zip(commits, machines, seconds, strict=True), start=1)
+    ]
+    points = points_of(records, "train_runtime_seconds", commits)
+    assert [None, None, None, "worse", None, None, None, "better"] == [point.shift for point in points]
+    assert [[], *[["other machine"]] * 7] == [point.marks for point in points]
+
+
+def test_a_commit_measured_on_two_machines_is_judged_on_each():
+    """The second machine's runs do not hide that the first one got slower."""
+    records = [at(c * 40, day, machine={"id": m}, seconds=s) for day, (c, m, s) in enumerate([("a", "m", 60), ("a", "n", 20)])]
+    records += [at("b" * 40, day, machine={"id": m}, seconds=s) for day, (m, s) in enumerate([("m", 90), ("n", 20)], start=3)]
+    assert [None, "worse"] == [point.shift for point in points_of(records, "train_runtime_seconds", COMMITS)]
+
+
+def test_seeds_alternate_like_machines():
+    """A nightly run of three seeds between runs of one: quality has a level for each set of them."""
+    records = []
+    for day, commit in enumerate(COMMITS, start=1):
+        records += [at(commit.id, day, seed=seed, wrong=LOST if day > 2 else ()) for seed in ((42, 43, 44) if day % 2 else (42,))]
+    points = points_of(records, "accuracy", COMMITS)
+    assert [None, None, "worse", None, None] == [point.shift for point in points]
+    assert [[], *[["other seed set"]] * 4] == [point.marks for point in points]
+
+
+def test_repeats_of_a_commit_are_its_runs():
+    """Ten percent shows in three steady runs a commit, and not in three seeds of one run."""
+    for several_runs, expected in ((True, "worse"), (False, None)):
+        records = [
+            at(letter * 40, 3 * i + (j if several_runs else 0), seed=42 if several_runs else 42 + j, seconds=s + j / 10)
+            for i, (letter, s) in enumerate([("a", 60), ("b", 66)])
+            for j in (1, 2, 3)
+        ]
+        assert [None, expected] == [point.shift for point in points_of(records, "train_runtime_seconds", COMMITS)]
+
+
+def test_other_memory_before_starts_another_level():
+    """What earlier cases left behind counts towards the peak."""
+    before = [2**20, 2**20, 2**29, 2**29]
+    records = [at(c.id, day, memory_before_bytes=b) for day, (c, b) in enumerate(zip(COMMITS, before, strict=False), start=1)]
+    points = points_of(records, "peak_memory_bytes", COMMITS)
+    assert [[], [], ["other memory in use before the case"], []] == [point.marks for point in points]
+
+
+def test_a_phase_that_is_always_wrong_is_shown():
+    """Zero is a value."""
+    useless = Predictions.from_labels([0] * 10, [1] * 5 + [0] * 5, split_fingerprint="x")
+    [point] = points_of([at("a" * 40, 1, predictions={"dev": useless})], "f1", COMMITS)
+    assert 0.0 == point.value
 
 
 def test_marks_tell_what_is_unusual():
