@@ -42,31 +42,35 @@ def compare(options: argparse.Namespace) -> int:
     """Print what got better or worse; 1 if a gate says worse, 2 if it cannot tell."""
     from peftbench.compare import compare, compare_phases, set_up_changes
     from peftbench.gates import Gate, judge
+    from peftbench.history import doubts
 
+    if options.strict and not options.fail:
+        raise ValueError("--strict is about limits; give one by --fail METRIC:LIMIT")
     gates = [Gate.from_text(text) for text in options.fail]
     if options.base is None and not options.phases:
         raise ValueError("name what to compare the latest run with: a commit, a run's id, a folder or a file; or give --phases")
     if options.phases:
         if options.head is not None:
             raise ValueError("--phases compares within one side; give BASE alone, or none for the latest run")
-        side, changes = _select(options, options.base or "latest"), []
-        rows = compare_phases(side.records, *options.phases)
+        side = _select(options, options.base or "latest")
+        rows, changes, doubtful = compare_phases(side.records, *options.phases), [], doubts(side)
     else:
         head = _select(options, options.head or "latest", quietly=True)
         base = _select(options, options.base, without={record.run_id for record in head.records})
         _tell(head)
         rows, changes = compare(base.records, head.records), set_up_changes(base.records, head.records)
+        doubtful = doubts(head, base)
     if options.format == "json":
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     else:
         print(render_comparison(rows, table=TABLES.get(options.format, "simple")))
     for line in changes:
         print(f"peftbench: changed: {printable(line)}", file=sys.stderr)
+    judgement = judge(rows, gates, strict=options.strict, doubts=doubtful)
+    for line in judgement.lines if gates else doubtful:
+        print(f"peftbench: {printable(line)}", file=sys.stderr)
     if not gates:
         return 0 if rows else 2
-    judgement = judge(rows, gates, strict=options.strict)
-    for line in judgement.lines:
-        print(f"peftbench: {printable(line)}", file=sys.stderr)
     return judgement.status
 
 

@@ -1,5 +1,6 @@
 """Limits on how much worse a metric may get, and whether a comparison keeps them."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,15 +11,19 @@ from peftbench.verdicts import Row
 
 Status = Literal[0, 1, 2]
 
-_LIMIT = re.compile(r"(?P<number>\d+(\.\d+)?([eE][-+]?\d+)?)(?P<unit>\D*)")
+_LIMIT = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?)(?P<unit>[^0-9]*)")
 
 _UNITS = {
-    "": {"": 1.0, "pt": 0.01},
+    "": {"pt": 0.01},
     "s": {"": 1.0, "s": 1.0, "ms": 1e-3, "min": 60.0},
     "ms": {"": 1.0, "ms": 1.0, "s": 1e3},
     "B": {"": 1.0, "B": 1.0, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30},
 }
-"""How a limit may be written, by the metric's unit, and what it is times; of other units the number alone."""
+"""
+How a limit may be written, by the metric's unit, and what it is times; of other units the number alone.
+
+A fraction needs its points said, as 0.5 may be half a point or fifty.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +33,13 @@ class Gate:
 
     Attributes:
         limit: A share of the base if ``relative``, else in the metric's unit.
+        written: The limit as it was given.
     """
 
     metric: Metric
     limit: float
     relative: bool
+    written: str
 
     @classmethod
     def from_text(cls, text: str) -> "Gate":
@@ -48,16 +55,26 @@ class Gate:
         metric, found = METRICS[name], _LIMIT.fullmatch(limit)
         units = {**_UNITS.get(metric.unit, {"": 1.0}), "%": 0.01}
         number = float(found["number"]) * units[found["unit"]] if found and found["unit"] in units else None
-        if found is None or number is None or (not metric.unit and number > 1):
-            written = ", ".join(f"{5 if unit or metric.unit else 0.05}{unit}" for unit in units)
+        if found is None or number is None or not math.isfinite(number) or (not metric.unit and number > 1):
+            written = ", ".join(f"5{unit}" for unit in units)
             raise ValueError(f"--fail {name}: the limit must be written as {written} (of the base); got {limit!r}")
-        return cls(metric, number, found["unit"] == "%")
+        return cls(metric, number, found["unit"] == "%", limit)
 
     def breaks(self, row: Row, *, strict: bool) -> bool:
         """Whether a row of this metric is worse by more than the limit and, unless strict, by more than noise."""
         if row.base is None or row.difference is None or not (strict or row.verdict == "worse"):
             return False
-        return -self.metric.gain(row.difference) > self.limit * (abs(row.base) if self.relative else 1.0)
+        return -self.metric.gain(row.difference) > self.allowance(row.base)
+
+    def hides(self, row: Row) -> bool:
+        """Whether a row of this metric shows no difference though there may be one beyond the limit, as single runs tell little."""
+        if row.base is None or row.ci95 is not None or row.verdict != "no difference shown":
+            return False
+        return self.allowance(row.base) < self.metric.relative * abs(row.base)
+
+    def allowance(self, base: float) -> float:
+        """How much worse than the base is not too much, in the metric's unit."""
+        return self.limit * abs(base) if self.relative else self.limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,24 +91,33 @@ class Judgement:
     lines: Sequence[str]
 
 
-def judge(rows: Sequence[Row], gates: Sequence[Gate], *, strict: bool = False) -> Judgement:
+def judge(rows: Sequence[Row], gates: Sequence[Gate], *, strict: bool = False, doubts: Sequence[str] = ()) -> Judgement:
     """
     Hold rows to gates.
 
     A phase that newly fails is worse whatever the gates. One that the base has and that is missing, fails on both sides, or cannot
-    be compared in a metric that has a gate, leaves it open.
+    be compared in a metric that has a gate, leaves it open, and so does a gate whose metric no row compares.
+
+    Args:
+        rows: Of a comparison.
+        gates: Each of which may break in any row.
+        strict: Whether differences that may be noise count.
+        doubts: What else leaves all gates open.
     """
-    worse, unclear = [], []
+    worse, unclear, notes = [], list(doubts), []
     for row in rows:
         of_metric = [gate for gate in gates if gate.metric.name == row.metric]
-        for gate in of_metric:
-            if gate.breaks(row, strict=strict):
-                limit = f"{100 * gate.limit:g}%" if gate.relative else f"{gate.limit:g} {gate.metric.unit}".strip()
-                worse.append(f"{row.phase}: {row.metric} is worse by more than {limit} ({row.reason})")
+        broken = [gate for gate in of_metric if gate.breaks(row, strict=strict)]
+        worse += [f"{row.phase}: {row.metric} is worse by more than {gate.written} ({row.reason})" for gate in broken]
         if row.verdict == "newly failing":
             worse.append(f"{row.phase}: newly failing: {row.reason}")
         if row.verdict in ("missing", "not comparable") and (of_metric or (row.metric == "outcome" and row.base is not None)):
             unclear.append(f"{row.phase}: {row.metric}: {row.verdict}: {row.reason}")
-    if not rows:
-        unclear.append("nothing to compare")
-    return Judgement(1 if worse else 2 if unclear else 0, [*worse, *unclear])
+    for gate in gates:
+        name = gate.metric.name
+        compared = [row for row in rows if row.metric == name and row.difference is not None]
+        if not compared:
+            unclear.append(f"{name}:{gate.written}: compared in no phase")
+        elif not strict and any(gate.hides(row) for row in compared):
+            notes.append(f"{name}:{gate.written}: single runs cannot show less than {gate.metric.relative:.0%}")
+    return Judgement(1 if worse else 2 if unclear else 0, [*worse, *unclear, *notes])

@@ -157,6 +157,18 @@ class History:
         return "; this clone is shallow, and git fetch --unshallow brings the commits before it" if shallow else ""
 
 
+def doubts(head: Side, base: Side | None = None) -> list[str]:
+    """Why a comparison cannot clear a gate, whatever it finds: what could not be read, and records compared with themselves."""
+    lines = []
+    for name, side in (("base", base), ("head", head)):
+        if side and (count := len(side.problems)):
+            lines.append(f"{count} file{'s' if count > 1 else ''} of the {name} could not be read")
+    known = {(record.run_id, record.case) for record in base.records} if base else set()
+    if count := sum((record.run_id, record.case) in known for record in head.records):
+        lines.append(f"compared with themselves, as they are in the base, too: {count} of {len(head.records)} records of the head")
+    return lines
+
+
 def commits_in_order(repository: Path) -> list[Commit]:
     """The commits that git knows, each after its parents; none without git."""
     log = _git(repository, "log", "--all", "HEAD", "--topo-order", "--reverse", "--format=%H%x00%s") or ""

@@ -244,7 +244,13 @@ class Session:
                 root = Store(self.options.outputs, scale).root
                 return History.from_outputs(root, self.config.rootpath, without=self.run_id)
 
-            self.bases = [read_side(self.options.compare, functools.partial(history_of, scale)) for scale in scales]
+            self.bases = []
+            for scale in scales:
+                side = read_side(self.options.compare, functools.partial(history_of, scale))
+                records = [record for record in side.records if record.scale == scale]
+                if not records:
+                    raise ValueError(f"--peft-compare {self.options.compare}: {side.label} has no record of the {scale} scale")
+                self.bases.append(dataclasses.replace(side, records=records, paths=()))
 
     def judge(self) -> int:
         """
@@ -255,6 +261,7 @@ class Session:
         """
         from peftbench.compare import compare, set_up_changes
         from peftbench.gates import judge
+        from peftbench.history import Side, doubts
 
         records = [read_record(path) for path in dict.fromkeys(self.record_paths)]
         scales = {record.scale for record in records}
@@ -265,7 +272,10 @@ class Session:
             measured = {(record.scale, record.phase_id) for record in records}
             base = [record for record in base if (record.scale, record.phase_id) in measured]
         self.comparison, self.changes = compare(base, records), set_up_changes(base, records)
-        self.judgement = judge(self.comparison, self.options.gates)
+        problems = list(dict.fromkeys(problem for side in self.bases for problem in side.problems))
+        self.unreadable.update(problems)
+        doubtful = doubts(Side("this run", records), Side(self.options.compare, base, problems))
+        self.judgement = judge(self.comparison, self.options.gates, doubts=doubtful)
         return self.judgement.status if self.options.gates else 0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -508,9 +518,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     resumed = [record for record in records if record.run_id != session.run_id]
     for record in resumed:
         case = f"{record.phase}-{record.name} at {record.scale} scale, seed {record.seed}"
-        terminalreporter.write_line(f"resumed, not run again: {case}, passed in run {record.run_id}")
+        terminalreporter.write_line(printable(f"resumed, not run again: {case}, passed in run {record.run_id}"))
     for problem in sorted(session.unreadable):
-        terminalreporter.write_line(f"left out of the history: {problem}", yellow=True)
+        terminalreporter.write_line(printable(f"left out of the history: {problem}"), yellow=True)
     for folder in dict.fromkeys(path.parent for path in paths):
         terminalreporter.write_line(f"records: {os.path.relpath(folder)}")
 

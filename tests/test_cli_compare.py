@@ -58,6 +58,25 @@ def test_a_run_is_not_in_its_own_base(outputs, capsys):
     assert f"peftbench: read latest run {third}: 1 record\n" in err
 
 
+def test_a_run_compared_with_itself_says_so(outputs, capsys):
+    """A commit whose only run is the latest: no difference means nothing then, and the gate cannot tell."""
+    said = "peftbench: compared with themselves, as they are in the base, too: 2 of 2 records of the head"
+    for gate, expected in (((), 0), (("--fail", "accuracy:0.5pt"), 2)):
+        status, _, err = run(capsys, "compare", SECOND[:8] * 5, *gate)
+        assert (expected, said) == (status, err.splitlines()[-1])
+
+
+@pytest.mark.parametrize("broken", [FIRST, SECOND])
+def test_a_record_that_cannot_be_read_leaves_gates_open(outputs, capsys, broken):
+    """It might have been worse; of what is left, the same comparison is fine."""
+    path = outputs / "runs" / broken / "B-lora-mini-s42.json"
+    path.write_text(path.read_text()[:500])
+    for gates, expected in (((), 0), (("--fail", "accuracy:0.5pt"), 2)):
+        status, _, err = run(capsys, "compare", FIRST, *gates)
+        assert expected == status
+        assert f"peftbench: 1 file of the {'base' if broken == FIRST else 'head'} could not be read" in err.splitlines()
+
+
 def test_compare_ends_with_counts_and_changes(outputs, capsys):
     """How many of each verdict; what was set up differently, on standard error."""
     third = "20260103T000000Z-cccccc"
@@ -80,13 +99,15 @@ def test_compare_as_json(outputs, capsys):
     [
         ((FIRST, "--fail", "accuracy:1pt"), 1),
         ((FIRST, "--fail", "accuracy:3pt"), 0),
-        ((SECOND, FIRST, "--fail", "accuracy:0"), 0),
+        ((SECOND, FIRST, "--fail", "accuracy:0pt"), 0),
+        ((SECOND, "--fail", "accuracy:1pt"), 2),
+        (("latest", FIRST, "--fail", "accuracy:1pt", "--strict"), 0),
         (("--phases", "B", "D", "--fail", "accuracy:1pt"), 1),
         (("--phases", "D", "B", "--fail", "accuracy:1pt"), 0),
     ],
 )
 def test_gates_decide_the_exit_status(outputs, capsys, arguments, expected):
-    """0 fine, 1 worse."""
+    """0 fine, 1 worse, 2 cannot tell, as of a run compared with itself."""
     assert expected == run(capsys, "compare", *arguments)[0]
 
 
@@ -96,6 +117,8 @@ def test_gates_decide_the_exit_status(outputs, capsys, arguments, expected):
         (("compare",), "name what to compare the latest run with: a commit, a run's id, a folder or a file; or give --phases"),
         (("compare", "no-such"), "'no-such' is no file, no folder, not 'latest', no run"),
         (("compare", "latest", "--fail", "speed:1"), "--fail must name one of accuracy, f1"),
+        (("compare", "latest", "--fail", "accuracy:0.5"), "--fail accuracy: the limit must be written as 5pt, 5% (of the base)"),
+        (("compare", FIRST, "--strict"), "--strict is about limits; give one by --fail METRIC:LIMIT"),
         (("compare", "latest", "latest", "--phases", "B", "D"), "--phases compares within one side"),
         (("compare", "--phases", "B", "X"), "a phase must be one of B-lora, D-hybrid; got 'X'"),
         (("compare", "latest", "--outputs", "nowhere"), "no records in nowhere/runs"),

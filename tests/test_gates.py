@@ -17,7 +17,7 @@ def status(base, head, *limits, strict=False):
     ("text", "limit", "relative"),
     [
         ("accuracy:0.5pt", 0.005, False),
-        ("accuracy:0.005", 0.005, False),
+        ("f1:0pt", 0.0, False),
         ("accuracy:1%", 0.01, True),
         ("train_runtime_seconds:20%", 0.2, True),
         ("latency_ms:1.5", 1.5, False),
@@ -32,11 +32,16 @@ def status(base, head, *limits, strict=False):
 def test_a_gate_is_written_as_pytest_benchmark_does(text, limit, relative):
     """A share of the base, points, or the metric's own unit."""
     gate = Gate.from_text(text)
-    assert (pytest.approx(limit), relative) == (gate.limit, gate.relative)
+    assert (pytest.approx(limit), relative, text) == (gate.limit, gate.relative, f"{gate.metric.name}:{gate.written}")
 
 
 @pytest.mark.parametrize(
-    "text", ["accuracy", "accuracy:", "accuracy:-1pt", "speed:3%", "latency_ms:1pt", "accuracy:nan", "accuracy:5 %", "accuracy:5"]
+    "text",
+    [
+        *("accuracy", "accuracy:", "accuracy:-1pt", "accuracy:nan", "accuracy:5 %", "accuracy:5", "accuracy:101pt"),
+        *("accuracy:0.5", "accuracy:0", "accuracy:\u0663pt"),  # half a point or fifty? and a digit, but not ours
+        *("speed:3%", "latency_ms:1pt", "latency_ms:1e999"),
+    ],
 )
 def test_a_wrong_gate_says_what_is_allowed(text):
     """The metric's name or its limit."""
@@ -61,7 +66,7 @@ def test_noise_breaks_no_gate_unless_strict():
 
 def test_a_gain_breaks_no_gate():
     """Whatever the direction of the metric."""
-    limits = ("accuracy:0", "train_runtime_seconds:0", "samples_per_second:0")
+    limits = ("accuracy:0pt", "train_runtime_seconds:0", "samples_per_second:0")
     assert 0 == status([passed(wrong=LOST)], [passed(seconds=30.0)], *limits)
 
 
@@ -83,7 +88,11 @@ def test_a_phase_that_newly_fails_is_worse():
         ([passed()], [passed("C1-full")], 2),  # a phase went missing
         ([passed()], [passed(), passed("C1-full")], 0),  # a phase is new
         ([failed()], [failed()], 2),
-        ([failed()], [passed()], 0),
+        ([failed()], [passed()], 2),  # fixed, but nothing was compared
+        ([failed(), passed("C1-full")], [passed(), passed("C1-full")], 0),
+        ([passed(wrong=LOST)], [passed(), passed("C1-full")], 0),
+        ([], [passed()], 2),  # no base
+        ([passed()], [passed("B-other")], 2),
         ([passed()], [passed(seed=43)], 2),  # other seeds
         ([passed()], [passed(machine={"id": "m2"})], 0),  # times are not gated
     ],
@@ -96,4 +105,30 @@ def test_what_cannot_be_told(base, head, expected):
 def test_each_finding_is_a_line():
     """Phase, metric, limit and what it rests on."""
     judgement = judge(compare([passed()], [passed(wrong=LOST)]), [Gate.from_text("accuracy:0.5pt")])
-    assert ["B-lora: accuracy is worse by more than 0.005 (p = 5.7e-14)"] == list(judgement.lines)
+    assert ["B-lora: accuracy is worse by more than 0.5pt (p = 5.7e-14)"] == list(judgement.lines)
+
+
+def test_a_gate_that_was_held_to_nothing_cannot_tell():
+    """Its metric is measured on neither side; another gate's is."""
+    sides = [passed(latency_ms=None)], [passed(latency_ms=None)]
+    judgement = judge(compare(*sides), [Gate.from_text("accuracy:1pt"), Gate.from_text("latency_ms:5%")])
+    assert (2, ["latency_ms:5%: compared in no phase"]) == (judgement.status, judgement.lines)
+
+
+def test_a_doubt_leaves_gates_open():
+    """Such as records that could not be read; what is worse is worse all the same."""
+    gates = [Gate.from_text("accuracy:1pt")]
+    judgement = judge(compare([passed()], [passed()]), gates, doubts=["1 file"])
+    assert (2, ["1 file"]) == (judgement.status, judgement.lines)
+    assert 1 == judge(compare([passed()], [passed(wrong=LOST)]), gates, doubts=["1 file"]).status
+
+
+def test_a_gate_tighter_than_single_runs_can_show_says_so():
+    """24% slower passes a gate of 20%, but not in silence; two runs a side do without a tolerance, and a strict gate, too."""
+    gates = [Gate.from_text("train_runtime_seconds:20%"), Gate.from_text("samples_per_second:30%")]
+    judgement = judge(compare([passed()], [passed(seconds=74.4)]), gates)
+    assert (0, ["train_runtime_seconds:20%: single runs cannot show less than 25%"]) == (judgement.status, judgement.lines)
+    assert 1 == judge(compare([passed()], [passed(seconds=74.4)]), gates, strict=True).status
+    sides = [[passed(run=f"{i}", seconds=s + i / 10) for i in (1, 2, 3)] for s in (60, 74.4)]
+    assert 1 == judge(compare(*sides), gates).status
+    assert (0, []) == (judge(compare(sides[0], sides[0]), gates).status, judge(compare(sides[0], sides[0]), gates).lines)

@@ -41,7 +41,7 @@ def test_worse_fails_the_session(study, pytester):
     result = study("-k", "small", "--peft-compare", "latest", "--peft-fail", "accuracy:0.5pt")
     result.assert_outcomes(passed=1, deselected=5)
     assert 1 == result.ret
-    result.stdout.fnmatch_lines(["*S-small: accuracy is worse by more than 0.005*"])
+    result.stdout.fnmatch_lines(["*S-small: accuracy is worse by more than 0.5pt*"])
 
 
 def test_phases_that_were_not_asked_for_are_not_missing(study):
@@ -63,3 +63,40 @@ def test_what_cannot_be_told_is_neither(study, pytester):
     result = study("-k", "small", "--peft-compare", "latest", "--peft-fail", "accuracy:0.5pt")
     assert 2 == result.ret
     result.stdout.fnmatch_lines(["*S-small: accuracy: not comparable: other seed set: 1 and 42*"])
+
+
+def test_a_base_of_another_scale_is_said_before_anything_runs(study, pytester):
+    """Where there is nothing to compare with, no gate can hold."""
+    study("-k", "small")
+    runs = pytester.path / "outputs/tiny/runs"
+    for path in runs.glob("*/*.json"):
+        path.write_text(path.read_text().replace('"scale": "tiny"', '"scale": "mini"'))
+    result = study("-k", "small", "--peft-compare", "latest", "--peft-fail", "accuracy:0.5pt")
+    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    result.stderr.fnmatch_lines(["*--peft-compare latest: latest run * has no record of the tiny scale"])
+
+
+def test_a_phase_that_the_base_lacks_leaves_the_gate_open(study):
+    """A phase alone, which the base never had: the gate was held to nothing."""
+    study("-k", "small")
+    result = study("-k", "teacher", "--peft-compare", "latest", "--peft-fail", "accuracy:0.5pt")
+    assert 2 == result.ret
+    result.stdout.fnmatch_lines(["accuracy:0.5pt: compared in no phase"])
+
+
+def test_records_of_the_base_that_cannot_be_read_are_said(study, pytester):
+    """The gate cannot tell what was in them; their names steer no terminal."""
+    study("-k", "small or teacher")
+    [path] = (pytester.path / "outputs/tiny/runs").glob("*/A-*.json")
+    path.rename(path.with_name("\x1b[31m.json")).write_text("{")
+    result = study("-k", "small", "--peft-compare", "latest", "--peft-fail", "accuracy:0.5pt")
+    assert 2 == result.ret
+    result.stdout.fnmatch_lines(["1 file of the base could not be read", "left out of the history: *[?][[]31m.json*"])
+
+
+def test_a_resumed_case_is_not_compared_with_itself(study):
+    """It says nothing about this run."""
+    study("-k", "small")
+    result = study("-k", "small", "--peft-resume", "--peft-compare", "latest", "--peft-fail", "accuracy:0.5pt")
+    assert 2 == result.ret
+    result.stdout.fnmatch_lines(["compared with themselves, as they are in the base, too: 1 of 1 records of the head"])
