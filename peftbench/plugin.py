@@ -244,13 +244,14 @@ class Session:
                 root = Store(self.options.outputs, scale).root
                 return History.from_outputs(root, self.config.rootpath, without=self.run_id)
 
-            self.bases = []
+            bases = []
             for scale in scales:
                 side = read_side(self.options.compare, functools.partial(history_of, scale))
                 records = [record for record in side.records if record.scale == scale]
                 if not records:
                     raise ValueError(f"--peft-compare {self.options.compare}: {side.label} has no record of the {scale} scale")
-                self.bases.append(dataclasses.replace(side, records=records, paths=()))
+                bases.append(dataclasses.replace(side, records=records, paths=()))
+            self.bases = bases
 
     def judge(self) -> int:
         """
