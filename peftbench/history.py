@@ -357,12 +357,14 @@ class _Line:
         self._facts = facts
         shifts = []
         for one, part in sample.by_identity(self._metric).items():
-            shift, other = self._take((one, frozenset(part.by_seed) if self._metric.kind == "quality" else None), part)
+            seeds = frozenset(part.by_seed) if self._metric.kind == "quality" else None
+            shift, other = self._take((one, seeds), part)
             shifts += [shift] if shift else []
             changed += [other] if other else []
         return next(iter(shifts), None), next(iter(changed), None)
 
     def _take(self, key: object, sample: Sample) -> tuple[str | None, str | None]:
+        """The same for the part of a commit that one level is for."""
         metric, values, before = self._metric, sample.values(self._metric), sample.memory_before
         level, other = self._levels.get(key), None
         if level and metric.kind == "memory":
