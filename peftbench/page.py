@@ -17,7 +17,21 @@ from urllib.parse import quote
 from peftbench.metrics import METRICS
 from peftbench.phases import SCALE_NAMES
 from peftbench.records import Record
-from peftbench.report import render_bytes, render_count, render_duration, render_value
+from peftbench.report import (
+    COST,
+    LEGEND,
+    QUALITY,
+    Column,
+    printable,
+    render_accuracy,
+    render_cells,
+    render_count,
+    render_data,
+    render_duration,
+    render_failures,
+    render_name,
+    render_value,
+)
 from peftbench.summary import Summary, pareto_front, summarize
 from peftbench.verdicts import Point
 
@@ -38,9 +52,10 @@ STYLE = """
   --c7: #dddddd; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
+  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+.scroll { overflow-x: auto; margin-bottom: 1rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--faint); text-align: right; white-space: nowrap; }
 .scroll th:first-child, .scroll td:first-child { position: sticky; left: 0; background: var(--paper); }
 th:first-child, td:first-child, .facts th, .facts td { text-align: left; } .facts td { white-space: normal; }
@@ -109,18 +124,20 @@ def render_page(
     scales = sorted({record.scale for record in records})
     looks = _Looks(sorted({record.phase_id for record in records} | {_phase_id(phase) for phase in history}))
     body = [f"<h1>peftbench: {escape(label)}</h1>"]
-    for scale in scales:
+    for place, scale in enumerate(scales):
         of_scale = [record for record in records if record.scale == scale]
         summaries = summarize(of_scale)
         measured = [summary for summary in summaries if summary.passed]
-        body.append(f"<h2>Scale {escape(scale)}</h2>{_table(summaries, link)}")
-        body.append('<p class="note">A wide table scrolls sideways; a click on a heading sorts.')
+        body.append(f"<h2>Scale {escape(scale)}</h2>")
+        body += [_table(summaries, columns, link) for columns in (QUALITY, COST)]
+        body.append(f'<p class="note">A wide table scrolls sideways; a click on a heading sorts. {escape(" ".join(LEGEND))}')
         seeds = max(len(summary.passed) for summary in summaries)
-        body.append(f" ±: standard deviation over {seeds} seeds.</p>" if seeds > 1 else "</p>")
+        body.append("; ±: standard deviation over seeds.</p>" if seeds > 1 else ".</p>")
+        body += [f"<p>{escape(line)}</p>" for line in render_failures(of_scale)]
         if measured:
-            body.append(f"<p>{escape(_data_line(measured[0].passed[0]))}</p>")
-            charts = [_trade_off(measured, cost, scale, looks) for cost in ("parameters", "minutes")]
-            charts += [_curves(measured, scale, looks), _dev_curves(measured, scale, looks)]
+            body.append(f"<p>{escape(render_data(measured[0].passed[0]))}</p>")
+            charts = [_trade_off(measured, cost, place, looks) for cost in ("parameters", "minutes")]
+            charts += [_curves(measured, place, looks), _dev_curves(measured, place, looks)]
             body.append(f'<div class="charts">{"".join(charts)}</div>')
     if any(len(points) > 1 for points in history.values()):
         body.append(f'<h2>History</h2><div class="charts">{_history(history, looks)}</div>')
@@ -136,69 +153,36 @@ def render_page(
     )
 
 
-def _table(summaries: Sequence[Summary], link: Callable[[Record], str | None]) -> str:
+def _table(summaries: Sequence[Summary], columns: Mapping[str, Column], link: Callable[[Record], str | None]) -> str:
     front = pareto_front(summaries)
-    columns = ["phase", "dev accuracy", "test accuracy", "dev over majority", "test F1", "trained", "training", "peak", "ships"]
-    columns += ["latency", "texts/s", "front", "records"]
-    head = "".join(f'<th scope="col"><button type="button">{name}</button></th>' for name in columns[:-1]) + "<th>records</th>"
+    names = ("phase", *columns)
+    head = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in names) + "<th>records</th>"
     rows = []
     for summary in summaries:
-        name = summary.first.phase_id
-        cells: list[tuple[object, str]] = [(name, name)]
-        if summary.passed:
-            counts = summary.passed[0].parameter_counts
-            majority = summary.passed[0].majority_accuracy or 0.0
-            dev = summary.mean("dev.accuracy")
-            cells += [
-                (value, _interval(summary, split)) for split in ("dev", "test") if (value := summary.mean(f"{split}.accuracy"))
-            ]
-            cells.append((dev and dev - majority, f"{100 * (dev - majority):+.1f} pt" if dev else "-"))
-            cells.append(_cell(summary.mean("test.f1"), lambda v: f"{100 * v:.1f}%"))
-            cells.append(_cell(counts.trainable if counts else None, render_count))
-            cells.append(_cell(summary.mean("train_runtime_seconds") or None, render_duration))
-            cells.append(_cell(summary.mean("peak_memory_bytes"), render_bytes))
-            cells.append(_cell(summary.mean("artifact_bytes"), render_bytes))
-            cells.append(_cell(summary.mean("latency_ms"), lambda v: f"{v:.1f} ms"))
-            cells.append(_cell(_texts_per_second(summary), lambda v: f"{v:.0f}"))
-            cells.append((int(name in front), "on it" if name in front else ""))
-        else:
-            error = (summary.first.error or "no reason recorded").splitlines()[0][:80]
-            cells += [("", f"failed: {error}"), *[("", "")] * 10]
+        name = render_name(summary)
+        shown: list[tuple[object, str]] = [(name, name), *render_cells(summary, columns, front)]
+        values = [("" if value is None else str(value), text) for value, text in shown]
+        row = "".join(f'<td data-value="{escape(value)}">{escape(text)}</td>' for value, text in values)
         links = [f'<a href="{escape(found)}">seed {r.seed}</a>' for r in summary.records if (found := link(r))]
-        row = "".join(f'<td data-value="{escape(str(value))}">{escape(text)}</td>' for value, text in cells)
         rows.append(f"<tr>{row}<td>{' '.join(links)}</td></tr>")
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="results">{table}</div>'
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="results: {escape(names[1])} and more">{table}</div>'
 
 
-def _texts_per_second(summary: Summary) -> float | None:
-    """Of evaluation, which fills batches."""
-    one, seconds = summary.passed[0], summary.mean("evaluation_seconds")
-    return sum(split.n for split in (one.dev, one.test) if split) / seconds if seconds else None
+def _bounds(summary: Summary) -> tuple[float, float]:
+    """The 95% interval of dev accuracy; for several seeds, of their mean."""
+    one = summary.passed[0].dev
+    if one and len(summary.passed) == 1:
+        return one.accuracy_ci95
+    return summary.accuracy_ci95("dev") or (math.nan, math.nan)
 
 
-def _cell(value: float | None, render: Callable[[float], str]) -> tuple[object, str]:
-    return ("", "-") if value is None else (value, render(value))
-
-
-def _interval(summary: Summary, split: str) -> str:
-    mean, deviation = summary.mean(f"{split}.accuracy"), summary.deviation(f"{split}.accuracy")
-    if deviation is not None:
-        return f"{100 * (mean or 0):.1f}% ± {100 * deviation:.1f}"
-    low, high = _bounds(summary, split)
-    return f"{100 * (mean or 0):.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def _bounds(summary: Summary, split: str = "dev") -> tuple[float, float]:
-    """The 95% interval of the accuracy; for several seeds, of their mean."""
-    return summary.accuracy_ci95(split) or (math.nan, math.nan)
-
-
-def _trade_off(summaries: Sequence[Summary], cost: str, scale: str, looks: "_Looks") -> str:
+def _trade_off(summaries: Sequence[Summary], cost: str, place: int, looks: "_Looks") -> str:
     """Dev accuracy against trainable parameters or training minutes, with intervals and the front."""
     figure, axes = _figure()
     tips: dict[str, str] = {}
     points: dict[str, tuple[float, float]] = {}
+    bars = []
     front = pareto_front(summaries)
     for summary in summaries:
         name = summary.first.phase_id
@@ -211,20 +195,21 @@ def _trade_off(summaries: Sequence[Summary], cost: str, scale: str, looks: "_Loo
         number, colour, marker = looks.of(name)
         ends = [[100 * max(0.0, accuracy - low)], [100 * max(0.0, high - accuracy)]]
         axes.errorbar([x], [100 * accuracy], yerr=ends, color=colour, linewidth=1)
-        gid = f"point-{scale}-{cost}-{number}"
+        gid = f"point-{place}-{cost}-{number}"
         axes.plot([x], [100 * accuracy], marker, color=colour, markersize=9, gid=gid)
         tips[gid] = (
-            f"{name}\ndev accuracy {_interval(summary, 'dev')}\n{render_count(counts.trainable)} trained parameters\n"
+            f"{name}\ndev accuracy {render_accuracy(summary, 'dev')} %\n{render_count(counts.trainable)} trained parameters\n"
             f"{render_duration(seconds)} of training" + ("\non the Pareto front" if name in front else "")
         )
         points[name] = x, 100 * accuracy
+        bars.append([(x, 100 * accuracy - ends[0][0]), (x, 100 * accuracy + ends[1][0])])
     places = sorted(points.values())
     edge = [(x, y) for x, y in places if not any(other <= x and best >= y for other, best in places if (other, best) != (x, y))]
     if len(edge) > 1:
         axes.step(*zip(*edge, strict=True), "--", where="post", color=_FRONT, linewidth=1, zorder=0)
     _scale_logarithmically(axes.xaxis, render_count if cost == "parameters" else "{:g}".format)
     axes.margins(x=0.25)
-    _label(axes, points)
+    _label(axes, points, bars)
     axes.set_xlabel("trained parameters" if cost == "parameters" else "training, minutes")
     axes.set_ylabel("dev accuracy, %")
     title = f"Accuracy against {'trained parameters' if cost == 'parameters' else 'training time'}"
@@ -232,26 +217,30 @@ def _trade_off(summaries: Sequence[Summary], cost: str, scale: str, looks: "_Loo
     return _embed(figure, f"{title}; bars: 95% interval{dashed}", tips)
 
 
-def _label(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
-    """A name beside each point: right above it, unless another point or name is there and another side is free."""
+def _label(axes: Any, points: Mapping[str, tuple[float, float]], bars: Sequence[Sequence[tuple[float, float]]]) -> None:
+    """A name beside each point: right above it, unless something is there, or the edge, and another side has more room."""
     from matplotlib.transforms import Bbox
 
-    axes.autoscale_view()
+    axes.figure.draw_without_rendering()
     around = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in map(axes.transData.transform, points.values())]
+    around += [Bbox(axes.transData.transform(bar)).padded(2) for bar in bars]
     for name, point in points.items():
-        sides = []
-        for across, up in ((8, 5), (-8, 5), (8, -12), (-8, -12)):
-            side = "left" if across > 0 else "right"
-            text = axes.annotate(_text(name), point, xytext=(across, up), textcoords="offset points", color=_INK, ha=side)
-            sides.append((sum(text.get_window_extent().overlaps(box) for box in around), text))
-        _, best = min(sides, key=lambda side: side[0])
-        for _, text in sides:
-            if text is not best:
-                text.remove()
-        around.append(best.get_window_extent())
+        text = axes.annotate(_text(name), point, xytext=(0, 0), textcoords="offset points", color=_INK)
+
+        def move(side: tuple[int, int], text: Any = text) -> Any:
+            text.set(position=side, ha="left" if side[0] > 0 else "right")
+            return text.get_window_extent()
+
+        def crowding(side: tuple[int, int]) -> int:
+            box = move(side)
+            outside: bool = box.x0 < axes.bbox.x0 or box.x1 > axes.bbox.x1
+            return outside + sum(bool(box.overlaps(other)) for other in around)
+
+        best = min(((8, 5), (-8, 5), (8, -12), (-8, -12)), key=crowding)
+        around.append(move(best))
 
 
-def _curves(summaries: Sequence[Summary], scale: str, looks: "_Looks") -> str:
+def _curves(summaries: Sequence[Summary], place: int, looks: "_Looks") -> str:
     """Training loss over the share of training."""
     lines = {}
     for summary in summaries:
@@ -260,10 +249,10 @@ def _curves(summaries: Sequence[Summary], scale: str, looks: "_Looks") -> str:
             tip = f"loss {losses[0]:.3f} → {losses[-1]:.3f} in {steps[-1]} steps"
             lines[summary.first.phase_id] = [step / steps[-1] for step in steps], losses, tip
     caption = "Learning curves: mean training loss, each phase over its own steps"
-    return _lines(lines, looks, f"curve-{scale}", "share of training", "training loss", caption)
+    return _lines(lines, looks, f"curve-{place}", "share of training", "training loss", caption)
 
 
-def _dev_curves(summaries: Sequence[Summary], scale: str, looks: "_Looks") -> str:
+def _dev_curves(summaries: Sequence[Summary], place: int, looks: "_Looks") -> str:
     """Dev accuracy over the seconds of training, where it was evaluated meanwhile."""
     lines = {}
     for summary in summaries:
@@ -272,7 +261,7 @@ def _dev_curves(summaries: Sequence[Summary], scale: str, looks: "_Looks") -> st
             tip = f"dev accuracy {100 * reached[-1]:.1f}% after {render_duration(seconds[-1])} and {steps[-1]} steps"
             lines[summary.first.phase_id] = seconds, [100 * share for share in reached], tip
     caption = "Dev accuracy against seconds of training, evaluation left out"
-    return _lines(lines, looks, f"dev-{scale}", "training, seconds", "dev accuracy, %", caption)
+    return _lines(lines, looks, f"dev-{place}", "training, seconds", "dev accuracy, %", caption)
 
 
 def _lines(
@@ -286,7 +275,7 @@ def _lines(
     """A line a phase, in the phase's colour and marker; nothing where there are no lines."""
     if not lines:
         return ""
-    figure, axes = _figure()
+    figure, axes = _figure(legend=len(lines))
     tips = {}
     for name, (xs, ys, tip) in lines.items():
         number, colour, marker = looks.of(name)
@@ -301,7 +290,7 @@ def _lines(
 
 def _history(history: Mapping[str, Sequence[Point]], looks: "_Looks") -> str:
     """Accuracy over the commits that any phase was measured at, in their order."""
-    figure, axes = _figure()
+    figure, axes = _figure(legend=len(history))
     tips = {}
     stops = {phase: _stops(points) for phase, points in history.items()}
     commits = _merged(list(stops.values()))
@@ -320,7 +309,8 @@ def _history(history: Mapping[str, Sequence[Point]], looks: "_Looks") -> str:
                 + (f"\n{', '.join(notes)}" if notes else "")
             )
     every = max(1, math.ceil(len(commits) / 8))
-    axes.set_xticks(range(0, len(commits), every), [_text(commit[:7]) for commit, _ in commits[::every]], rotation=30)
+    ends = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(0, len(commits), every), [_text(commit[:7]) for commit, _ in commits[::every]], **ends)
     axes.set_xlabel("commits, oldest first")
     axes.set_ylabel("accuracy, dev and test, %")
     figure.legend(loc="outside upper left", ncols=3, frameon=False, labelcolor=_INK)
@@ -371,7 +361,8 @@ def _phase_id(label: str) -> str:
     return name if scale in SCALE_NAMES else label
 
 
-def _figure() -> tuple[Any, Any]:
+def _figure(*, legend: int = 0) -> tuple[Any, Any]:
+    """Room for a picture, and for a legend of so many names, three in a row."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -379,7 +370,7 @@ def _figure() -> tuple[Any, Any]:
         raise ValueError("the HTML report draws with matplotlib, which is not installed; pip install matplotlib") from error
 
     with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 10, "font.family": "sans-serif"}):
-        figure = Figure(figsize=(5.0, 3.6), layout="constrained")
+        figure = Figure(figsize=(5.0, 3.6 + 0.2 * max(0, math.ceil(legend / 3) - 2)), layout="constrained")
         axes: Any = figure.add_subplot()
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -426,12 +417,7 @@ def _embed(figure: Any, caption: str, tips: Mapping[str, str]) -> str:
 
 def _text(name: str) -> str:
     """A name as matplotlib shows it: a dollar sign would begin mathematics."""
-    return "".join(c if c.isprintable() else "?" for c in name).replace("$", r"\$")[:40]
-
-
-def _data_line(record: Record) -> str:
-    sizes = ", ".join(f"{name} {size}" for name, size in sorted(record.data.get("sizes", {}).items()))
-    return f"{record.data.get('source')} ({sizes}); the more frequent label is {100 * (record.majority_accuracy or 0):.1f}% of dev"
+    return printable(name[:40]).replace("$", r"\$")
 
 
 def _facts(records: Sequence[Record]) -> str:

@@ -28,8 +28,8 @@ _GROUPS = frozenset(
 MAX_RECORD_BYTES = 64 * 2**20
 """Of a file that is read; a record has some ten thousand."""
 
-_LARGEST = 1e100
-"""Of a figure, either way; its square, which a spread and an axis need, is finite, too."""
+_LARGEST: Mapping[type, float] = {int: 2**63 - 1, float: 1e100}
+"""Of a figure, either way: arrays hold it, and its square, which a spread and an axis need, is finite, too."""
 
 _DEEPEST = 50
 """Mappings and lists inside each other, of which a record has some four; whatever reads a record need not fear more."""
@@ -542,14 +542,14 @@ def _read_rows(rows: list[Any], kinds: Sequence[Any]) -> tuple[Any, ...] | None:
     """Rows of numbers, column by column, as curves are most of a record; None if anything is not as it should be."""
     try:
         columns = [_read_column(column, kind) for column, kind in zip(zip(*rows, strict=True), kinds, strict=True)]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return tuple(zip(*columns, strict=True))
 
 
 def _read_column(column: tuple[Any, ...], kind: Any) -> tuple[Any, ...]:
     found = set(map(type, column))
-    if not sum(map(abs, column)) <= _LARGEST or not found <= ({int, float} if kind is float else {kind}):
+    if not found <= ({int, float} if kind is float else {kind}) or not sum(map(abs, column)) <= _LARGEST[kind]:
         raise ValueError
     return column if found == {kind} else tuple(map(float, column))
 
@@ -609,8 +609,8 @@ def _read_float(value: Any) -> float:
 
 
 def _read_number(value: Any) -> Any:
-    if not -_LARGEST <= value <= _LARGEST:  # and NaN is not, either
-        raise _Misfit(f"must be a number within {_LARGEST:g} of zero, got {reprlib.repr(value)}")
+    if not abs(value) <= (largest := _LARGEST[type(value)]):  # and NaN is not, either
+        raise _Misfit(f"must be a number within {largest:g} of zero, got {reprlib.repr(value)}")
     return value
 
 

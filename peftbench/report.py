@@ -4,45 +4,61 @@ import csv
 import io
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import get_args
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Literal, get_args
 
 from peftbench.metrics import METRICS, Metric
-from peftbench.records import Plan, Record
+from peftbench.records import ParameterCounts, Plan, Record
 from peftbench.summary import Summary, pareto_front, summarize
 from peftbench.verdicts import Point, Row, Verdict
 
-HEADERS = (
-    "phase",
-    "dev acc % [95%]",
-    "test acc % [95%]",
-    "test F1 %",
-    "trained",
-    "params",
-    "train",
-    "acc/M",
-    "acc/min",
-    "peak",
-    "ships",
-    "front",
+Cell = tuple[float | None, str]
+"""What a table sorts by, and what it shows."""
+
+Column = Callable[[Summary, Collection[str]], Cell]
+"""Its cell for a phase of which a seed passed; the names are those of the phases on the front."""
+
+QUALITY: Mapping[str, Column] = {
+    "dev acc % [95%]": lambda phase, _: (phase.mean("dev.accuracy"), render_accuracy(phase, "dev")),
+    "over maj.": lambda phase, _: _cell(_excess(phase), lambda share: f"{100 * share:+.1f} pt"),
+    "acc/M": lambda phase, _: _cell(phase.mean("efficiency.accuracy_per_million_params"), "{:.3f}".format),
+    "acc/min": lambda phase, _: _cell(phase.mean("efficiency.accuracy_per_minute"), "{:.3f}".format),
+    "front": lambda phase, front: (1, "*") if phase.first.phase_id in front else (0, ""),
+    "test acc % [95%]": lambda phase, _: (phase.mean("test.accuracy"), render_accuracy(phase, "test")),
+    "test F1 %": lambda phase, _: _cell(phase.mean("test.f1"), lambda share: f"{100 * share:.1f}"),
+}
+COST: Mapping[str, Column] = {
+    "trained": lambda phase, _: _cell(_counts(phase).trainable, render_count),
+    "params": lambda phase, _: _cell(_counts(phase).total, render_count),
+    "train": lambda phase, _: _cell(phase.mean("train_runtime_seconds") or None, render_duration),
+    "peak": lambda phase, _: _cell(phase.mean("peak_memory_bytes"), render_bytes),
+    "ships": lambda phase, _: _cell(phase.mean("artifact_bytes"), render_bytes),
+    "latency": lambda phase, _: _cell(phase.mean("latency_ms"), lambda value: f"{value:.1f} ms"),
+    "texts/s": lambda phase, _: _cell(_texts_per_second(phase), "{:.0f}".format),
+}
+"""What a phase is good for, and what it takes, by heading: two tables, as one would be too wide for a terminal or a page."""
+
+LEGEND = (
+    "over maj.: dev accuracy beyond that of always answering the more frequent label; acc/M, acc/min: dev accuracy",
+    "per million trained parameters, per minute of training; front *: beats the majority, and none is as good in dev",
+    "acc, trained and train and better in one; trained: scalars an optimizer step may change; ships: bytes to store;",
+    "latency: of one text alone; texts/s: in evaluation, dev and test",
 )
+
+_MARKDOWN = str.maketrans({mark: f"&#{ord(mark)};" for mark in "&<>|`\\"})
 
 
 def render_summary(records: Sequence[Record]) -> str:
     """
-    The table at the end of a session, one row a phase, and the lines that explain it.
+    The tables at the end of a session, one row a phase, and the lines that explain them.
 
     Several seeds give means, with the standard deviation behind ± for accuracy.
     """
-    from tabulate import tabulate
-
     blocks = []
     for scale in sorted({record.scale for record in records}):
         summaries = summarize(record for record in records if record.scale == scale)
-        front = pareto_front(summaries)
-        rows = [_row(summary, front) for summary in summaries]
-        table = tabulate(rows, headers=HEADERS, tablefmt="simple", disable_numparse=True, colalign=("left",) + ("right",) * 11)
-        blocks.append("\n".join([table, *_notes(summaries)]))
+        tables = "\n\n".join(_tables(summaries, "simple"))
+        blocks.append("\n".join([tables, *map(printable, _notes(summaries))]))
     return "\n\n".join(blocks)
 
 
@@ -56,8 +72,6 @@ def render_plans(plans: Sequence[Plan], seconds: Sequence[float], *, matrix_rate
         matrix_rate: Multiplications and additions a second that the estimate goes by.
         free_bytes: Memory of the device; None where it has no memory of its own.
     """
-    from tabulate import tabulate
-
     rows = [
         [
             plan.phase,
@@ -74,7 +88,7 @@ def render_plans(plans: Sequence[Plan], seconds: Sequence[float], *, matrix_rate
         for plan, duration in zip(plans, seconds, strict=True)
     ]
     headers = ["phase", "trained", "examples", "steps", "tokens", "TFLOP train", "other", "memory", "at once", "about"]
-    lines = [tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True, colalign=("left",) + ("right",) * 9)]
+    lines = [_tabulate(headers, rows)]
     lines.append(
         f"all: about {render_duration(sum(seconds))}, at {matrix_rate / 1e9:.0f} GFLOP/s measured for a matrix product here"
     )
@@ -90,23 +104,15 @@ def render_plans(plans: Sequence[Plan], seconds: Sequence[float], *, matrix_rate
 
 def render_results(records: Sequence[Record], *, table: str, reach: float | None = None) -> str:
     """
-    What a thesis or a pull request shows of some records: one row a phase, the table of each scale in its own right.
+    What a thesis or a pull request shows of some records: one row a phase, the tables of each scale in their own right.
 
     Args:
         table: A format of `tabulate`.
         reach: A dev accuracy; adds the updates and the training time after which each phase was first seen to have it.
     """
-    from tabulate import tabulate
-
-    headers = [*HEADERS, *([] if reach is None else [f"steps to {100 * reach:g}%", f"time to {100 * reach:g}%"])]
     blocks = []
     for scale in sorted({record.scale for record in records}):
-        summaries = summarize(record for record in records if record.scale == scale)
-        front = pareto_front(summaries)
-        rows = [[*_row(summary, front), *([] if reach is None else _reaching(summary, reach))] for summary in summaries]
-        plain = [[_plain(cell) for cell in row] for row in rows]
-        align = ("left",) + ("right",) * (len(headers) - 1)
-        blocks.append(tabulate(plain, headers=headers, tablefmt=table, disable_numparse=True, colalign=align))
+        blocks += _tables(summarize(record for record in records if record.scale == scale), table, reach)
     return "\n\n".join(blocks)
 
 
@@ -127,48 +133,45 @@ def render_comparison(rows: Sequence[Row], *, table: str = "simple") -> str:
     Args:
         table: A format of `tabulate`.
     """
-    from tabulate import tabulate
-
     cells = []
     for row in rows:
         metric = METRICS.get(row.metric)
         interval = f"[{', '.join(render_difference(metric, end) for end in row.ci95)}]" if row.ci95 and metric else ""
         cells.append(
             [
-                *map(printable, (row.phase, row.metric)),
+                row.phase,
+                row.metric,
                 *(render_value(metric, value) for value in (row.base, row.head)),
                 "" if row.difference is None else render_difference(metric, row.difference),
                 interval,
                 row.verdict,
-                printable(row.reason),
+                row.reason,
             ]
         )
     headers = ["phase", "metric", "base", "head", "difference", "95% interval", "verdict", "why"]
-    align = ("left", "left", "right", "right", "right", "right", "left", "left")
-    text: str = tabulate(cells, headers=headers, tablefmt=table, disable_numparse=True, colalign=align if cells else None)
+    text = _tabulate(headers, cells, table, align=("left", "left", "right", "right", "right", "right", "left", "left"))
     counts = Counter(row.verdict for row in rows)
     return f"{text}\n\n{', '.join(f'{counts[verdict]} {verdict}' for verdict in get_args(Verdict) if counts[verdict])}"
 
 
 def render_history(traced: Mapping[str, Sequence[Point]], metric: Metric) -> str:
     """A sparkline and a table for each phase, the oldest commit first."""
-    from tabulate import tabulate
-
     blocks = []
+    headers = ["commit", "subject", metric.name, "records", "marks", "level"]
     for phase, points in traced.items():
         rows = [
             [
-                printable(point.commit[:12]),
-                printable(point.subject[:50]),
+                point.commit[:12],
+                point.subject[:50],
                 render_value(metric, point.value),
                 point.records,
-                printable(", ".join(point.marks)),
+                ", ".join(point.marks),
                 f"{point.shift} from here" if point.shift else "",
             ]
             for point in points
         ]
         values = [point.value for point in points]
-        table = tabulate(rows, headers=["commit", "subject", metric.name, "records", "marks", "level"], disable_numparse=True)
+        table = _tabulate(headers, rows, align=("left", "left", "right", "right", "left", "left"))
         blocks.append(f"{printable(phase)}  {metric.name}  {sparkline(values)}\n{table}")
     blocks.append(
         f"{metric.name}: {metric.better} is better; level: where it got better or worse than all since the shift before, "
@@ -189,6 +192,38 @@ def sparkline(values: Sequence[float | None]) -> str:
 def printable(text: str) -> str:
     """The text without what would steer a terminal, on one line."""
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def render_name(summary: Summary) -> str:
+    """The phase's id, how many seeds its figures are means of, and how many there were if some failed."""
+    name, passed, seeds = summary.first.phase_id, len(summary.passed), len(summary.records)
+    if passed < seeds and seeds > 1:
+        return f"{name}, {passed} of {seeds} seeds"
+    return f"{name} ×{passed}" if passed > 1 else name
+
+
+def render_cells(summary: Summary, columns: Mapping[str, Column], front: Collection[str]) -> list[Cell]:
+    """A phase's cell in each column; the first says so, and the others are empty, if all its seeds failed."""
+    if not summary.passed:
+        return [(None, "failed"), *[(None, "")] * (len(columns) - 1)]
+    return [column(summary, front) for column in columns.values()]
+
+
+def render_failures(records: Sequence[Record]) -> list[str]:
+    """A line for each case that failed, with the first line of its error."""
+    return [f"{r.phase_id} seed {r.seed} failed: {_first_line(r.error)}" for r in records if r.outcome == "failed"]
+
+
+def render_accuracy(summary: Summary, split: Literal["dev", "test"]) -> str:
+    """In percent: one seed's with its 95% interval, the mean of several with their standard deviation."""
+    mean, deviation = summary.mean(f"{split}.accuracy"), summary.deviation(f"{split}.accuracy")
+    quality = summary.passed[0].dev if split == "dev" else summary.passed[0].test
+    if mean is None or quality is None:
+        return "-"
+    if deviation is not None:
+        return f"{100 * mean:.1f} ± {100 * deviation:.1f}"
+    low, high = quality.accuracy_ci95
+    return f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def render_value(metric: Metric | None, value: float | None) -> str:
@@ -214,6 +249,13 @@ def render_difference(metric: Metric | None, value: float) -> str:
         return ""
     sign = "-" if value < 0 else "+"
     return sign + (f"{100 * abs(value):.1f} pt" if not metric.unit else render_value(metric, abs(value)))
+
+
+def render_data(record: Record) -> str:
+    """What it was measured on, and what always answering the more frequent label scores."""
+    sizes = ", ".join(f"{name} {size}" for name, size in sorted(record.data.get("sizes", {}).items()))
+    majority = "-" if record.majority_accuracy is None else f"{100 * record.majority_accuracy:.1f}"
+    return f"{record.data.get('source')} ({sizes}); majority {majority}% of dev"
 
 
 def render_duration(seconds: float) -> str:
@@ -244,53 +286,74 @@ def render_count(count: float) -> str:
     return f"{count / 1e3:.1f}k" if count < 999_950 else f"{count / 1e6:.2f}M"
 
 
-def _row(summary: Summary, front: set[str]) -> list[str]:
-    first = summary.first
-    name = first.phase_id
-    if not summary.passed:
-        return [name, "failed", *[""] * 10]
+def _tables(summaries: Sequence[Summary], table: str, reach: float | None = None) -> list[str]:
+    """What the phases are good for, and what they take."""
+    front = pareto_front(summaries)
+    tables = []
+    for columns in ({**QUALITY, **({} if reach is None else _reaching(reach))}, COST):
+        rows = [[render_name(one), *(text for _, text in render_cells(one, columns, front))] for one in summaries]
+        tables.append(_tabulate(["phase", *columns], rows, table))
+    return tables
+
+
+def _tabulate(
+    headers: Sequence[str], rows: Sequence[Sequence[object]], table: str = "simple", *, align: Sequence[str] | None = None
+) -> str:
+    """Rows in a format of `tabulate`, each cell nothing but text in it; but for the first column to the right, unless told."""
+    from tabulate import tabulate
+
+    cells = [[_escape(str(cell), table) for cell in row] for row in rows]
+    align = align or ["left"] + ["right"] * (len(headers) - 1)
+    text: str = tabulate(cells, headers=headers, tablefmt=table, disable_numparse=True, colalign=align if rows else None)
+    return text
+
+
+def _escape(text: str, table: str) -> str:
+    text = printable(text)
+    if table == "github":
+        return text.translate(_MARKDOWN).replace("](", "]&#40;")
+    if table == "latex_booktabs":  # tabulate escapes what LaTeX does, but not what pdflatex's first font has not
+        return text.replace("→", "to").replace("|", "/").encode("latin-1", "replace").decode("latin-1")
+    return text
+
+
+def _reaching(accuracy: float) -> dict[str, Column]:
+    """Steps and time until a dev accuracy was seen."""
+    return {
+        f"steps to {100 * accuracy:g}%": lambda phase, _: _reached(phase, accuracy, 0, "{:.0f}".format),
+        f"time to {100 * accuracy:g}%": lambda phase, _: _reached(phase, accuracy, 1, render_duration),
+    }
+
+
+def _reached(summary: Summary, accuracy: float, part: int, render: Callable[[float], str]) -> Cell:
+    """The mean over seeds, if all of them saw it."""
+    reached = [found[part] for record in summary.passed if (found := record.reaching(accuracy))]
+    if not any(record.dev_curve for record in summary.passed):
+        return None, "not measured"
+    if len(reached) < len(summary.passed):
+        return None, "never"
+    return _cell(statistics.fmean(reached), render)
+
+
+def _excess(summary: Summary) -> float | None:
+    accuracy, majority = summary.mean("dev.accuracy"), summary.passed[0].majority_accuracy
+    return None if accuracy is None or majority is None else accuracy - majority
+
+
+def _counts(summary: Summary) -> ParameterCounts:
     counts = summary.passed[0].parameter_counts
     assert counts is not None
-    return [
-        name + (f" ×{len(summary.passed)}" if len(summary.passed) > 1 else ""),
-        _accuracy(summary, "dev"),
-        _accuracy(summary, "test"),
-        _number(summary.mean("test.f1"), 100, 1),
-        render_count(counts.trainable),
-        render_count(counts.total),
-        render_duration(summary.mean("train_runtime_seconds") or 0.0) if counts.trainable else "-",
-        _number(summary.mean("efficiency.accuracy_per_million_params"), 1, 3),
-        _number(summary.mean("efficiency.accuracy_per_minute"), 1, 3),
-        render_bytes(summary.mean("peak_memory_bytes") or 0.0),
-        render_bytes(summary.mean("artifact_bytes") or 0.0),
-        "*" if name in front else "",
-    ]
+    return counts
 
 
-def _reaching(summary: Summary, accuracy: float) -> tuple[str, str]:
-    """Steps and time until a dev accuracy was seen, the mean over seeds if all of them saw it."""
-    reached = [found for record in summary.passed if (found := record.reaching(accuracy))]
-    if not any(record.dev_curve for record in summary.passed):
-        return "not measured", "not measured"
-    if len(reached) < len(summary.passed):
-        return "never", "never"
-    steps, seconds = (statistics.fmean(column) for column in zip(*reached, strict=True))
-    return f"{steps:.0f}", render_duration(seconds)
+def _texts_per_second(summary: Summary) -> float | None:
+    """Of evaluation, which fills batches."""
+    one, seconds = summary.passed[0], summary.mean("evaluation_seconds")
+    return sum(split.n for split in (one.dev, one.test) if split) / seconds if seconds else None
 
 
-def _accuracy(summary: Summary, split: str) -> str:
-    mean, deviation = summary.mean(f"{split}.accuracy"), summary.deviation(f"{split}.accuracy")
-    quality = summary.passed[0].dev if split == "dev" else summary.passed[0].test
-    if mean is None or quality is None:
-        return "-"
-    if deviation is not None:
-        return f"{100 * mean:.1f} ± {100 * deviation:.1f}"
-    low, high = quality.accuracy_ci95
-    return f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def _number(value: float | None, factor: float, digits: int) -> str:
-    return "-" if value is None else f"{value * factor:.{digits}f}"
+def _cell(value: float | None, render: Callable[[float], str]) -> Cell:
+    return (None, "-") if value is None else (value, render(value))
 
 
 def _notes(summaries: Sequence[Summary]) -> list[str]:
@@ -299,16 +362,8 @@ def _notes(summaries: Sequence[Summary]) -> list[str]:
     lines = []
     if passed:
         one = passed[0]
-        sizes = ", ".join(f"{name} {size}" for name, size in sorted(one.data.get("sizes", {}).items()))
-        lines.append(
-            f"scale {one.scale}: {one.data.get('source')} ({sizes}); majority {_number(one.majority_accuracy, 100, 1)}% of dev"
-        )
-        lines.append(
-            "acc/M, acc/min: dev accuracy per million trained parameters, per minute of training; trained: scalars an optimizer"
-        )
-        lines.append(
-            "step may change; ships: bytes to store; front *: none is as good in dev acc, trained, train and better in one"
-        )
+        lines.append(f"scale {one.scale}: {render_data(one)}")
+        lines += LEGEND
     for record in passed[:1]:
         overlaps = {name: record.data.get(f"{name}_sentences_in_train", 0) for name in ("dev", "test")}
         lines += [f"warning: {count} {name} sentences also stand in train" for name, count in overlaps.items() if count]
@@ -318,18 +373,15 @@ def _notes(summaries: Sequence[Summary]) -> list[str]:
         lines.append(f"{phase} also needs the teacher: {spent}; cache {cache} here")
     if seeds := sorted({len(summary.passed) for summary in summaries if len(summary.passed) > 1}):
         lines.append(f"×{', ×'.join(map(str, seeds))}: means over that many seeds; ±: their standard deviation")
-    lines += [f"{r.phase}-{r.name} seed {r.seed} failed: {_first_line(r.error)}" for r in records if r.outcome == "failed"]
-    return lines
-
-
-def _plain(text: str) -> str:
-    """A cell of Markdown or LaTeX that is nothing but text."""
-    return printable(text).replace("|", "/").replace("<", "(").replace(">", ")")
+    return lines + render_failures(records)
 
 
 def _safe(value: object) -> object:
-    """Text that a spreadsheet does not take for a formula."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
+    """Text that a spreadsheet does not take for a formula, nor a terminal for a command; its lines stay."""
+    if not isinstance(value, str):
+        return value
+    text = "\n".join(map(printable, value.split("\n")))
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def _first_line(text: str | None) -> str:

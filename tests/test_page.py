@@ -1,7 +1,10 @@
 """The HTML report, opened in a browser: it sorts, tells, asks nobody for anything, and runs no script but its own."""
 
 import dataclasses
+import functools
+import json
 import os
+import re
 import shutil
 
 import pytest
@@ -10,14 +13,15 @@ from samples import failed, passed
 from peftbench.history import trace
 from peftbench.metrics import METRICS
 from peftbench.page import link_from, render_page
-from peftbench.records import Store
+from peftbench.records import MemoryUse, Record, RecordError, SplitMetrics, Store, TeacherCost
+from peftbench.report import COST, QUALITY, render_csv, render_results, render_summary
 
 BROWSER = os.environ.get("PEFTBENCH_BROWSER") or shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = "<img src=x onerror=window.hacked=1><script>window.hacked=1</script>\"'$x$"
 
 
-def page_of(records, *, link=lambda record: None):
-    return render_page(records[-4:], "run 1", history=trace(records, METRICS["accuracy"], []), link=link)
+def page_of(records, *, latest=4, link=lambda record: None):
+    return render_page(records[-latest:], "run 1", history=trace(records, METRICS["accuracy"], []), link=link)
 
 
 def study(**changes):
@@ -76,43 +80,73 @@ def open_page(browser, tmp_path):
     return open_
 
 
-def column(page, number):
-    return page.locator(f"tbody tr td:nth-child({number})").all_inner_texts()
+def column(table, number):
+    return table.locator(f"tbody tr td:nth-child({number})").all_inner_texts()
 
 
 def test_the_table_sorts_by_value(open_page):
     """Seconds and minutes by their length, the failed phase always last; by mouse and by keyboard."""
     page, _, problems = open_page(page_of(study()))
-    assert ["A-teacher", "B-lora", "C1-full", "D-hybrid"] == column(page, 1)
-    page.get_by_role("button", name="dev accuracy").click()
-    assert ["A-teacher", "B-lora", "C1-full", "D-hybrid"] == column(page, 1)
+    quality, cost = page.locator("table").nth(0), page.locator("table").nth(1)
+    assert ["A-teacher", "B-lora", "C1-full", "D-hybrid"] == column(quality, 1)
+    page.get_by_role("button", name="dev acc").click()
+    assert ["A-teacher", "B-lora", "C1-full", "D-hybrid"] == column(quality, 1)
     page.keyboard.press("Enter")
-    assert ["C1-full", "B-lora", "A-teacher", "D-hybrid"] == column(page, 1)
+    assert ["C1-full", "B-lora", "A-teacher", "D-hybrid"] == column(quality, 1)
     page.get_by_role("button", name="trained").click()
     assert "descending" == page.locator("th", has_text="trained").get_attribute("aria-sort")
-    assert ["C1-full", "B-lora", "A-teacher", "D-hybrid"] == column(page, 1)
-    assert "TrainingDiverged: at step 3" in page.locator("tbody").first.inner_text()
+    assert ["C1-full", "B-lora", "A-teacher", "D-hybrid"] == column(cost, 1)
+    page.get_by_role("button", name=re.compile("^train ")).click()
+    assert ["B-lora", "C1-full", "A-teacher", "D-hybrid"] == column(cost, 1)
     assert [] == problems
+
+
+def test_the_tables_have_what_the_terminals_have(open_page):
+    """The same headings and cells, the two ratios and what keeps them honest among them; what failed is said below."""
+    page, _, _ = open_page(page_of(study()))
+    for table, columns in zip(page.locator("table:not(.facts)").all(), (QUALITY, COST), strict=True):
+        assert ["phase", *columns, "records"] == [heading.strip() for heading in table.locator("th").all_inner_texts()]
+    row = page.locator("tr", has_text="B-lora").first.locator("td").all_inner_texts()
+    assert ["B-lora", "89.9 [87.7, 91.7]", "+39.9 pt", "1.521", "0.449", "*", "100.0 [99.6, 100.0]", "100.0", ""] == row
+    assert page.get_by_text("D-hybrid seed 42 failed: TrainingDiverged: at step 3").is_visible()
+
+
+def test_each_cell_stands_under_its_heading(open_page):
+    """Where there is no test result, where it is zero, and where all seeds of a phase failed."""
+    none = SplitMetrics(accuracy=0.0, f1=0.0, n=900, accuracy_ci95=(0.0, 0.004))
+    records = [passed(test=none, peak_memory_bytes=None, seconds=60), passed("C1-full", test=None), failed("D-hybrid")]
+    page, _, _ = open_page(page_of(records))
+    for row in page.locator("table:not(.facts) tbody tr").all():
+        assert row.locator("xpath=../../thead/tr/th").count() == row.locator("td").count()
+    test_accuracy = 2 + list(QUALITY).index("test acc % [95%]")
+    assert ["0.0 [0.0, 0.4]", "-", ""] == column(page.locator("table").first, test_accuracy)
+
+
+def test_failed_seeds_are_not_hidden(open_page):
+    """The name's cell counts them, and a line says why."""
+    page, _, _ = open_page(page_of([passed(seed=42), passed(seed=43), failed(seed=44)]))
+    assert ["B-lora, 2 of 3 seeds"] == column(page.locator("table").first, 1)
+    assert page.get_by_text("B-lora seed 44 failed: RuntimeError: no").is_visible()
 
 
 def test_a_mark_tells_its_numbers(open_page):
     """To the pointer, and to the keyboard; Escape takes it away."""
     page, _, _ = open_page(page_of(study()))
-    mark = page.locator("[id^=point-mini-parameters-1]")
+    mark = page.locator("[id^=point-0-parameters-1]")
     mark.hover()
     assert page.locator("#tip").is_visible()
-    assert "B-lora\ndev accuracy 89.9%" in page.locator("#tip").inner_text()
+    assert "B-lora\ndev accuracy 89.9 [87.7, 91.7] %" in page.locator("#tip").inner_text()
     page.keyboard.press("Escape")
     assert page.locator("#tip").is_hidden()
-    page.locator("[id^=point-mini-minutes-2]").focus()
+    page.locator("[id^=point-0-minutes-2]").focus()
     assert "1:10 min of training" in page.locator("#tip").inner_text()
 
 
 def test_dev_accuracy_while_training_is_drawn_where_it_was_measured(open_page):
     """One phase has a curve."""
     page, _, _ = open_page(page_of(study()))
-    assert 1 == page.locator("[id^=dev-mini-]").count()
-    assert "C1-full: dev accuracy 84.0% after 1:10 min and 10 steps" == page.locator("[id^=dev-mini-]").get_attribute("data-tip")
+    assert 1 == page.locator("[id^=dev-0-]").count()
+    assert "C1-full: dev accuracy 84.0% after 1:10 min and 10 steps" == page.locator("[id^=dev-0-]").get_attribute("data-tip")
 
 
 def test_history_marks_the_shift(open_page):
@@ -126,7 +160,8 @@ def test_history_marks_the_shift(open_page):
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 1200), ("light", 390)])
 def test_it_is_readable(open_page, scheme, width):
     """Dark on light, light on dark; on a phone the page itself does not scroll sideways."""
-    page, _, _ = open_page(page_of(study()), color_scheme=scheme, viewport={"width": width, "height": 900})
+    records = [*study(), failed("E-ia3", error=f"OSError: no file {'long' * 50}")]
+    page, _, _ = open_page(page_of(records), color_scheme=scheme, viewport={"width": width, "height": 900})
     ink, paper = (page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
     brightness = [sum(map(int, colour[4:-1].split(","))) / 3 for colour in (ink, paper)]
     assert abs(brightness[0] - brightness[1]) > 180
@@ -151,6 +186,62 @@ def test_nothing_leaves_the_file_and_no_foreign_script_runs(open_page):
     assert 1 == len(requests), requests
     assert HOSTILE in page.locator("#tip").inner_text()
     assert [] == problems
+
+
+def test_names_stand_clear_of_other_marks_and_bars(open_page):
+    """Two phases of nearly the same cost, and a cheap one: no name is written over an interval."""
+    costs = {"B-lora": (150, 80.0), "C1-full": (140, 68.0), "D-hybrid": (170, 20.0), "E-ia3": (190, 25.0)}
+    records = [passed(name, wrong=range(wrong), seconds=seconds) for name, (wrong, seconds) in costs.items()]
+    page, _, _ = open_page(page_of(records))
+    chart = page.locator("figure", has_text="training, minutes")
+    bars = [bar.bounding_box() for bar in chart.locator("[id^=LineCollection]").all()]
+    names = [chart.locator("text", has_text=name).bounding_box() for name in costs]
+    assert 4 == len(bars)
+    assert [] == [(bar, name) for bar in bars for name in names if crosses(bar, name)]
+
+
+def crosses(one, other):
+    return all(
+        one[at] < other[at] + other[size] and other[at] < one[at] + one[size] for at, size in (("x", "width"), ("y", "height"))
+    )
+
+
+def places(content, *path):
+    """Every place in JSON that has a value, as the keys to it; of a long list the first two."""
+    yield path
+    for key in content if isinstance(content, dict) else range(min(2, len(content))) if isinstance(content, list) else ():
+        yield from places(content[key], *path, key)
+
+
+def test_what_is_read_can_be_shown():
+    """Whatever stands in one place of a record: it is refused when it is read, or every table, the CSV and the page are made."""
+    good = passed(
+        wrong=range(90),
+        dev_curve=((5, 35.0, 0.7), (10, 60.0, 0.9)),
+        teacher_cost=TeacherCost(training_seconds=3.0, logit_seconds=1.0, cache="hit"),
+        memory_use=MemoryUse(examples_at_once=8),
+    ).to_json()
+    deep = functools.reduce(lambda inner, _: [inner], range(300), [])
+    hostile = (10**400, 10**18, 1e99, -1, 0, float("nan"), "", [], {}, None, "\0", "\ud800", "<script>|$x$", deep)
+    read = []
+    for path in [path for path in places(good) if path]:
+        for value in hostile:
+            content = json.loads(json.dumps(good))
+            *keys, last = path
+            functools.reduce(lambda place, key: place[key], keys, content)[last] = value
+            if path != ("phase",):
+                content["phase"] = f"P{len(read)}"
+            try:
+                read.append(Record.from_json(content))
+            except RecordError:
+                continue
+            for table in ("simple", "github", "latex_booktabs"):
+                assert render_results(read[-1:], table=table, reach=0.8)
+            assert render_summary(read[-1:])
+            assert render_csv([read[-1].to_row()]).encode()
+    assert len(read) > 200
+    for i in range(0, len(read), 40):
+        assert page_of(read[i : i + 40], latest=40).encode()
 
 
 def test_links_lead_to_the_records_as_seen_from_the_page(tmp_path):

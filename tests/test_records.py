@@ -66,7 +66,7 @@ FAILED = Record(
     error="RuntimeError: out of memory",
 )
 
-NUMBERS, WHOLE = st.floats(-1e100, 1e100), st.integers(-(2**63), 2**63)
+NUMBERS, WHOLE = st.floats(-1e100, 1e100), st.integers(1 - 2**63, 2**63 - 1)
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | WHOLE | NUMBERS | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -96,7 +96,7 @@ ANY = {
     "fingerprint": st.none() | st.text(max_size=8),
     "config": MAPPINGS,
     "error": st.none() | st.text(),
-    "learning_curve": st.lists(st.tuples(st.integers(1, 2**63), NUMBERS), max_size=3).map(tuple),
+    "learning_curve": st.lists(st.tuples(st.integers(1, 2**63 - 1), NUMBERS), max_size=3).map(tuple),
     "peak_memory_bytes": st.none() | WHOLE,
     "teacher_cost": st.none()
     | st.builds(TeacherCost, training_seconds=NUMBERS, logit_seconds=NUMBERS, cache=st.sampled_from(["hit", "miss"])),

@@ -1,13 +1,27 @@
 """Reports: figures for people, a row for each phase and a line for each that failed."""
 
+import csv
 import dataclasses
+import io
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftbench.records import Efficiency, ParameterCounts, Plan, Record, SplitMetrics, TeacherCost
-from peftbench.report import HEADERS, render_bytes, render_count, render_duration, render_plans, render_summary
+from peftbench.report import (
+    COST,
+    QUALITY,
+    render_bytes,
+    render_comparison,
+    render_count,
+    render_csv,
+    render_duration,
+    render_plans,
+    render_results,
+    render_summary,
+)
+from peftbench.verdicts import Row
 
 LORA = Record(
     run_id="20250102T030405Z-abcdef",
@@ -26,6 +40,8 @@ LORA = Record(
     efficiency=Efficiency(accuracy_per_million_params=1103.896, accuracy_per_minute=0.2107),
     peak_memory_bytes=3 << 29,
     artifact_bytes=123_456,
+    latency_ms=15.46,
+    evaluation_seconds=0.5,
     data={"source": "movie-review snippets", "sizes": {"train": 8241, "dev": 900, "test": 900}},
 )
 TEACHER = dataclasses.replace(
@@ -56,16 +72,20 @@ def at(seed, accuracy):
     return dataclasses.replace(LORA, seed=seed, dev=dataclasses.replace(LORA.dev, accuracy=accuracy))
 
 
-def cells(table, phase):
-    """The cells of a phase's row, by header; columns are as wide as the rule below the headers."""
-    header, rule, *rows = table.splitlines()
-    row = next(row for row in rows if row.split(" ")[0] == phase)
-    edges, start = [], 0
-    for dashes in rule.split("  "):
-        edges.append((start, start + len(dashes)))
-        start += len(dashes) + 2
-    assert len(HEADERS) == len(edges)
-    return {header[a:b].strip(): row.ljust(len(rule))[a:b].strip() for a, b in edges}
+def cells(text, phase):
+    """The cells of a phase's rows in both tables, by header; columns are as wide as the rule below the headers."""
+    found = {}
+    lines = text.splitlines()
+    for at in [i for i, line in enumerate(lines) if line.startswith("---")]:
+        header, rule = lines[at - 1], lines[at]
+        row = next(row for row in lines[at + 1 :] if row.startswith(phase))
+        start = 0
+        for dashes in rule.split("  "):
+            end = start + len(dashes)
+            found[header[start:end].strip()] = row.ljust(len(rule))[start:end].strip()
+            start = end + 2
+    assert {"phase", *QUALITY, *COST} == set(found)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -168,6 +188,7 @@ def test_a_row_holds_the_phases_figures():
     assert {
         "phase": "B-lora",
         "dev acc % [95%]": "85.0 [76.7, 90.7]",
+        "over maj.": "+33.6 pt",
         "test acc % [95%]": "80.0 [71.1, 86.7]",
         "test F1 %": "79.1",
         "trained": "770",
@@ -177,6 +198,8 @@ def test_a_row_holds_the_phases_figures():
         "acc/min": "0.211",
         "peak": "1.5 GiB",
         "ships": "121 KiB",
+        "latency": "15.5 ms",
+        "texts/s": "400",
         "front": "*",
     } == cells(render_summary([LORA]), "B-lora")
 
@@ -187,6 +210,34 @@ def test_a_phase_that_trained_nothing_has_dashes_for_its_costs():
     assert ("0", "-", "-", "-", "") == (row["trained"], row["train"], row["acc/M"], row["acc/min"], row["front"])
 
 
+def test_no_line_of_the_tables_is_wider_than_a_terminal_shows():
+    """Though a phase's figures are of the size that they have in practice, and a seed failed."""
+    phase = dataclasses.replace(
+        LORA, phase="C1", name="student", parameter_counts=ParameterCounts(total=335_143_938, trainable=123_456_789)
+    )
+    tables = render_summary([phase, dataclasses.replace(phase, seed=43), dataclasses.replace(FAILED, phase="C1", name="student")])
+    assert 120 > max(map(len, tables.partition("\nscale mini")[0].splitlines()))
+
+
+def test_always_answering_the_same_is_not_over_the_majority():
+    """It wins both ratios, and beside them stands what it is worth."""
+    head = dataclasses.replace(
+        LORA,
+        dev=dataclasses.replace(LORA.dev, accuracy=0.514),
+        parameter_counts=ParameterCounts(total=22_713_986, trainable=1),
+        efficiency=Efficiency(accuracy_per_million_params=514_000.0, accuracy_per_minute=30.84),
+    )
+    row = cells(render_summary([head]), "B-lora")
+    assert ("514000.000", "30.840", "+0.0 pt", "") == tuple(row[name] for name in ("acc/M", "acc/min", "over maj.", "front"))
+
+
+def test_what_was_not_measured_is_a_dash():
+    """And no zero."""
+    unknown = dict.fromkeys(("majority_accuracy", "peak_memory_bytes", "artifact_bytes", "latency_ms", "evaluation_seconds"))
+    row = cells(render_summary([dataclasses.replace(LORA, **unknown)]), "B-lora")
+    assert {"-"} == {row[name] for name in ("over maj.", "peak", "ships", "latency", "texts/s")}
+
+
 def test_a_beaten_phase_has_no_star():
     """Larger, slower and no better."""
     table = render_summary([LORA, FULL])
@@ -194,10 +245,18 @@ def test_a_beaten_phase_has_no_star():
 
 
 def test_several_seeds_are_one_row_with_mean_and_deviation():
-    """84, 85 and 86% are 85.0 ± 1.0; the name tells how many passed."""
-    table = render_summary([at(42, 0.84), at(43, 0.85), at(44, 0.86), dataclasses.replace(FAILED, phase="B", name="lora")])
-    row = cells(table, "B-lora")
+    """84, 85 and 86% are 85.0 ± 1.0; the name tells how many they are."""
+    row = cells(render_summary([at(42, 0.84), at(43, 0.85), at(44, 0.86)]), "B-lora")
     assert ("B-lora ×3", "85.0 ± 1.0") == (row["phase"], row["dev acc % [95%]"])
+
+
+@pytest.mark.parametrize("table", ["simple", "github", "latex_booktabs"])
+def test_failed_seeds_are_counted_beside_the_name(table):
+    """In every format: a mean over two of three seeds is not one over all."""
+    failed = dataclasses.replace(FAILED, phase="B", name="lora", seed=44)
+    assert "B-lora, 2 of 3 seeds " in render_results([at(42, 0.84), at(43, 0.85), failed], table=table)
+    assert "B-lora, 1 of 2 seeds " in render_results([at(42, 0.84), failed], table=table)
+    assert "B-lora, 0 of 2 seeds " in render_results([dataclasses.replace(failed, seed=43), failed], table=table)
 
 
 def test_a_failed_phase_has_a_row_and_a_line_that_says_why():
@@ -242,7 +301,9 @@ def test_the_lines_below_name_the_teachers_cost():
 
 def test_scales_have_a_table_each():
     """Figures of different scales are never in one table."""
-    first, second = render_summary([LORA, dataclasses.replace(LORA, scale="tiny")]).split("\n\n")
+    tables = render_summary([LORA, dataclasses.replace(LORA, scale="tiny")]).split("\n\n")
+    first, second = tables[1::2]
+    assert 4 == len(tables)
     assert ("scale mini:" in first, "scale tiny:" in second) == (True, True)
     assert ("scale tiny:" in first, "scale mini:" in second) == (False, False)
 
@@ -250,6 +311,53 @@ def test_scales_have_a_table_each():
 def test_no_records_are_no_table():
     """A session without cases prints nothing."""
     assert "" == render_summary([])
+
+
+HOSTILE = "\x1b[31m|<img src=x>`![a](http://x/y)`\\|\ud800"
+
+
+def hostile_tables(table):
+    """A table of results and one of a comparison with hostile text wherever a record has text."""
+    record = dataclasses.replace(LORA, name=HOSTILE, data={**LORA.data, "source": HOSTILE})
+    row = Row(phase=HOSTILE, metric=HOSTILE, verdict="worse", reason=HOSTILE)
+    return [render_results([record], table=table), render_comparison([row], table=table).partition("\n\n")[0]]
+
+
+def test_hostile_text_is_only_text_in_markdown():
+    """No cell more than the heading has, no markup, no picture, no code."""
+    for text in hostile_tables("github"):
+        assert all(1 == len({line.count("|") for line in part.splitlines()}) for part in text.split("\n\n"))
+        assert not {"<", "`", "\\", "\x1b", "\ud800"} & set(text)
+        assert "](" not in text
+        assert "&#124;&#60;img src=x&#62;&#96;![a]&#40;http://x/y)&#96;&#92;&#124;" in text
+
+
+def test_hostile_text_is_only_text_in_latex():
+    """Every character that LaTeX takes for itself is escaped."""
+    for text in hostile_tables("latex_booktabs"):
+        assert r"?[31m/\ensuremath{<}img" in text
+        assert "|" not in text
+
+
+def test_hostile_text_is_only_text_in_csv():
+    """No formula for a spreadsheet and no command for a terminal; lines and commas stay what they are."""
+    text = render_csv([{"error": "\x1b[31mno,\nnever", "name": "=1+1", "n": -1}])
+    assert [{"error": "?[31mno,\nnever", "name": "'=1+1", "n": "-1"}] == list(csv.DictReader(io.StringIO(text)))
+
+
+def test_an_arrow_between_phases_is_a_word_in_latex():
+    """The fonts that pdflatex begins with have Latin-1 and no arrow."""
+    row = Row(phase="B-lora → D-hybrid", metric="accuracy", base=0.85, head=0.82, verdict="worse", reason="p = 0.1, 日")
+    text = render_comparison([row], table="latex_booktabs")
+    assert "B-lora to D-hybrid" in text
+    assert text.encode("latin-1")
+    assert "B-lora → D-hybrid" in render_comparison([row], table="github")
+
+
+def test_the_sessions_end_steers_no_terminal():
+    """Neither a name nor what an error quotes."""
+    text = render_summary([dataclasses.replace(LORA, name=HOSTILE), dataclasses.replace(FAILED, error=HOSTILE)])
+    assert not {"\x1b", "\ud800"} & set(text)
 
 
 PLAN = Plan(
