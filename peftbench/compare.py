@@ -1,26 +1,21 @@
 """Two sets of records to verdicts: did it get worse, by how much, and is that more than noise?"""
 
-import base64
 import dataclasses
 import functools
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from peftbench.intervals import Estimate
 from peftbench.metrics import METRICS, Metric
-from peftbench.paired import Bits, holm, paired_difference, ratio_difference
-from peftbench.records import Record
+from peftbench.paired import holm, paired_difference, ratio_difference
+from peftbench.records import Predictions, Record
 from peftbench.verdicts import Row, Verdict
 
 Case = tuple[str, str, str]  # scale, letter, name
 Identity = tuple[tuple[str, str], ...]
 
 LEVEL = 0.05
-
-_NOTHING: Bits = np.empty(0, np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,19 +208,19 @@ def judge_quality(metric: Metric, base: Sample, head: Sample) -> Estimate | str:
     sides = base.by_seed, head.by_seed
     seeds = sorted(sides[0])
     splits = sorted(sides[0][seeds[0]].predictions)
-    if not splits:
-        return "no predictions were recorded"
     bits = [[_bits(side[seed], splits) for seed in seeds] for side in sides]
-    golds = {gold.tobytes() for side in bits for _, gold in side}
     fingerprints = {
         tuple(record.predictions[split].split_fingerprint if split in record.predictions else None for split in splits)
         for side in sides
         for record in side.values()
     }
-    if len(golds) != 1 or len(fingerprints) != 1:
+    if len({(n, gold) for side in bits for n, gold, _ in side}) != 1 or len(fingerprints) != 1:
         return "other data: the predictions are of other examples"
-    predicted = [np.stack([one for one, _ in side]) for side in bits]
-    return paired_difference(metric.name, bits[0][0][1], *predicted)
+    n, gold, _ = bits[0][0]
+    if not n:
+        return "no predictions were recorded"
+    base_predicted, head_predicted = ([predicted for _, _, predicted in side] for side in bits)
+    return paired_difference(metric.name, n, gold, base_predicted, head_predicted)
 
 
 def judge_runs(metric: Metric, base: Sequence[float], head: Sequence[float]) -> Estimate | None:
@@ -347,14 +342,15 @@ def _judge_single(metric: Metric, row: Row, base_runs: int, head_runs: int) -> R
     return dataclasses.replace(row, difference=difference, verdict=verdict, reason=how)
 
 
-def _bits(record: Record, splits: Sequence[str]) -> tuple[Bits, Bits]:
-    """Predicted and gold labels of the splits, end to end: shapes (N,)."""
-    held = [record.predictions[split] for split in splits if split in record.predictions]
-    predicted = [_unpack(predictions.predicted, predictions.n) for predictions in held]
-    gold = [_unpack(predictions.gold, predictions.n) for predictions in held]
-    return np.concatenate(predicted or [_NOTHING]), np.concatenate(gold or [_NOTHING])
+def _bits(record: Record, splits: Sequence[str]) -> tuple[int, int, int]:
+    """How many examples the splits have, and their gold and predicted labels, end to end, as the bits of a number."""
+    n, gold, predicted = 0, 0, 0
+    for predictions in (record.predictions[split] for split in splits if split in record.predictions):
+        of_split = _masks(predictions)
+        n, predicted, gold = (n + predictions.n, predicted << predictions.n | of_split[0], gold << predictions.n | of_split[1])
+    return n, gold, predicted
 
 
-@functools.lru_cache(maxsize=64)  # the same base and labels come again and again
-def _unpack(packed: str, n: int) -> Bits:
-    return np.unpackbits(np.frombuffer(base64.b64decode(packed), np.uint8), count=n)
+@functools.lru_cache(maxsize=64)  # the same base comes again and again
+def _masks(predictions: Predictions) -> tuple[int, int]:
+    return predictions.masks()

@@ -4,14 +4,10 @@ import functools
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from peftbench.intervals import Estimate, estimate
-
-Bits = npt.NDArray[np.uint8]
 
 
 @functools.lru_cache(maxsize=4096)  # a history asks for the same counts again and again
@@ -36,9 +32,9 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def paired_difference(name: str, gold: Bits, base: Bits, head: Bits) -> Estimate:
+def paired_difference(name: str, n: int, gold: int, base: Sequence[int], head: Sequence[int]) -> Estimate:
     """
-    Accuracy or F1 of the head less that of the base, the mean over seeds.
+    Accuracy or F1 of the head less that of the base, the mean over seeds; labels are the bits of a number, one an example.
 
     The variance is the sum of two paired bootstraps', in closed form: over examples, the same for both sides and all seeds, and
     over seeds, with their few degrees of freedom (Satterthwaite 1946). What examples and seeds share counts twice, which errs on
@@ -46,21 +42,25 @@ def paired_difference(name: str, gold: Bits, base: Bits, head: Bits) -> Estimate
 
     Args:
         name: ``accuracy`` or ``f1``.
-        gold: True labels, shape (N,).
-        base: Predicted labels, shape (S, N), a row a seed.
+        n: How many examples there are.
+        gold: True labels.
+        base: Predicted labels of each seed.
         head: The same.
     """
-    seeds, n = base.shape
-    before, after = (_score(name, gold, side) for side in (base, head))
-    observed, of_examples = after[0] - before[0], (after[1] - before[1]).sum(axis=0) / seeds
-    sources = [(float(of_examples @ of_examples) / n**2, n - 1.0)]
+    before, after = ([_score(name, n, gold, predicted) for predicted in side] for side in (base, head))
+    differences = [score - other for (score, _), (other, _) in zip(after, before, strict=True)]
+    effects = [(sign * effect, mask) for sign, side in ((-1, before), (1, after)) for _, parts in side for effect, mask in parts]
+    squares = math.fsum(e * other * (mask & also).bit_count() for e, mask in effects for other, also in effects)
+    mean = math.fsum(effect * mask.bit_count() for effect, mask in effects)
+    seeds = len(base)
+    sources = [(max(0.0, squares - mean**2 / n) / (n * seeds) ** 2, n - 1.0)]
     if seeds > 1:
-        sources.append((float(observed.var(ddof=1)) / seeds, seeds - 1.0))
-    found = estimate(float(observed.mean()), sources)
+        sources.append((statistics.variance(differences) / seeds, seeds - 1.0))
+    found = estimate(statistics.fmean(differences), sources)
     p = found.p
     if seeds == 1 and name == "accuracy":
-        right = base[0] == gold, head[0] == gold
-        p = mcnemar_exact(int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum()))
+        wrong, later = gold ^ base[0], gold ^ head[0]
+        p = mcnemar_exact((later & ~wrong).bit_count(), (wrong & ~later).bit_count())
     return Estimate(found.value, (max(-1.0, found.ci95[0]), min(1.0, found.ci95[1])), p)
 
 
@@ -87,19 +87,19 @@ def ratio_difference(base: Sequence[float], head: Sequence[float]) -> Estimate |
     return Estimate(difference, (low, high), ratio.p)
 
 
-def _score(name: str, gold: Bits, predicted: Bits) -> tuple[Any, Any]:
+def _score(name: str, n: int, gold: int, predicted: int) -> tuple[float, list[tuple[float, int]]]:
     """
-    Accuracy or F1 of each seed, (S,), and what each example does to it, (S, N).
+    Accuracy or F1, and what an example does to it, up to a constant: the sum of the parts whose bit it has.
 
-    The mean square of the latter, over N, is the variance of a bootstrap over examples: of accuracy, which is a mean, that of all
-    its draws; of F1 to first order (the infinitesimal jackknife, Efron 1982).
+    The variance of that, over n, is the variance of a bootstrap over examples: of accuracy, which is a mean, that of all its draws;
+    of F1 to first order (the infinitesimal jackknife, Efron 1982).
     """
-    right = predicted == gold
+    wrong = gold ^ predicted
     if name == "accuracy":
-        score = right.sum(axis=1) / gold.size
-        return score, right - score[:, None]
-    hits, wrong = right & gold, (~right).view(np.uint8)
-    parts = 2 * hits + wrong  # F1 is 2 · hits / parts
-    size = np.maximum(parts.sum(axis=1), 1)  # where nothing is positive, F1 is 0
-    score = 2 * hits.sum(axis=1) / size
-    return score, (2 * hits - score[:, None] * parts) * (gold.size / size[:, None])
+        return 1 - wrong.bit_count() / n, [(-1.0, wrong)]
+    hits = gold & predicted
+    size = 2 * hits.bit_count() + wrong.bit_count()
+    if not size:
+        return 0.0, []
+    score = 2 * hits.bit_count() / size
+    return score, [(2 * (1 - score) * n / size, hits), (-score * n / size, wrong)]
