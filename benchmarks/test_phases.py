@@ -24,6 +24,7 @@ PHASES = [
                 "peft": {**MINI_LORA, "target_modules": LINEAR},
                 "learning_rate": 7e-4,
                 "layer_decay": 0.9,
+                "dropout": 0.0,
                 "warmup_fraction": 0.1,
             },
             "tiny": {"peft": TINY_LORA, "epochs": 4, "learning_rate": 2e-3, "warmup_fraction": 0.1},

@@ -196,7 +196,7 @@ def encoder_layers(model: nn.Module) -> nn.ModuleList:
 
 def prepare(model: nn.Module, phase: Phase) -> tuple[nn.Module, list[dict[str, Any]]]:
     """
-    Attach the phase's adapter and decide what trains: everything, or the adapter, the head and the top layers asked for.
+    Attach the phase's adapter, set its dropout and decide what trains: everything, or adapter, head and the top layers asked for.
 
     Returns:
         The model, and its trainable parameters with their learning rates as an optimizer takes them.
@@ -208,6 +208,10 @@ def prepare(model: nn.Module, phase: Phase) -> tuple[nn.Module, list[dict[str, A
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and phase.max_length > positions:
         raise ModelError(f"{phase.id}: max_length must be at most the model's {positions} positions, got {phase.max_length}")
+    if phase.dropout is not None:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = phase.dropout
     unfrozen: list[nn.Parameter] = []
     if phase.peft is not None:
         if phase.unfreeze_top_layers:

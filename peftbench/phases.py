@@ -66,6 +66,8 @@ class Phase:
         unfreeze_top_layers: Encoder layers, counted from the top, that train beside the adapter.
         unfrozen_learning_rate: Peak rate for those layers; None gives them ``learning_rate``.
         layer_decay: Factor on the rate for each layer further down, embeddings last; 1 gives every layer the same.
+        dropout: Share of the model's activations that are dropped in training, an adapter's own dropout aside; None takes the
+            checkpoint's. What passes over its examples once has no need of it.
         distillation: Learn from the teacher's logits, too; None learns from the labels alone.
         kd_subsets: Sizes of the KD subsets that the phase writes.
         batch_size: Examples to an optimizer step.
@@ -88,6 +90,7 @@ class Phase:
     unfreeze_top_layers: int = 0
     unfrozen_learning_rate: float | None = None
     layer_decay: float = 1.0
+    dropout: float | None = None
     distillation: Distillation | None = None
     kd_subsets: tuple[int, ...] = ()
     batch_size: int = 16
@@ -112,6 +115,8 @@ class Phase:
         if self.unfrozen_learning_rate is not None:
             _check_number(f"{self.id}: unfrozen_learning_rate", self.unfrozen_learning_rate, above=0.0)
         _check_number(f"{self.id}: layer_decay", self.layer_decay, above=0.0, at_most=1.0)
+        if self.dropout is not None:
+            _check_number(f"{self.id}: dropout", self.dropout, at_least=0.0, at_most=1.0)
         _check_number(f"{self.id}: warmup_fraction", self.warmup_fraction, at_least=0.0, at_most=1.0)
         _check_number(f"{self.id}: clip_norm", self.clip_norm, above=0.0)
         _check_number(f"{self.id}: weight_decay", self.weight_decay, at_least=0.0)
@@ -224,7 +229,9 @@ SCALES: Mapping[str, Scale] = {
         data="reviews",
         backbone=Pretrained(source="asset:encoder"),
         student=Pretrained(source="asset:encoder", layers=(2, 4, 6)),
-        teacher=Phase(id="T-tune", role="backbone", epochs=1, learning_rate=2e-4, layer_decay=0.8, warmup_fraction=0.1),
+        teacher=Phase(
+            id="T-tune", role="backbone", epochs=1, learning_rate=2e-4, layer_decay=0.8, dropout=0.0, warmup_fraction=0.1
+        ),
     ),
     "thesis": Scale(
         name="thesis",

@@ -366,6 +366,19 @@ def test_unfreezing_trains_exactly_the_top_layers_in_a_group_of_their_own(archit
     assert LORA_SIZE * 3 // 2 + HEAD_SIZE[architecture] + top * LAYER == count_parameters(model)[1]
 
 
+@architectures
+def test_a_phase_sets_the_model_s_dropout_and_leaves_the_adapter_s(architecture):
+    """Every dropout of the model has the phase's share; without one it keeps the checkpoint's."""
+    for share in (None, 0.0, 0.25):
+        model, _ = prepare(classifier(architecture), phase_with(lora(architecture, lora_dropout=0.5), dropout=share))
+        own = {m.p for name, m in model.named_modules() if isinstance(m, nn.Dropout) and "lora" not in name}
+        adapter = {m.p for name, m in model.named_modules() if isinstance(m, nn.Dropout) and "lora" in name}
+        assert {0.5} == adapter
+        assert own == (
+            {share} if share is not None else {m.p for m in classifier(architecture).modules() if isinstance(m, nn.Dropout)}
+        )
+
+
 def test_unfreezing_more_layers_than_there_are_is_refused():
     """The message names the phase and says how many there are."""
     with pytest.raises(ModelError, match="X-test: cannot unfreeze 3 top layers, the encoder has 2"):
