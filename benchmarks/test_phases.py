@@ -36,7 +36,7 @@ PHASES = [
         epochs=2,
         learning_rate=3e-5,
         at_scale={
-            "mini": {"learning_rate": 3e-4, "layer_decay": 0.7, "warmup_fraction": 0.1},
+            "mini": {"learning_rate": 3e-4, "layer_decay": 0.7, "dropout": 0.0, "warmup_fraction": 0.1},
             "tiny": {"epochs": 3, "learning_rate": 1e-3, "warmup_fraction": 0.1},
         },
     ),
