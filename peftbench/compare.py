@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from peftbench.intervals import Estimate
@@ -78,6 +78,10 @@ class Sample:
         """What a metric goes by."""
         return list(self.by_seed.values()) if metric.kind == "quality" else self.passed
 
+    def of_seeds(self, seeds: Collection[int]) -> "Sample":
+        """The records of these seeds."""
+        return Sample([record for record in self.records if record.seed in seeds])
+
     def by_identity(self, metric: Metric) -> dict[Identity, "Sample"]:
         """Those that passed, in parts that can be compared in themselves."""
         parts: dict[Identity, list[Record]] = {}
@@ -134,7 +138,7 @@ def compare_phases(records: Iterable[Record], base: str, head: str) -> list[Row]
         if len(fits) != 1:
             known = ", ".join(sorted(labels.values())) or "none, as there are no records"
             raise ValueError(
-                f"a phase must be one of {known}; got {name!r}; another run, or the folder with the reports, may have it"
+                f"a phase must be one of {known}; got {name!r}; give another run as BASE, or the latest of each, outputs/reports"
             )
         return fits[0]
 
@@ -248,8 +252,8 @@ def _judge(pairs: Sequence[tuple[str, Sample, Sample]]) -> list[Row]:
     measured = [pair for pair in pairs if pair[0] not in settled]
     for metric in METRICS.values():
         asked = []
-        for phase, whole, head in measured:
-            base, left_out = _matching(metric, whole, head)
+        for phase, *sides in measured:
+            base, head, left_out = _matching(metric, *sides)
             row = Row(
                 phase=phase, metric=metric.name, base=base.mean(metric), head=head.mean(metric), verdict="not comparable", reason=""
             )
@@ -273,16 +277,23 @@ def _judge(pairs: Sequence[tuple[str, Sample, Sample]]) -> list[Row]:
     return sorted(rows, key=lambda row: order[row.phase])
 
 
-def _matching(metric: Metric, base: Sample, head: Sample) -> tuple[Sample, str]:
-    """What of the base is of the head's machine, data and so on, and what to say of the rest; all of it where none is."""
-    parts = base.by_identity(metric)
-    wanted = {identity(metric, record) for record in head.measured(metric)}
-    if len(wanted) != 1 or len(parts) < 2 or not wanted & set(parts):
-        return base, ""
-    [one] = wanted
-    left = len(base.passed) - len(parts[one].passed)
-    others = {name: None for part in parts for (name, value), (_, ours) in zip(part, one, strict=True) if value != ours}
-    return parts[one], f"; {left} of the base's {len(base.passed)} records left out: other {' and '.join(others)}"
+def _matching(metric: Metric, base: Sample, head: Sample) -> tuple[Sample, Sample, str]:
+    """What of both sides is of one machine, data, seed set and so on, and what to say of the rest; all of it where nothing is."""
+    parts = base.by_identity(metric), head.by_identity(metric)
+    shared = [one for one in parts[1] if one in parts[0]]
+    if not shared:
+        return base, head, ""
+    one = max(shared, key=lambda one: len(parts[1][one].passed))
+    matched, notes = (parts[0][one], parts[1][one]), []
+    for name, whole, part, others in zip(("base", "head"), (base, head), matched, parts, strict=True):
+        if left := len(whole.passed) - len(part.passed):
+            why = {fact: None for other in others for (fact, value), (_, ours) in zip(other, one, strict=True) if value != ours}
+            notes.append(f"; {left} of the {name}'s {len(whole.passed)} records left out: other {' and '.join(why)}")
+    seeds = set(matched[0].by_seed) & set(matched[1].by_seed)
+    if metric.kind == "quality" and seeds and seeds != set(matched[0].by_seed) | set(matched[1].by_seed):
+        matched = matched[0].of_seeds(seeds), matched[1].of_seeds(seeds)
+        notes.append(f"; seeds on both sides alone: {', '.join(map(str, sorted(seeds)))}")
+    return *matched, "".join(notes)
 
 
 def _differ(metric: Metric, base: Sample, head: Sample) -> Estimate | str | None:

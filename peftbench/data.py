@@ -442,9 +442,10 @@ def _parse_rows(path: Path, name: str, lines: Iterable[str]) -> Split:
         if not tab or "\t" in sentence or not sentence.strip():
             raise DataError(f"{path}, line {number}: wanted a sentence, a tab and a label, got {line[:60]!r}")
         if label.strip() not in ("0", "1"):
+            unpublished = name == "test" and label.strip() == "-1"
             raise DataError(
-                f"{path}, line {number}: split {name!r} has label {label.strip()[:20]!r}; wanted 0 or 1 "
-                "(-1 marks a test split without published answers: leave that file out)"
+                f"{path}, line {number}: split {name!r} has label {label.strip()[:20]!r}; wanted 0 or 1, 1 being positive"
+                + ("; a test split without published answers is no test: leave the file out" if unpublished else "")
             )
         sentences.append(sentence.strip())
         labels.append(int(label))

@@ -215,15 +215,14 @@ def render_failures(records: Sequence[Record]) -> list[str]:
 
 
 def render_accuracy(summary: Summary, split: Literal["dev", "test"]) -> str:
-    """In percent: one seed's with its 95% interval, the mean of several with their standard deviation."""
+    """In percent with its 95% interval; of several seeds the mean, with their standard deviation behind it."""
     mean, deviation = summary.mean(f"{split}.accuracy"), summary.deviation(f"{split}.accuracy")
     quality = summary.passed[0].dev if split == "dev" else summary.passed[0].test
     if mean is None or quality is None:
         return "-"
-    if deviation is not None:
-        return f"{100 * mean:.1f} ± {100 * deviation:.1f}"
-    low, high = quality.accuracy_ci95
-    return f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    interval = quality.accuracy_ci95 if deviation is None else summary.accuracy_ci95(split)
+    shown = f"{100 * mean:.1f}" + (f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "")
+    return shown if deviation is None else f"{shown} ±{100 * deviation:.1f}"
 
 
 def render_value(metric: Metric | None, value: float | None) -> str:
@@ -326,12 +325,13 @@ def _reaching(accuracy: float) -> dict[str, Column]:
 
 
 def _reached(summary: Summary, accuracy: float, part: int, render: Callable[[float], str]) -> Cell:
-    """The mean over seeds, if all of them saw it."""
-    reached = [found[part] for record in summary.passed if (found := record.reaching(accuracy))]
-    if not any(record.dev_curve for record in summary.passed):
+    """The mean over the seeds that were evaluated while they trained, if all of those saw it."""
+    evaluated = [record for record in summary.passed if record.dev_curve]
+    reached = [found[part] for record in evaluated if (found := record.reaching(accuracy))]
+    if not evaluated:
         return None, "not measured"
-    if len(reached) < len(summary.passed):
-        return None, "never"
+    if len(reached) < len(evaluated):
+        return None, f"{len(reached)} of {len(evaluated)} seeds" if reached else "never"
     return _cell(statistics.fmean(reached), render)
 
 

@@ -35,6 +35,7 @@ from peftbench.evaluation import METRICS_VERSION, latency_ms, score
 from peftbench.kernels import cast_frozen, economize, flattened, only_words, retain_memory
 from peftbench.measure import PeakMemory, Stopwatch, describe_machine, describe_versions
 from peftbench.models import (
+    ModelError,
     Weights,
     artifact_bytes,
     count_parameters,
@@ -242,6 +243,8 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
     if (bench.scale, bench.settings) != (scale, settings):
         raise ValueError(f"the workbench is of scale {bench.scale.name} or of other settings than the case at scale {scale.name}")
     phase = phase.at(scale.name)
+    if not phase.epochs and (phase.subset is not None or phase.peft is not None or phase.distillation is not None):
+        raise ModelError(f"{phase.id}: with 0 epochs its subset, peft or distillation would train nothing; say how many epochs")
     identity = case_fingerprint(phase, bench)
     misses = bench.misses
     for size in phase.kd_subsets:

@@ -117,10 +117,13 @@ def pareto_front(summaries: Iterable[Summary]) -> set[str]:
     """
     Ids of the trained phases that no other beats on dev accuracy, trainable parameters and training time at once.
 
-    Left out are a phase that trains nothing, which would be on every front for free, and one no better than the majority class.
+    Left out are a phase that trains nothing, which would be on every front for free, one no better than the majority class, and one
+    of which a seed failed: the mean of those that did not is no figure of it.
     """
     points = {}
     for summary in summaries:
+        if len(summary.passed) < len(summary.records):
+            continue
         accuracy, seconds = summary.mean("dev.accuracy") or 0.0, summary.mean("train_runtime_seconds") or 0.0
         one = next(iter(summary.passed), summary.first)
         trainable = one.parameter_counts.trainable if one.parameter_counts else 0

@@ -249,14 +249,26 @@ def test_an_odd_run_in_the_base_is_left_out(odd, metric, why):
     assert row.reason.endswith(f"; {why}")
 
 
-def test_a_head_of_several_machines_is_not_comparable():
-    """There is no telling which of them is meant; nor is a base that is of none of the head's."""
+def test_of_several_machines_the_one_on_both_sides_counts():
+    """That of most of the head's runs; a base that is of none of the head's cannot be compared."""
     base = [passed(run=f"2026010{day}T000000Z-aaaaaa", machine={"id": f"m{day}"}) for day in (1, 2)]
-    head = [dataclasses.replace(record, run_id=record.run_id.replace("202601", "202602")) for record in base]
+    head = [passed(run=f"2026020{day}T000000Z-aaaaaa", machine={"id": machine}) for day, machine in ((1, "m3"), (2, "m2"))]
     row = row_of(base, head, "train_runtime_seconds")
-    assert ("not comparable", "other machine: m1, m2 and m1, m2") == (row.verdict, row.reason)
+    left = "; 1 of the base's 2 records left out: other machine; 1 of the head's 2 records left out: other machine"
+    assert ("no difference shown", f"one run a side, tolerance 25%{left}") == (row.verdict, row.reason)
     row = row_of(base, [passed(machine={"id": "m3"})], "train_runtime_seconds")
     assert ("not comparable", "other machine: m1, m2 and m3") == (row.verdict, row.reason)
+
+
+def test_of_different_seed_sets_the_seeds_on_both_sides_count():
+    """Paired on those alone, which the reason says; with none in common there is nothing to pair."""
+    base, run = [passed(seed=seed) for seed in (42, 43, 44)], "20260104T000000Z-aaaaaa"
+    expected = row_of([passed(seed=42)], [passed(seed=42, run=run, wrong=LOST)], "accuracy")
+    row = row_of(base, [passed(seed=42, run=run, wrong=LOST)], "accuracy")
+    assert (expected.difference, expected.ci95, expected.verdict) == (row.difference, row.ci95, row.verdict)
+    assert f"{expected.reason}; seeds on both sides alone: 42" == row.reason
+    row = row_of(base, [passed(seed=45, run=run)], "accuracy")
+    assert ("not comparable", "other seed set: 42, 43, 44 and 45") == (row.verdict, row.reason)
 
 
 def test_what_was_set_up_differently_is_told():

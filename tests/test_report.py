@@ -7,6 +7,7 @@ import io
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import passed as measured
 
 from peftbench.records import Efficiency, ParameterCounts, Plan, Record, SplitMetrics, TeacherCost
 from peftbench.report import (
@@ -21,6 +22,7 @@ from peftbench.report import (
     render_results,
     render_summary,
 )
+from peftbench.summary import summarize
 from peftbench.verdicts import Row
 
 LORA = Record(
@@ -244,10 +246,23 @@ def test_a_beaten_phase_has_no_star():
     assert ("*", "") == (cells(table, "B-lora")["front"], cells(table, "C1-full")["front"])
 
 
-def test_several_seeds_are_one_row_with_mean_and_deviation():
-    """84, 85 and 86% are 85.0 ± 1.0; the name tells how many they are."""
+def test_several_seeds_are_one_row_with_mean_interval_and_deviation():
+    """84, 85 and 86% are 85.0 ±1.0; predictions give the interval of the mean; the name tells how many they are."""
     row = cells(render_summary([at(42, 0.84), at(43, 0.85), at(44, 0.86)]), "B-lora")
-    assert ("B-lora ×3", "85.0 ± 1.0") == (row["phase"], row["dev acc % [95%]"])
+    assert ("B-lora ×3", "85.0 ±1.0") == (row["phase"], row["dev acc % [95%]"])
+    seeds = [measured(seed=42 + i, n=100, wrong=range(wrong)) for i, wrong in enumerate((14, 15, 16))]
+    low, high = (100 * bound for bound in summarize(seeds)[0].accuracy_ci95("dev"))
+    assert f"85.0 [{low:.1f}, {high:.1f}] ±1.0" == cells(render_summary(seeds), "B-lora")["dev acc % [95%]"]
+
+
+def test_time_to_an_accuracy_is_that_of_the_seeds_that_were_evaluated():
+    """Those without a curve tell nothing; one that stayed below is counted; the mean is over all that saw it."""
+    curve = dataclasses.replace(LORA, dev_curve=((10, 1.0, 0.7), (20, 2.0, 0.9)))
+    low = dataclasses.replace(LORA, dev_curve=((10, 1.0, 0.7),))
+    seeds = {"| 20 ": [curve, LORA], "1 of 2 seeds": [curve, low], "never": [low, LORA], "not measured": [LORA]}
+    for expected, records in seeds.items():
+        numbered = [dataclasses.replace(record, seed=i) for i, record in enumerate(records)]
+        assert expected in " ".join(render_results(numbered, table="github", reach=0.8).split())
 
 
 @pytest.mark.parametrize("table", ["simple", "github", "latex_booktabs"])

@@ -13,6 +13,7 @@ import pytest
 from peftbench import runner
 from peftbench.data import DataError, draw, read_glue_folder
 from peftbench.distill import read_subset
+from peftbench.models import ModelError
 from peftbench.phases import LORA, SCALES, Distillation, Phase, Untrained
 from peftbench.records import Record
 from peftbench.runner import Settings, Workbench, case_fingerprint, failed_record, run_phase
@@ -254,6 +255,13 @@ def test_subset_larger_than_train_is_refused(fresh):
         run_phase(phase, TINY, 42, fresh[0])
     with pytest.raises(DataError, match="subset of 1000 cannot be drawn"):
         run_phase(dataclasses.replace(TEACHER, kd_subsets=(1000,)), TINY, 42, fresh[0])
+
+
+@pytest.mark.parametrize("changes", [{"subset": 8}, {"peft": LORA}, {"distillation": Distillation()}])
+def test_a_phase_that_would_train_nothing_is_refused(fresh, changes):
+    """Epochs that were forgotten are not a passed case at the level of chance."""
+    with pytest.raises(ModelError, match=r"X-forgot: with 0 epochs .* say how many epochs"):
+        run_phase(Phase(id="X-forgot", role="student", **changes), TINY, 42, fresh[0])
 
 
 def test_failed_case_leaves_a_record(fresh):

@@ -288,3 +288,11 @@ def test_the_front_is_that_of_a_plain_search(points):
     expected = {f"P{i}-x" for i, point in enumerate(points) if not any(beats(other, point) for other in points)}
     assert expected == front_of(*records)
     assert expected
+
+
+def test_a_phase_of_which_a_seed_failed_is_not_on_the_front():
+    """The mean of the seeds that survived is no figure of the phase."""
+    seeds = [measured(seed=42), measured(seed=43, wrong=[1])]
+    failed = dataclasses.replace(seeds[0], seed=44, outcome="failed", error="E: x")
+    assert {"B-lora"} == pareto_front(summarize(seeds))
+    assert set() == pareto_front(summarize([*seeds, failed]))
