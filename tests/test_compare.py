@@ -198,7 +198,7 @@ def test_a_phase_beside_another():
     [row] = compare_phases([passed("B-lora"), failed("D-hybrid")], "B", "D")
     assert ("outcome", "not comparable") == (row.metric, row.verdict)
     assert row.reason.startswith("D-hybrid failed: RuntimeError")
-    with pytest.raises(ValueError, match=r"a phase must be one of B-lora, D-hybrid; got 'X'; another run"):
+    with pytest.raises(ValueError, match=r"a phase must be one of B-lora, D-hybrid; got 'X'; give another run as BASE"):
         compare_phases(records, "B", "X")
 
 
