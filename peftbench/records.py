@@ -406,7 +406,10 @@ class Store:
         """
         path = self.record_path(record)
         if path.exists():
-            raise RecordError(f"{path} exists: {record.phase}-{record.name} with seed {record.seed} has run already in this run")
+            raise RecordError(
+                f"{path} exists: {record.phase_id} with seed {record.seed} has run already in this run; "
+                "if that was another phase, give one of them another id"
+            )
         write_atomically(path, json.dumps(record.to_json(), indent=1) + "\n")
         return path
 

@@ -45,6 +45,9 @@ LEGEND = (
     "latency: of one text alone; texts/s: in evaluation, dev and test",
 )
 
+POOLED = "accuracy and f1 are over dev and test together"
+"""Which the tables of results show apart."""
+
 _MARKDOWN = str.maketrans({mark: f"&#{ord(mark)};" for mark in "&<>|`\\"})
 
 
@@ -151,7 +154,9 @@ def render_comparison(rows: Sequence[Row], *, table: str = "simple") -> str:
     headers = ["phase", "metric", "base", "head", "difference", "95% interval", "verdict", "why"]
     text = _tabulate(headers, cells, table, align=("left", "left", "right", "right", "right", "right", "left", "left"))
     counts = Counter(row.verdict for row in rows)
-    return f"{text}\n\n{', '.join(f'{counts[verdict]} {verdict}' for verdict in get_args(Verdict) if counts[verdict])}"
+    verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in get_args(Verdict) if counts[verdict])
+    measured = any(METRICS[row.metric].kind == "quality" for row in rows if row.metric in METRICS)
+    return f"{text}\n\n{verdicts}" + (f"; {POOLED}" if measured else "")
 
 
 def render_history(traced: Mapping[str, Sequence[Point]], metric: Metric) -> str:
@@ -174,7 +179,8 @@ def render_history(traced: Mapping[str, Sequence[Point]], metric: Metric) -> str
         table = _tabulate(headers, rows, align=("left", "left", "right", "right", "left", "left"))
         blocks.append(f"{printable(phase)}  {metric.name}  {sparkline(values)}\n{table}")
     blocks.append(
-        f"{metric.name}: {metric.better} is better; level: where it got better or worse than all since the shift before, "
+        f"{metric.name}: {metric.better} is better{f'; {POOLED}' if metric.kind == 'quality' else ''}\n"
+        "level: where it got better or worse than all since the shift before, "
         "by more than noise\nmarks: dirty, changes that were not committed; unknown, to git here; failed; other ..., not compared"
     )
     return "\n\n".join(blocks)

@@ -89,7 +89,7 @@ def test_compare_ends_with_counts_and_changes(outputs, capsys):
     third = "20260103T000000Z-cccccc"
     Store(outputs, "mini").save(passed(run=third, config={"epochs": 5}))
     _, out, err = run(capsys, "compare", FIRST)
-    assert "9 no difference shown, 1 missing" == out.splitlines()[-1]
+    assert "9 no difference shown, 1 missing; accuracy and f1 are over dev and test together" == out.splitlines()[-1]
     assert "peftbench: changed: B-lora: config.epochs 2 → 5" == err.splitlines()[-1]
 
 

@@ -25,7 +25,7 @@ def test_a_study_leaves_records_reports_and_kd_subsets(study, records, pytester)
         assert set() == CONTRACT - set(report)
     assert {"kd_1000", "kd_500", "kd_64"} == {path.name for path in (pytester.path / "results/tiny/kd").glob("kd_*")}
     assert ["tiny"] == [path.name for path in (pytester.path / "results").iterdir()]
-    result.stdout.fnmatch_lines(["phase*dev acc*front", "A-teacher*", "K-kd*", "S-small*", "records: results/tiny/runs/*"])
+    result.stdout.fnmatch_lines(["phase*dev acc*front*", "A-teacher*", "K-kd*", "S-small*", "records: results/tiny/runs/*"])
 
 
 def test_the_session_says_what_was_neither_training_nor_evaluation(pytester, data_folder, records):
@@ -121,5 +121,7 @@ def test_history_is_never_replaced(pytester, data_folder, records):
     """)
     result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={data_folder}")
     result.assert_outcomes(passed=1, failed=1, deselected=2)
-    result.stdout.fnmatch_lines(["*peftbench could not write the record: *S-one with seed 42 has run already in this run"])
+    result.stdout.fnmatch_lines(
+        ["*peftbench could not write the record: *S-one with seed 42 has run already in this run; *another id"]
+    )
     assert ["passed"] == [record["outcome"] for record in records().values()]
