@@ -71,7 +71,7 @@ def to_pytest_benchmark(records: Sequence[Record]) -> dict[str, Any]:
         figures = {field: getattr(stats, field) for field in (*Stats.fields, "iterations") if hasattr(stats, field)}
         entries.append(
             {
-                "group": "training",
+                "group": "training" if any(record.train_runtime_seconds for record in summary.passed) else "no training",
                 "name": f"test_phase[{name}]",
                 "fullname": f"benchmarks/test_phases.py::test_phase[{name}]",
                 "params": None,

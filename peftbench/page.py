@@ -422,8 +422,11 @@ def _text(name: str) -> str:
 
 def _facts(records: Sequence[Record]) -> str:
     one = next((record for record in records if record.outcome == "passed"), records[0])
-    facts = {**one.machine, **one.versions, "commit": one.commit.get("id"), "uncommitted changes": one.commit.get("dirty")}
-    rows = "".join(f"<tr><th scope='row'>{escape(str(k))}</th><td>{escape(str(v))}</td></tr>" for k, v in facts.items())
+    dirty = one.commit.get("dirty")
+    changed = "yes" if dirty is True else "no" if dirty is False else None
+    facts = {**one.machine, **one.versions, "commit": one.commit.get("id"), "uncommitted changes": changed}
+    known = {name: value for name, value in facts.items() if value is not None}
+    rows = "".join(f"<tr><th scope='row'>{escape(str(k))}</th><td>{escape(str(v))}</td></tr>" for k, v in known.items())
     return f'<div class="scroll"><table class="facts">{rows}</table></div>'
 
 

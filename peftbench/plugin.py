@@ -603,6 +603,8 @@ def run_phase(
                 session.trained_seconds += record.train_runtime_seconds or 0.0
                 return record
 
+            if benchmark is not None and not phase.at(scale.name).epochs:
+                benchmark.group = "no training"  # whose 0 s would make all others infinitely slow in one table
             record: Record = train() if benchmark is None else benchmark.pedantic(train, rounds=1, iterations=1)
             node.stash[RECORD] = record
             return record

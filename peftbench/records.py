@@ -266,7 +266,7 @@ class Record:
                 for key, item in value.items():
                     add(f"{name}.{key}" if name else key, item)
             elif isinstance(value, list):
-                row.update({name: json.dumps(value)} if name not in ("learning_curve", "dev_curve") else {})
+                row.update({name: value} if name not in ("learning_curve", "dev_curve") else {})
             else:
                 row.update({name: value} if value is not None or name not in _GROUPS else {})
 

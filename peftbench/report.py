@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -120,12 +121,13 @@ def render_results(records: Sequence[Record], *, table: str, reach: float | None
 
 
 def render_csv(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows as CSV, RFC 4180, with every column that any of them has."""
+    """Rows as CSV, RFC 4180, with every column that any of them has; lists as JSON."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns)
     writer.writeheader()
-    writer.writerows({name: _safe(value) for name, value in row.items()} for row in rows)
+    for row in rows:
+        writer.writerow({name: _safe(json.dumps(value) if isinstance(value, list) else value) for name, value in row.items()})
     return stream.getvalue()
 
 

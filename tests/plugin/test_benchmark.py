@@ -13,6 +13,7 @@ def test_each_case_is_one_entry_trained_once(study, pytester, records):
     result.assert_outcomes(passed=3, deselected=3)
     entries = json.loads((pytester.path / "b.json").read_text())["benchmarks"]
     assert ["test_phase[A-teacher-tiny]", "test_phase[S-small-tiny]", "test_phase[K-kd-tiny]"] == [e["name"] for e in entries]
+    assert ["no training", "training", "training"] == [e["group"] for e in entries]
     by_phase = {record["phase"]: record for record in records().values()}
     for entry in entries:
         record = entry["extra_info"]["peftbench"]
