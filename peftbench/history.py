@@ -226,7 +226,8 @@ def read_side(text: str, history: Callable[[], History], *, without: Collection[
     if path.is_file():
         return read_file(path)
     if path.is_dir():
-        found = next((files for place in ("*.json", "runs/*/*.json", "*/*.json") if (files := sorted(path.glob(place)))), [])
+        places = ("phase_*_metrics.json", "*.json", "runs/*/*.json", "*/*.json")
+        found = next((files for place in places if (files := sorted(path.glob(place)))), [])
         return _read(f"folder {text}", found, text)
     return history().select(text, without=without)
 

@@ -353,3 +353,11 @@ def test_load_records_gives_flat_rows(store):
     assert not {"memory_use", "teacher_cost", "predictions", "learning_curve"} & set(row)
     assert ("B", 1.0, 1000, "m1") == (row["phase"], row["dev.accuracy"], row["parameter_counts.trainable"], row["machine.id"])
     assert not any(isinstance(value, dict | list) for value in row.values())
+
+
+def test_a_folder_of_reports_is_the_phases_alone(tmp_path):
+    """What else lies there, such as the throughput beside a Trainer, is no record that could not be read."""
+    (tmp_path / "phase_b_metrics.json").write_text(json.dumps(phase_report(Summary([passed()]))))
+    (tmp_path / "throughput.json").write_text("[]")
+    side = read_side(str(tmp_path), history=None)
+    assert (["B-lora"], []) == ([record.phase_id for record in side.records], list(side.problems))
