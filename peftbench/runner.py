@@ -243,7 +243,8 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
     if (bench.scale, bench.settings) != (scale, settings):
         raise ValueError(f"the workbench is of scale {bench.scale.name} or of other settings than the case at scale {scale.name}")
     phase = phase.at(scale.name)
-    if not phase.epochs and (phase.subset is not None or phase.peft is not None or phase.distillation is not None):
+    asks_to_train = phase.subset is not None or phase.peft is not None or phase.distillation is not None
+    if asks_to_train and not phase.epochs and phase.role != "teacher":
         raise ModelError(f"{phase.id}: with 0 epochs its subset, peft or distillation would train nothing; say how many epochs")
     identity = case_fingerprint(phase, bench)
     misses = bench.misses
