@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 from tabulate import tabulate
 
-from peftbench.device import Device
 from peftbench.records import Store
 from peftbench.sealed import lock, write_atomically
 
@@ -91,6 +90,8 @@ def report(pytestconfig):
 @pytest.mark.parametrize("method", CONTENDERS)
 def test_peftbench_is_ahead_of_a_tuned_trainer(source, method, precision, peft_scale, peft_workbench, report):
     """On the same work and in no more memory, peftbench's median is well above that of a Trainer as well set up as its user can."""
+    from peftbench.device import Device  # here, so that collecting the phases beside this file imports no torch
+
     settings = peft_workbench.settings
     if precision == "native":
         precision = Device.choose(settings.device).precision

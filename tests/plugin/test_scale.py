@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -69,13 +70,15 @@ def test_the_header_says_what_was_chosen_and_why(study):
     result.stdout.fnmatch_lines(["peftbench: scale tiny; device cpu, precision fp32 (as asked; precision as asked); run *"])
 
 
-def test_collecting_imports_no_tensor_library(pytester, study):
+@pytest.mark.parametrize("whose", ["a user's study", "the project's benchmarks"])
+def test_collecting_imports_no_tensor_library(pytester, study, whose):
     """Loading the plugin and collecting cases leave torch and its kin alone."""
     study("--collect-only", "-q")
+    folder = pytester.path if whose == "a user's study" else Path(__file__).parents[2] / "benchmarks"
     code = (
-        "import sys, pytest; status = pytest.main(['--collect-only', '-q']); "
+        "import sys, pytest; status = pytest.main(['--collect-only', '-q', '-p', 'no:cacheprovider']); "
         "print('loaded', sorted({'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules))); sys.exit(status)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=pytester.path, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
     assert "loaded []" in done.stdout
     assert 0 == done.returncode
