@@ -115,7 +115,7 @@ def compare(base: Iterable[Record], head: Iterable[Record]) -> list[Row]:
     A row for each phase and metric of two sides.
 
     Of several records of one case and seed, the last one's predictions count; times and memory are compared over the runs. Where
-    the base has records of the head's machine, data and so on, its others are left out.
+    some records of both sides are of one machine, data and so on, or of the same seeds, the others are left out.
     """
     sides = _by_case(base), _by_case(head)
     labels = _labels([*sides[0], *sides[1]])

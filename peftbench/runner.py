@@ -236,7 +236,7 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
         The record of a passed case.
 
     Raises:
-        ValueError: If the workbench is of another scale or other settings.
+        ValueError: If the workbench is of another scale or other settings, or the phase says what to train on but not how often.
         Exception: Whatever else went wrong; `failed_record` makes a record of it.
     """
     bench = workbench or Workbench(scale, settings)

@@ -220,19 +220,26 @@ def test_a_damaged_tokenizer_is_refused(saved):
         load_tokenizer(locate(Pretrained(source=str(folder)), fetch=None))
 
 
-def test_code_of_a_checkpoint_does_not_run(saved, monkeypatch):
-    """Nobody is asked whether to trust it, either."""
+@pytest.mark.parametrize(
+    ("what", "load"),
+    [
+        ("tokenizer", load_tokenizer),
+        ("two-label classifier", load_classifier),
+        ("architecture", lambda weights: load_classifier(weights, shapes_only=True)),
+    ],
+)
+def test_code_of_a_checkpoint_does_not_run(saved, monkeypatch, what, load):
+    """An architecture that transformers does not know is refused, and nobody is asked whether to trust its code."""
     _, folder = saved()
     (folder / "mine.py").write_text("raise SystemExit('code of the checkpoint ran')")
-    for name, auto_class in (("config.json", "AutoConfig"), ("tokenizer_config.json", "AutoTokenizer")):
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoTokenizer": [None, "mine.Tokenizer"]}}
+    for name in ("config.json", "tokenizer_config.json"):
         content = json.loads((folder / name).read_text())
-        classes = [None, "mine.Mine"] if auto_class == "AutoTokenizer" else "mine.Mine"
-        (folder / name).write_text(json.dumps({**content, "auto_map": {auto_class: classes}}))
+        (folder / name).write_text(json.dumps({**content, "tokenizer_class": "MineTokenizer", **config}))
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     weights = locate(Pretrained(source=str(folder)), fetch=None)
-    load_tokenizer(weights)
-    load_classifier(weights)
-    load_classifier(weights, shapes_only=True)
+    with pytest.raises(ModelError, match=what):
+        load(weights)
 
 
 def test_an_asset_that_there_is_not_is_refused():
