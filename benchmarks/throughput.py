@@ -178,7 +178,7 @@ class Contest:
         return {"matrix_seconds": watch.seconds}
 
     @functools.cached_property
-    def products(self) -> "list[tuple[Callable[..., Any], list[Any]]]":
+    def products(self) -> "list[Product]":
         """The matrix products of a round, which is run once more to note them."""
         with _MatrixProducts() as noted:
             self.run()
@@ -236,16 +236,21 @@ class _Operand:
         return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
 
 
+Product = tuple[Callable[..., Any], list[Any], dict[str, Any]]
+"""An operation, its arguments and its options."""
+
+
 class _MatrixProducts(TorchDispatchMode):
     """Notes the matrix products that run, in their order: the operation and its arguments."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.products: list[tuple[Callable[..., Any], list[Any]]] = []
+        self.products: list[Product] = []
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if operation.overloadpacket in MATRIX_PRODUCTS:
-            self.products.append((operation, [_Operand.of(x) if isinstance(x, torch.Tensor) else x for x in args]))
+            operands = [_Operand.of(x) if isinstance(x, torch.Tensor) else x for x in args]
+            self.products.append((operation, operands, dict(kwargs or {})))
         return operation(*args, **(kwargs or {}))
 
 
@@ -257,9 +262,9 @@ class _Replay:
     same products repeated one by one would find all of theirs there.
     """
 
-    def __init__(self, products: list[tuple[Callable[..., Any], list[Any]]], device: str) -> None:
+    def __init__(self, products: "list[Product]", device: str) -> None:
         extents: dict[tuple[int, torch.dtype], int] = {}
-        for operand in (x for _, args in products for x in args if isinstance(x, _Operand)):
+        for operand in (x for _, args, _ in products for x in args if isinstance(x, _Operand)):
             place = operand.address, operand.dtype
             extents[place] = max(extents.get(place, 0), operand.extent)
         memory = {place: torch.rand(extent, device=device).to(place[1]) for place, extent in extents.items()}
@@ -267,14 +272,15 @@ class _Replay:
             (
                 operation,
                 [memory[x.address, x.dtype].as_strided(x.shape, x.stride) if isinstance(x, _Operand) else x for x in args],
+                options,
             )
-            for operation, args in products
+            for operation, args, options in products
         ]
 
     def __call__(self) -> None:
         with torch.no_grad():
-            for operation, args in self.products:
-                operation(*args)
+            for operation, args, options in self.products:
+                operation(*args, **options)
 
 
 @contextlib.contextmanager

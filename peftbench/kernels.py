@@ -8,7 +8,7 @@ the few rows that a batch looks up, and AdamW spends as long between a hundred p
 
 import ctypes
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -17,58 +17,57 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peftbench.parameters import supersede
+
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 """None where torch is built without oneDNN."""
 
-_ALIGNMENT = 16  # numbers, a cache line of fp32
 _DRAWS = 1 << 16
-_NUMBERS = 1 << 18
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MASKS = 1 << 20
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 
 
-class Noise:
+class Masks:
     """
-    A stream of random 16-bit integers, seeded from torch's global generator when it is made.
+    A stream of random zeros and ones, seeded from torch's global generator when it is made.
 
-    Four come out of each 64-bit number of numpy's fastest generator, of which many are drawn at once.
+    Four come out of each 64-bit number of numpy's fastest generator. Many are drawn at once, since an operation on few numbers takes
+    longer to begin than to do.
     """
 
     def __init__(self) -> None:
         seed = int(torch.empty((), dtype=torch.int64).random_().item())
         self._generator = np.random.Generator(np.random.SFC64(seed))
-        self._drawn = torch.empty(0, dtype=torch.int16)
+        self._drawn: dict[tuple[int, torch.dtype], Tensor] = {}
 
-    def take(self, n: int) -> Tensor:
-        """The next n integers of -32768…32767, shape (n,), to be changed at will."""
-        if n > len(self._drawn):
-            size = max(_NUMBERS, (n + 3) // 4)
-            numbers = self._generator.integers(-(2**63), 2**63 - 1, size=size, dtype=np.int64, endpoint=True)
-            self._drawn = torch.from_numpy(numbers).view(torch.int16)
-        taken, self._drawn = self._drawn[:n], self._drawn[n:]
+    def take(self, n: int, zeros: int, dtype: torch.dtype) -> Tensor:
+        """The next n of which on average this many of 65,536 are zero, shape (n,)."""
+        drawn = self._drawn.get((zeros, dtype))
+        if drawn is None or n > len(drawn):
+            drawn = self._draw(max(_MASKS, n), zeros, dtype)
+        taken, self._drawn[zeros, dtype] = drawn[:n], drawn[n:]
         return taken
+
+    def _draw(self, n: int, zeros: int, dtype: torch.dtype) -> Tensor:
+        numbers = self._generator.integers(-(2**63), 2**63 - 1, size=(n + 3) // 4, dtype=np.int64, endpoint=True)
+        most = zeros - _DRAWS // 2 - 1  # of a draw that gives 0
+        return torch.from_numpy(numbers).view(torch.int16).clamp_(most, most + 1).sub_(most).to(dtype)
 
 
 class Dropout(nn.Dropout):
-    """
-    `torch.nn.Dropout` with p to the nearest 1/65536.
+    """`torch.nn.Dropout` with p to the nearest 1/65536."""
 
-    A draw becomes a mask of all ones or all zeros by integer operations, which the processor does many at a time.
-    """
-
-    noise: Noise
+    masks: Masks
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and type as ``x``."""
-        threshold = round(self.p * _DRAWS)
-        if not self.training or threshold == 0:
+        zeros = round(self.p * _DRAWS)
+        if not self.training or zeros == 0:
             return x
-        if threshold == _DRAWS:
+        if zeros == _DRAWS:
             return x * 0.0
-        least = threshold - _DRAWS // 2  # of a draw that is kept
-        draws = self.noise.take(x.numel()).view(x.shape)
-        keep = torch.rsub(draws.clamp_(least - 1, least), least - 1).to(_INTEGERS[x.element_size()])  # -1, all bits set, or 0
-        dropped: Tensor = _Dropout.apply(x, keep, _DRAWS / (_DRAWS - threshold))  # type: ignore[no-untyped-call]
+        mask = self.masks.take(x.numel(), zeros, x.dtype).view(x.shape)
+        dropped: Tensor = _Dropout.apply(x, mask, _DRAWS / (_DRAWS - zeros))  # type: ignore[no-untyped-call]
         return dropped
 
 
@@ -113,6 +112,8 @@ class RowEmbedding(nn.Embedding):
             ids, gradient = ids[real], gradient[real]
         if self.weight.grad is None:
             self.weight.grad = torch.zeros_like(self.weight)
+        elif supersede(self.weight):
+            self.weight.grad.zero_()
         self.weight.grad.index_add_(0, ids, gradient.to(self.weight.dtype))
 
 
@@ -138,15 +139,12 @@ class Linear(nn.Linear):
     def add_gradient(self, x: Tensor, gradient: Tensor) -> None:
         """Accumulate what flows back from (N, out) for inputs of (N, in)."""
         weight = self.weight
-        if weight.grad is None:
-            weight.grad = torch.mm(gradient.t(), x).to(weight.dtype)
-        elif x.dtype == weight.dtype:
-            weight.grad.addmm_(gradient.t(), x)
+        if weight.grad is not None and x.dtype == weight.dtype:
+            weight.grad.addmm_(gradient.t(), x, beta=0 if supersede(weight) else 1)
         else:
-            weight.grad.add_(torch.mm(gradient.t(), x))
+            _accumulate(weight, torch.mm(gradient.t(), x))
         if self.bias is not None:
-            sums = gradient.sum(0)
-            self.bias.grad = sums.to(self.bias.dtype) if self.bias.grad is None else self.bias.grad.add_(sums)
+            _accumulate(self.bias, gradient.sum(0))
 
     def _parameters_for_use(self) -> list[Tensor]:
         """Weight and bias, if there is one, in the type that they are multiplied in."""
@@ -178,11 +176,11 @@ def retain_memory() -> None:
 
 def economize(model: nn.Module) -> None:
     """Replace dropout, linear layers and trained embeddings, in place; for the CPU, and after adapters are attached."""
-    noise = Noise()
+    masks = Masks()
     for module in model.modules():
         if type(module) is nn.Dropout:
             module.__class__ = Dropout
-            module.noise = noise  # type: ignore[assignment]
+            module.masks = masks  # type: ignore[assignment]
         elif type(module) is nn.Embedding and module.weight.requires_grad and not _has_special_gradient(module):
             module.__class__ = RowEmbedding
         elif type(module) is nn.Linear and len({p.requires_grad for p in module.parameters(recurse=False)}) == 1:
@@ -201,39 +199,6 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def flattened(groups: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """
-    For a while, the parameters of each group, and their gradients, are views of one long tensor.
-
-    Yields the groups with the long tensors in place of the parameters: an optimizer passes over one of them in half the time that a
-    hundred take. Gradients must be cleared in place. A parameter that nothing flows into has a gradient of 0, not None.
-    """
-    parts: list[Tensor] = []
-    flat_groups = []
-    try:
-        for group in groups:
-            by_type: dict[torch.dtype, list[Tensor]] = {}
-            for parameter in group["params"]:
-                by_type.setdefault(parameter.dtype, []).append(parameter)
-            flat_groups.append({**group, "params": [_flatten(same) for same in by_type.values()]})
-            parts += group["params"]
-        yield flat_groups
-    finally:
-        for parameter in parts:
-            parameter.data, parameter.grad = parameter.data.clone(), None
-
-
-def _flatten(parameters: Sequence[Tensor]) -> nn.Parameter:
-    sizes = [-(-p.numel() // _ALIGNMENT) * _ALIGNMENT for p in parameters]
-    flat = nn.Parameter(parameters[0].new_zeros(sum(sizes)))
-    flat.grad = torch.zeros_like(flat)
-    for parameter, *parts in zip(parameters, torch.split(flat.data, sizes), torch.split(flat.grad, sizes), strict=True):
-        data, gradient = (part[: parameter.numel()].view(parameter.shape) for part in parts)
-        parameter.data, parameter.grad = data.copy_(parameter.data), gradient
-    return flat
-
-
-@contextmanager
 def only_words(model: nn.Module, ids: Tensor) -> Iterator[None]:
     """Have the trained word embedding of an economized model hold only the rows of these ids; see `RowEmbedding.narrowed`."""
     words = model.get_input_embeddings()  # type: ignore[operator]
@@ -247,18 +212,20 @@ def _has_special_gradient(embedding: nn.Embedding) -> bool:
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, keep: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(keep)
+    def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(mask)
         ctx.scale = scale
-        return _masked(x, keep).mul_(scale)
+        return _scaled(x, mask, scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _masked(gradient, *ctx.saved_tensors).mul_(ctx.scale), None, None
+        (mask,) = ctx.saved_tensors
+        return _scaled(gradient, mask, ctx.scale), None, None
 
 
-def _masked(x: Tensor, keep: Tensor) -> Tensor:
-    return torch.bitwise_and(x.contiguous().view(keep.dtype), keep).view(x.dtype)
+def _scaled(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """scale · x · mask, in one pass and rounded once."""
+    return torch.addcmul(x.new_zeros(()), x, mask, value=scale)
 
 
 class _Linear(torch.autograd.Function):
@@ -275,6 +242,15 @@ class _Linear(torch.autograd.Function):
             ctx.module.add_gradient(x, gradient)
         into = _product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
         return (into, *[None] * (len(ctx.needs_input_grad) - 1))
+
+
+def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = gradient.to(parameter.dtype)
+    elif supersede(parameter):
+        parameter.grad.copy_(gradient)
+    else:
+        parameter.grad.add_(gradient)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

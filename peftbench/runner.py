@@ -32,7 +32,7 @@ from peftbench.distill import (
     read_subset,
 )
 from peftbench.evaluation import METRICS_VERSION, latency_ms, score
-from peftbench.kernels import cast_frozen, economize, flattened, only_words, retain_memory
+from peftbench.kernels import cast_frozen, economize, only_words, retain_memory
 from peftbench.measure import PeakMemory, Stopwatch, describe_machine, describe_versions
 from peftbench.models import (
     ModelError,
@@ -47,6 +47,7 @@ from peftbench.models import (
     tokenizer_identity,
 )
 from peftbench.packing import Batch, Encoded, make_batch, make_packable, predict, shuffled_rows
+from peftbench.parameters import SeparateParameters, flattened
 from peftbench.phases import DATA_SEED, Phase, Pretrained, Scale, Untrained
 from peftbench.plan import examples_at_once, plan_phase
 from peftbench.records import Efficiency, ParameterCounts, Plan, Record, Store, TeacherCost, phase_config
@@ -366,14 +367,14 @@ def train(
     rows_stay = packed and not phase.weight_decay  # of words that do not occur: no padding and no decay touches them
     with (
         only_words(model, words) if rows_stay else nullcontext(),
-        flattened(groups) if device.kind == "cpu" else nullcontext(groups) as groups_at_hand,
+        flattened(groups) if device.kind == "cpu" else nullcontext(SeparateParameters(groups)) as parameters,
     ):
         return fit(
             model,
             loss,
             lambda: shuffled_rows(len(encoded), phase.batch_size, generator),
             lambda rows: make_batch(encoded, rows, device.name, packed=packed),
-            groups_at_hand,
+            parameters,
             epochs=phase.epochs,
             steps_per_epoch=-(-len(encoded) // phase.batch_size),
             examples_at_once=examples_at_once(model, encoded, phase.batch_size, device),

@@ -21,6 +21,16 @@ class TrainingDiverged(RuntimeError):  # noqa: N818 - a state, not a mistake
     """The loss is no longer a finite number."""
 
 
+class Parameters(Protocol):
+    """What is trained, in groups with their peak learning rates, as an optimizer takes them; see `peftbench.parameters`."""
+
+    groups: list[dict[str, Any]]
+
+    def gradient_norm(self) -> Tensor: ...
+
+    def clear_gradients(self) -> None: ...
+
+
 class Progress(Protocol):
     """Is told how far a long piece of work has come."""
 
@@ -55,7 +65,7 @@ def fit(
     loss: Callable[[Batch], Tensor],
     epoch: Callable[[], Iterator[Sequence[int]]],
     collate: Callable[[Sequence[int]], Batch],
-    groups: Sequence[dict[str, Any]],
+    parameters: Parameters,
     *,
     epochs: int,
     steps_per_epoch: int,
@@ -80,7 +90,6 @@ def fit(
         loss: Mean loss of a batch, shape (); runs under the device's autocast.
         epoch: The rows of each step of one pass, in a fresh order each time.
         collate: Makes the batch of some rows.
-        groups: Parameters with their peak learning rates. On CPU their gradients are cleared in place, elsewhere dropped.
         examples_at_once: How many go through the device together at first.
         progress: Told each step.
         what: Name of the work, for progress and errors.
@@ -93,11 +102,9 @@ def fit(
     """
     total = epochs * steps_per_epoch
     warmup = int(warmup_fraction * total)
-    optimizer = torch.optim.AdamW(list(groups), weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(parameters.groups, weight_decay=weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, warmup=warmup, total=total))
     scaler = torch.amp.GradScaler(device.kind, enabled=device.precision == "fp16")
-    parameters = [p for group in groups for p in group["params"]]
-    in_place = device.kind == "cpu"  # where it is quicker; on a GPU each addition to a gradient is a kernel to launch
     memory = MemoryUse(examples_at_once=examples_at_once)
     points = min(CURVE_POINTS, total)
     marks = {round(total * (i + 1) / points) for i in range(points)}
@@ -131,12 +138,12 @@ def fit(
         for _ in range(epochs):
             for rows in epoch():
                 while (done := gradients(rows)) is None:
-                    optimizer.zero_grad(set_to_none=not in_place)
+                    parameters.clear_gradients()
                     device.release_memory()
                     memory = _relieve(memory, model, device, what)
                 mean, batch_tokens = done
                 # The fused AdamW divides by this as it reads the gradients; clipping them first would be a pass more over all.
-                norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+                norm = parameters.gradient_norm()
                 optimizer.grad_scale = (norm / (scale * clip_norm)).clamp(min=1.0)  # type: ignore[attr-defined]
                 number, length = torch.stack([mean, norm.to(mean.device)]).tolist()  # a GPU is waited for here alone
                 if not math.isfinite(number):
@@ -148,7 +155,7 @@ def fit(
                 except torch.OutOfMemoryError:
                     raise DoesNotFit(f"{what}: weights, gradients and optimizer state alone do not fit {device.name}") from None
                 scaler.update()
-                optimizer.zero_grad(set_to_none=not in_place)
+                parameters.clear_gradients()
                 before, scale = scale, scaler.get_scale()
                 if scale < before:
                     skipped += 1
@@ -182,7 +189,7 @@ def _relieve(memory: MemoryUse, model: Any, device: Device, what: str) -> Memory
     """
     Half as many examples at once or, where it is one already, activations computed twice.
 
-    Not so on CPU: `kernels.Noise` would draw other dropout masks the second time.
+    Not so on CPU: `kernels.Masks` would draw other dropout masks the second time.
     """
     if memory.examples_at_once > 1:
         return dataclasses.replace(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from peftbench.kernels import Dropout, Linear, RowEmbedding, cast_frozen, economize, flattened, only_words
+from peftbench.kernels import Dropout, Linear, RowEmbedding, cast_frozen, economize, only_words
 
 N = 200_000
 
@@ -373,47 +373,6 @@ def test_economizing_respects_options_of_embeddings(option):
         out.sum().backward()
         values.append((out.detach(), module.weight.grad.to_dense()))
     torch.testing.assert_close(values[1], values[0])
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_flattened_parameters_train_as_they_are(weight_decay):
-    """Sizes that fill no cache line, two rates, two types, passes that accumulate: torch's AdamW over the tensors themselves."""
-    torch.manual_seed(0)
-    shapes = [[(3, 5), (7,)], [(2, 2, 2), (1,), (40,)]]
-    plain = [[nn.Parameter(torch.randn(shape)) for shape in some] for some in shapes]
-    plain[1].append(nn.Parameter(torch.randn(6, dtype=torch.float64)))
-    ours = copy.deepcopy(plain)
-
-    def groups_of(parameters):
-        return [{"params": some, "lr": lr} for some, lr in zip(parameters, (1e-2, 3e-3), strict=True)]
-
-    def train(parameters, optimizer):
-        generator = torch.Generator().manual_seed(1)
-        for step in range(6):
-            for p in [p for some in parameters for p in some] * 2:
-                (p.sin() * torch.randn(p.shape, generator=generator)).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
-            optimizer.param_groups[0]["lr"] = 1e-2 / (step + 2)
-
-    train(plain, torch.optim.AdamW(groups_of(plain), weight_decay=weight_decay))
-    with flattened(groups_of(ours)) as groups:
-        assert [1, 2] == [len(group["params"]) for group in groups]
-        train(ours, torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True))
-    for expected, actual in zip([*plain[0], *plain[1]], [*ours[0], *ours[1]], strict=True):
-        torch.testing.assert_close(actual, expected)
-        assert actual.grad is None
-        assert actual.untyped_storage().nbytes() == actual.numel() * actual.element_size()  # a tensor of its own again
-
-
-def test_parameters_are_their_own_again_after_an_error():
-    """What was learned until then stays."""
-    parameter = nn.Parameter(torch.ones(3))
-    with pytest.raises(KeyboardInterrupt), flattened([{"params": [parameter], "lr": 1.0}]) as [group]:
-        group["params"][0].data.add_(1)
-        raise KeyboardInterrupt
-    assert [2, 2, 2] == parameter.tolist()
-    assert 12 == parameter.untyped_storage().nbytes()
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (2, 3, 4)])

@@ -22,8 +22,9 @@ from transformers import (
 
 from peftbench.data import Split
 from peftbench.device import Device, DoesNotFit
-from peftbench.kernels import economize, flattened
+from peftbench.kernels import economize
 from peftbench.packing import Batch, Encoded, make_batch, make_packable, shuffled_rows
+from peftbench.parameters import FlatParameters, SeparateParameters, flattened
 from peftbench.records import MemoryUse
 from peftbench.training import CURVE_POINTS, TrainingDiverged, fit, rate_factor
 
@@ -59,7 +60,7 @@ def batches_of(n, size=4, seed=0):
 def fit_batches(model, loss, batches, groups, **arguments):
     """`fit` over batches that are made already, the same ones in the same order each epoch."""
     rows = [[(i, row) for row in range(len(batch.rows))] for i, batch in enumerate(batches)]
-    return fit(model, loss, lambda: iter(rows), lambda some: batches[some[0][0]], groups, **arguments)
+    return fit(model, loss, lambda: iter(rows), lambda some: batches[some[0][0]], SeparateParameters(groups), **arguments)
 
 
 def perceptron(seed=0):
@@ -182,13 +183,13 @@ def test_twenty_updates_are_those_of_trainer(config, tmp_path):
 
     assert make_packable(model)
     economize(model)
-    with flattened([{"params": list(model.parameters()), "lr": 5e-4}]) as groups:
+    with flattened([{"params": list(model.parameters()), "lr": 5e-4}]) as parameters:
         fit(
             model,
             lambda batch: F.cross_entropy(model(**batch.inputs).logits, batch.labels),
             lambda: iter([range(i, i + 8) for i in range(0, 80, 8)]),
             lambda rows: make_batch(encoded, rows, "cpu", packed=True),
-            groups,
+            parameters,
             **{**DEFAULTS, "epochs": 2, "warmup_fraction": 0.2, "clip_norm": 0.5},
             steps_per_epoch=10,
             progress=silent,
@@ -320,7 +321,7 @@ def train_bert(seed):
         lambda batch: F.cross_entropy(model(**batch.inputs).logits, batch.labels),
         lambda: shuffled_rows(n, 5, generator),
         lambda rows: make_batch(encoded, rows, "cpu", packed=packed),
-        [{"params": list(model.parameters()), "lr": 1e-3}],
+        SeparateParameters([{"params": list(model.parameters()), "lr": 1e-3}]),
         **{**DEFAULTS, "epochs": 2},
         steps_per_epoch=5,
         progress=silent,
@@ -376,7 +377,7 @@ class Memory:
         return F.cross_entropy(self.model(**batch.inputs), batch.labels)
 
 
-def train_within(room, *, at_once=16, model=None, error=None):
+def train_within(room, *, at_once=16, model=None, error=None, parameters=SeparateParameters):
     generator = torch.Generator().manual_seed(0)
     x, labels = torch.randn(40, 3, generator=generator), torch.randint(0, 2, (40,), generator=generator)
     model = model or perceptron()
@@ -386,15 +387,16 @@ def train_within(room, *, at_once=16, model=None, error=None):
     rows = list(range(40))
     epoch = lambda: iter([rows[:16], rows[16:32], rows[32:]])  # noqa: E731
     options = {**DEFAULTS, "epochs": 2, "examples_at_once": at_once}
-    run = fit(model, memory.loss, epoch, memory.collate, groups, **options, steps_per_epoch=3, progress=silent)
+    run = fit(model, memory.loss, epoch, memory.collate, parameters(groups), **options, steps_per_epoch=3, progress=silent)
     return run, memory.sizes, torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+@pytest.mark.parametrize("parameters", [SeparateParameters, FlatParameters])
 @pytest.mark.parametrize(("room", "at_once", "times"), [(16, 16, 0), (5, 4, 2), (1, 1, 4)])
-def test_running_out_of_memory_changes_the_portions_and_not_the_mathematics(room, at_once, times):
+def test_running_out_of_memory_changes_the_portions_and_not_the_mathematics(room, at_once, times, parameters):
     """The number at once is halved until it fits, stays there, and losses, weights and counts are those of whole batches."""
     whole, _, expected = train_within(1000)
-    run, sizes, weights = train_within(room)
+    run, sizes, weights = train_within(room, parameters=parameters)
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-7)
     assert [loss for _, loss in whole.learning_curve] == pytest.approx([loss for _, loss in run.learning_curve], rel=1e-5)
     assert (6, 80, 80) == (run.steps, run.examples, run.tokens)
