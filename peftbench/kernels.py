@@ -8,7 +8,7 @@ the few rows that a batch looks up, and AdamW spends as long between a hundred p
 
 import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -31,8 +31,8 @@ class Masks:
     """
     A stream of random zeros and ones, seeded from torch's global generator when it is made.
 
-    Four come out of each 64-bit number of numpy's fastest generator. Many are drawn at once, since an operation on few numbers takes
-    longer to begin than to do.
+    Four come out of each 64-bit number of numpy's fastest generator. Many are drawn at once, since an operation on few numbers
+    takes longer to begin than to do.
     """
 
     def __init__(self) -> None:
@@ -61,14 +61,53 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and type as ``x``."""
+        drawn = self.draw(x)
+        if drawn is None:
+            return x
+        dropped: Tensor = _Dropout.apply(x, *drawn)  # type: ignore[no-untyped-call]
+        return dropped
+
+    def draw(self, x: Tensor) -> tuple[Tensor, float] | None:
+        """What to multiply ``x`` with: zeros and ones of its shape and type, and a number; None if all of it is kept."""
         zeros = round(self.p * _DRAWS)
         if not self.training or zeros == 0:
-            return x
+            return None
         if zeros == _DRAWS:
-            return x * 0.0
-        mask = self.masks.take(x.numel(), zeros, x.dtype).view(x.shape)
-        dropped: Tensor = _Dropout.apply(x, mask, _DRAWS / (_DRAWS - zeros))  # type: ignore[no-untyped-call]
-        return dropped
+            return torch.zeros_like(x), 1.0
+        return self.masks.take(x.numel(), zeros, x.dtype).view(x.shape), _DRAWS / (_DRAWS - zeros)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: tuple[Tensor, Tensor],
+    keys: tuple[Tensor, Tensor],
+    bias: Tensor,
+    dropout: Dropout,
+) -> Tensor:
+    """
+    Dot-product attention of items that are spread over padded rows for it and collected again.
+
+    Args:
+        query: Shape (Q, E).
+        key: Shape (T, E), as ``value``.
+        queries: For H heads of size D, the row of (Q · H, D) that each cell of (R · H · C, D) takes, and the cell of each row.
+        keys: The same for keys and values: T items, and rows of K cells.
+        bias: Added to the scores, shape (R, 1, C, K).
+
+    Returns:
+        Shape (Q, E).
+    """
+    attended: Tensor = _Attention.apply(query, key, value, *queries, *keys, bias, dropout)  # type: ignore[no-untyped-call]
+    return attended
+
+
+def add_and_normalize(x: Tensor, added: Tensor, dropout: Dropout | None, norm: nn.LayerNorm) -> Tensor:
+    """norm(x + dropout(added)) of tensors of one shape."""
+    drawn = None if dropout is None else dropout.draw(added)
+    out: Tensor = _AddAndNormalize.apply(x, added, norm, *drawn or (None, 1.0))  # type: ignore[no-untyped-call]
+    return out
 
 
 class RowEmbedding(nn.Embedding):
@@ -128,13 +167,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """As `torch.nn.Linear`: (…, in) → (…, out), in autocast's type where that is on."""
-        weight, *bias = self._parameters_for_use()
-        rows = x.to(weight.dtype).reshape(-1, x.shape[-1])
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            out: Tensor = _Linear.apply(rows, self.weight, self, weight, *bias)  # type: ignore[no-untyped-call]
-        else:
-            out = _product(rows, weight, *bias)
-        return out.view(*x.shape[:-1], -1)  # outside of `_Linear`, whose result an adapter may add to in place
+        (out,) = project(x, [self])
+        return out
 
     def add_gradient(self, x: Tensor, gradient: Tensor) -> None:
         """Accumulate what flows back from (N, out) for inputs of (N, in)."""
@@ -146,7 +180,7 @@ class Linear(nn.Linear):
         if self.bias is not None:
             _accumulate(self.bias, gradient.sum(0))
 
-    def _parameters_for_use(self) -> list[Tensor]:
+    def parameters_for_use(self) -> list[Tensor]:
         """Weight and bias, if there is one, in the type that they are multiplied in."""
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype
         parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
@@ -157,6 +191,24 @@ class Linear(nn.Linear):
             with torch.inference_mode(False):  # what is kept may be used in training later
                 self._cast = state, [p.detach().to(dtype) for p in parameters]
         return self._cast[1]
+
+
+def project(x: Tensor, layers: Sequence[Linear]) -> tuple[Tensor, ...]:
+    """What some linear layers make of the same (…, in): one (…, out) each."""
+    operands = [layer.parameters_for_use() for layer in layers]
+    rows = x.to(operands[0][0].dtype)
+    if x.dim() != 2:
+        rows = rows.reshape(-1, x.shape[-1])
+    outs: tuple[Tensor, ...]
+    if torch.is_grad_enabled() and (x.requires_grad or any(layer.weight.requires_grad for layer in layers)):
+        # A layer adds to its gradients by itself; autograd is told of its weight where nothing else would have it come by here.
+        reason = None if x.requires_grad else next(layer.weight for layer in layers if layer.weight.requires_grad)
+        outs = _Projection.apply(rows, reason, layers, operands)  # type: ignore[no-untyped-call]
+    else:
+        outs = tuple(_product(rows, *operand) for operand in operands)
+    if x.dim() != 2:  # not in `_Projection`, to whose results an adapter may add in place
+        outs = tuple(out.view(*x.shape[:-1], -1) for out in outs)
+    return outs
 
 
 @functools.cache
@@ -225,23 +277,111 @@ class _Dropout(torch.autograd.Function):
 
 def _scaled(x: Tensor, mask: Tensor, scale: float) -> Tensor:
     """scale · x · mask, in one pass and rounded once."""
-    return torch.addcmul(x.new_zeros(()), x, mask, value=scale)
+    return torch.addcmul(_zero(x.dtype), x, mask, value=scale)
 
 
-class _Linear(torch.autograd.Function):
+@functools.cache
+def _zero(dtype: torch.dtype) -> Tensor:
+    return torch.zeros((), dtype=dtype)
+
+
+class _AddAndNormalize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parameter: Tensor, module: Linear, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        ctx.module = module
-        ctx.save_for_backward(x if parameter.requires_grad else None, weight)
-        return _product(x, weight, bias)
+    def forward(ctx: Any, x: Tensor, added: Tensor, norm: nn.LayerNorm, mask: Tensor | None, scale: float) -> Tensor:
+        total = x + added if mask is None else torch.addcmul(x, added, mask, value=scale)
+        out, mean, inverse = torch.native_layer_norm(total, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        ctx.save_for_backward(total, mean, inverse, mask)
+        ctx.norm, ctx.scale, ctx.type_of_x, ctx.type_of_added = norm, scale, x.dtype, added.dtype
+        return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        if x is not None:
-            ctx.module.add_gradient(x, gradient)
-        into = _product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
-        return (into, *[None] * (len(ctx.needs_input_grad) - 1))
+        total, mean, inverse, mask = ctx.saved_tensors
+        parameters = ctx.norm.weight, ctx.norm.bias
+        trained = [p is not None and p.requires_grad for p in parameters]
+        into, *gradients = torch.ops.aten.native_layer_norm_backward(
+            gradient.contiguous(), total, ctx.norm.normalized_shape, mean, inverse, *parameters, [True, *trained]
+        )
+        for parameter, trains, of_parameter in zip(parameters, trained, gradients, strict=True):
+            if trains:
+                _accumulate(parameter, of_parameter)
+        of_added = into.to(ctx.type_of_added)
+        return into.to(ctx.type_of_x), of_added if mask is None else _scaled(of_added, mask, ctx.scale), None, None, None
+
+
+class _Attention(torch.autograd.Function):
+    """Letters of shapes as in `attend`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_of_cell: Tensor,
+        cell_of_query: Tensor,
+        key_of_cell: Tensor,
+        cell_of_key: Tensor,
+        bias: Tensor,
+        dropout: Dropout,
+    ) -> Tensor:
+        rows, _, width, length = bias.shape
+        heads = len(query_of_cell) // (rows * width)
+        size = query.shape[1] // heads
+        q = query.view(-1, size).index_select(0, query_of_cell).view(-1, width, size)  # (R · H, C, D)
+        k = key.view(-1, size).index_select(0, key_of_cell).view(-1, length, size)  # (R · H, K, D)
+        v = value.view(-1, size).index_select(0, key_of_cell).view(-1, length, size)
+        scores = torch.bmm(q, k.transpose(1, 2)).view(rows, heads, width, length)
+        weights = torch.add(bias, scores, alpha=size**-0.5).softmax(dim=-1)  # in fp32: torch's softmax of 16 bits is slower
+        used = weights.to(v.dtype)
+        mask, scale = dropout.draw(used) or (None, 1.0)
+        if mask is not None:
+            used = _scaled(used, mask, scale)
+        used = used.view(-1, width, length)
+        ctx.save_for_backward(q, k, v, weights, used, mask, cell_of_query, cell_of_key)
+        ctx.scale = scale
+        return torch.bmm(used, v).view(-1, size).index_select(0, cell_of_query).view(query.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights, used, mask, cell_of_query, cell_of_key = ctx.saved_tensors
+        size = q.shape[2]
+        out = q.new_zeros(q.shape)  # a cell without an item gets no gradient
+        out.view(-1, size).index_copy_(0, cell_of_query, gradient.reshape(-1, size))
+        into_used = torch.bmm(out, v.transpose(1, 2)).view(weights.shape)
+        if mask is not None:
+            into_used = _scaled(into_used, mask, ctx.scale)
+        scores = torch._softmax_backward_data(into_used.to(weights.dtype), weights, -1, weights.dtype).to(q.dtype).view(used.shape)
+        into_query = torch.baddbmm(q, scores, k, beta=0, alpha=size**-0.5)
+        into_key = torch.baddbmm(k, scores.transpose(1, 2), q, beta=0, alpha=size**-0.5)
+        into_value = torch.bmm(used.transpose(1, 2), out)
+        into = [
+            cells.view(-1, size).index_select(0, cell_of_item).view(-1, gradient.shape[1])
+            for cells, cell_of_item in ((into_query, cell_of_query), (into_key, cell_of_key), (into_value, cell_of_key))
+        ]
+        return (*into, *[None] * 6)
+
+
+class _Projection(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, _: Tensor | None, layers: Sequence[Linear], operands: Sequence[list[Tensor]]
+    ) -> tuple[Tensor, ...]:
+        ctx.layers = layers
+        trains = any(layer.weight.requires_grad for layer in layers)
+        ctx.save_for_backward(x if trains else None, *(weight for weight, *_ in operands))
+        return tuple(_product(x, *operand) for operand in operands)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        into = None
+        for layer, weight, gradient in zip(ctx.layers, weights, gradients, strict=True):
+            if layer.weight.requires_grad:
+                layer.add_gradient(x, gradient)
+            if ctx.needs_input_grad[0]:
+                into = _product(gradient, weight.t()) if into is None else into.addmm_(gradient, weight)
+        return into, None, None, None
 
 
 def _accumulate(parameter: Tensor, gradient: Tensor) -> None:

@@ -13,16 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
-from transformers.models.bert.modeling_bert import BertLayer
-from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 
 from peftbench.data import Split
 from peftbench.device import Device, DoesNotFit, is_out_of_memory
-
-ATTENTION = "peftbench_packed"
 
 ROW_STEP, ATTENTION_STEP = 16, 8
 """
@@ -171,31 +164,6 @@ class Batch:
     tokens: int
 
 
-def make_packable(model: nn.Module) -> bool:
-    """
-    Teach a BERT or DistilBERT classifier, plain or under PEFT, to take packed rows.
-
-    Attention is replaced through transformers' attention interface. The encoder's last layer computes, past its keys and values,
-    only the first token of each sentence, which is all that the head reads. Padded input works as before.
-
-    Returns:
-        False if the architecture, or a PEFT method that puts virtual tokens before the text, cannot be packed.
-    """
-    config = getattr(model, "active_peft_config", None)
-    if config is not None and config.is_prompt_learning:
-        return False
-    classifier: Any = model.get_base_model() if config is not None else model  # type: ignore[operator]
-    last = LAST_LAYERS.get(classifier.config.model_type) if isinstance(classifier, PreTrainedModel) else None
-    if last is None:
-        return False
-    classifier.set_attn_implementation(ATTENTION)
-    body: Any = classifier.base_model
-    encoder = getattr(body, "encoder", None) or body.transformer
-    encoder.register_forward_hook(_sentences_as_batch, with_kwargs=True)
-    encoder.layer[-1].__class__ = last
-    return True
-
-
 def make_batch(encoded: Encoded, rows: Sequence[int], device: str, *, packed: bool) -> Batch:
     """The examples at these positions, packed end to end or padded to the longest."""
     index = torch.tensor(rows)
@@ -263,82 +231,6 @@ def predict(model: nn.Module, encoded: Encoded, device: Device, *, packed: bool,
     return logits.clone()  # a plain tensor again, not an inference one
 
 
-class _LastBertLayer(BertLayer):  # type: ignore[misc]
-    """Past keys and values, only the first token of each sentence matters, and nothing else is computed."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, spans: Spans | None = None, **kwargs: Any) -> Tensor:
-        if spans is None:
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
-        first, attention = hidden_states.index_select(1, spans.starts), self.attention.self  # (1, B, E)
-        query, key, value = attention.query(first), attention.key(hidden_states), attention.value(hidden_states)
-        attended = _attend_from_first(query, key, value, spans, attention, attention.num_attention_heads, attention.dropout.p)
-        return self.feed_forward_chunk(self.attention.output(attended, first))  # type: ignore[no-any-return]
-
-
-class _LastDistilBertLayer(TransformerBlock):  # type: ignore[misc]
-    """As `_LastBertLayer`."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, spans: Spans | None = None, **kwargs: Any) -> Tensor:
-        if spans is None:
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
-        first, attention = hidden_states.index_select(1, spans.starts), self.attention  # (1, B, E)
-        query, key, value = attention.q_lin(first), attention.k_lin(hidden_states), attention.v_lin(hidden_states)
-        attended = _attend_from_first(query, key, value, spans, attention, attention.n_heads, attention.dropout.p)
-        mixed = self.sa_layer_norm(attention.out_lin(attended) + first)
-        return self.output_layer_norm(self.ffn(mixed) + mixed)  # type: ignore[no-any-return]
-
-
-LAST_LAYERS = {"bert": _LastBertLayer, "distilbert": _LastDistilBertLayer}
-"""By the type of model: what can be packed."""
-
-
-def _sentences_as_batch(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """The head reads the first token of each sentence: (1, B, E) → (B, 1, E)."""
-    if kwargs.get("spans") is not None:
-        output["last_hidden_state"] = output.last_hidden_state.transpose(0, 1)
-    return output
-
-
-def _attend_within_sentences(
-    module: nn.Module,
-    query: Tensor,  # (1, H, T, D); padded input: (B, H, L, D)
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    spans: Spans | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    if spans is None:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
-        return out.transpose(1, 2), None
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key, value = (spans.tokens.spread(x[0].transpose(0, 1)) for x in (query * scaling, key, value))
-    return spans.tokens.collect(_attend(query, key, value, spans.tokens.bias, dropout, module))[None], None
-
-
-def _attend_from_first(
-    query: Tensor, key: Tensor, value: Tensor, spans: Spans, module: nn.Module, heads: int, dropout: float
-) -> Tensor:
-    """Attention of each sentence's first token alone: (1, B, E) over keys and values of (1, T, E) gives (1, B, E)."""
-    size = query.shape[-1] // heads
-    keys, values = (spans.tokens.spread(x.view(-1, heads, size)) for x in (key, value))
-    queries = spans.firsts.spread((query * size**-0.5).view(-1, heads, size))
-    attended = _attend(queries, keys, values, spans.firsts.bias, dropout if module.training else 0.0, module)
-    return spans.firsts.collect(attended).view(query.shape)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float, module: Any) -> Tensor:
-    """Dot-product attention, (B, H, L, D) → (B, H, L, D); torch has no CPU kernel with dropout, so there it is spelled out."""
-    if not dropout or query.device.type != "cpu":
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype), dropout_p=dropout, scale=1.0)
-    wide = torch.promote_types(query.dtype, torch.float32)  # torch's softmax of 16-bit rows is the slower one
-    scores = (query @ key.transpose(-1, -2)).to(wide) + bias
-    dropped: Tensor = module.dropout(scores.softmax(dim=-1).to(value.dtype))
-    return dropped @ value
-
-
 class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, tokens: Tensor, cells: Tensor) -> Tensor:
@@ -365,7 +257,3 @@ class _Collect(torch.autograd.Function):
 
 def _round_up(n: int, step: int) -> int:
     return -(-n // step) * step
-
-
-AttentionInterface.register(ATTENTION, _attend_within_sentences)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -55,7 +55,7 @@ class FlatParameters:
                 by_type.setdefault(parameter.dtype, []).append(parameter)
             self.groups.append({**group, "params": [_flatten(same) for same in by_type.values()]})
             self._parts += group["params"]
-        self._hooks = [p.register_hook(functools.partial(_clear_before_addition, p)) for p in self._parts]
+        self._hooks = [p.register_hook(functools.partial(_clear_before_addition, p)) for p in self._parts]  # type: ignore[no-untyped-call]
 
     def gradient_norm(self) -> Tensor:
         """Euclidean norm over all gradients, shape ()."""

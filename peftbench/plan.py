@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from peftbench.device import Device
+from peftbench.layers import make_packable
 from peftbench.measure import Stopwatch
 from peftbench.models import Weights, count_parameters, load_classifier, prepare
-from peftbench.packing import Encoded, make_batch, make_packable, shuffled_rows
+from peftbench.packing import Encoded, make_batch, shuffled_rows
 from peftbench.phases import DATA_SEED, Phase
 from peftbench.records import Plan
 

@@ -33,6 +33,7 @@ from peftbench.distill import (
 )
 from peftbench.evaluation import METRICS_VERSION, latency_ms, score
 from peftbench.kernels import cast_frozen, economize, only_words, retain_memory
+from peftbench.layers import make_packable
 from peftbench.measure import PeakMemory, Stopwatch, describe_machine, describe_versions
 from peftbench.models import (
     ModelError,
@@ -46,7 +47,7 @@ from peftbench.models import (
     save_classifier,
     tokenizer_identity,
 )
-from peftbench.packing import Batch, Encoded, make_batch, make_packable, predict, shuffled_rows
+from peftbench.packing import Batch, Encoded, make_batch, predict, shuffled_rows
 from peftbench.parameters import SeparateParameters, flattened
 from peftbench.phases import DATA_SEED, Phase, Pretrained, Scale, Untrained
 from peftbench.plan import examples_at_once, plan_phase

@@ -17,7 +17,8 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 from peftbench.data import DataError, Split
 from peftbench.device import Device
 from peftbench.evaluation import latency_ms, score
-from peftbench.packing import ROW_STEP, Encoded, make_packable
+from peftbench.layers import make_packable
+from peftbench.packing import ROW_STEP, Encoded
 
 CPU = Device(name="cpu", precision="fp32", why="test")
 

@@ -13,8 +13,9 @@ from transformers import AutoModelForSequenceClassification, BertConfig, DistilB
 from peftbench.data import Split
 from peftbench.device import Device, DoesNotFit
 from peftbench.kernels import economize, only_words
+from peftbench.layers import make_packable
 from peftbench.models import load_tokenizer, locate, prepare
-from peftbench.packing import ATTENTION_STEP, ROW_STEP, Encoded, Spans, make_batch, make_packable, predict, shuffled_rows
+from peftbench.packing import ATTENTION_STEP, ROW_STEP, Encoded, Spans, make_batch, predict, shuffled_rows
 from peftbench.phases import Phase, Untrained
 from peftbench.training import checkpoint_activations
 

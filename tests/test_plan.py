@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from peftbench import plan as planning
 from peftbench.data import Split
 from peftbench.device import Device
+from peftbench.layers import make_packable
 from peftbench.models import Weights, load_classifier, locate, prepare
-from peftbench.packing import Encoded, make_batch, make_packable, shuffled_rows
+from peftbench.packing import Encoded, make_batch, shuffled_rows
 from peftbench.phases import LORA, Phase, Untrained
 from peftbench.plan import estimate_seconds, examples_at_once, measure_matrix_rate, plan_phase
 from peftbench.records import Plan

@@ -23,7 +23,8 @@ from transformers import (
 from peftbench.data import Split
 from peftbench.device import Device, DoesNotFit
 from peftbench.kernels import economize
-from peftbench.packing import Batch, Encoded, make_batch, make_packable, shuffled_rows
+from peftbench.layers import make_packable
+from peftbench.packing import Batch, Encoded, make_batch, shuffled_rows
 from peftbench.parameters import FlatParameters, SeparateParameters, flattened
 from peftbench.records import MemoryUse
 from peftbench.training import CURVE_POINTS, TrainingDiverged, fit, rate_factor
