@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peftbench.data import Split
 from peftbench.device import Device, DoesNotFit, is_out_of_memory
 
-ROW_STEP, ATTENTION_STEP = 16, 8
+ROW_STEP, ATTENTION_STEP = 8, 8
 """
 Packed rows have a multiple of the one as tokens, and the rows that attention runs over a multiple of the other as cells: a library
 of matrix products prepares code for each shape that it meets, which in bf16 on CPU takes as long as a third of the product.

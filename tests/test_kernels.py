@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from peftbench.kernels import Dropout, Linear, RowEmbedding, cast_frozen, economize, only_words
+from peftbench.kernels import Dropout, Linear, RowEmbedding, add_and_normalize, attend, cast_frozen, economize, only_words, project
+from peftbench.packing import Spans
 
 N = 200_000
 
@@ -227,6 +228,106 @@ def test_linear_without_gradient_records_nothing():
         assert torch.equal(reference(x), linear(x))
     linear.requires_grad_(False)
     assert not linear(x).requires_grad
+
+
+@settings(max_examples=40, deadline=None)
+@given(trained=st.lists(st.booleans(), min_size=1, max_size=3), into=st.booleans(), dimensions=st.sampled_from([2, 3]))
+def test_layers_that_share_an_input_are_linear_layers(trained, into, dimensions):
+    """Values, gradients of those that train, accumulated over two passes, and the sum of what flows back into the input."""
+    torch.manual_seed(0)
+    plain = nn.ModuleList([nn.Linear(3, 2 + i, dtype=torch.float64).requires_grad_(trains) for i, trains in enumerate(trained)])
+    ours = copy.deepcopy(plain)
+    economize(ours)
+    for _ in range(2):
+        x = torch.randn((2, 4, 3)[-dimensions:], dtype=torch.float64)
+        inputs = [x.clone().requires_grad_(into) for _ in range(2)]
+        outs = [[layer(inputs[0]) for layer in plain], project(inputs[1], list(ours))]
+        for expected, actual in zip(*outs, strict=True):
+            torch.testing.assert_close(actual, expected)
+        for some in outs:
+            loss = sum(out.sin().sum() for out in some)
+            if loss.requires_grad:
+                loss.backward()
+        torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+    for expected, actual in zip(plain.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad)
+
+
+class FixedDropout(Dropout):
+    """Drops the same elements in every call, so that a numeric derivative sees one function."""
+
+    def draw(self, x):
+        mask = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) >= self.p
+        return (mask.to(x.dtype), 1 / (1 - self.p)) if self.training and self.p else None
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("firsts", [False, True])
+def test_attention_s_gradient_is_its_derivative(p, firsts):
+    """Sentences of 2, 5 and 1 tokens, two heads, over all tokens or from the first ones alone: numeric derivatives in 64 bits."""
+    spans, heads = Spans([2, 5, 1]), 2
+    queries = spans.firsts if firsts else spans.tokens
+    n = 3 if firsts else len(spans.positions)
+    q, k, v = (torch.randn(m, 4, dtype=torch.float64, requires_grad=True) for m in (n, len(spans.positions), len(spans.positions)))
+
+    def attention(*tensors):
+        return attend(*tensors, queries.indices(heads), spans.tokens.indices(heads), queries.bias.double(), FixedDropout(p))
+
+    assert torch.autograd.gradcheck(attention, (q, k, v))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_attention_is_torchs_sentence_by_sentence(p):
+    """Each sentence's part is what torch's attention makes of the sentence alone, with the same weights dropped."""
+    lengths, heads = [4, 1, 3], 2
+    spans, dropout = Spans(lengths), FixedDropout(p)
+    tokens = len(spans.positions)
+    q, k, v = torch.randn(3, tokens, 6, dtype=torch.float64)
+    indices = spans.tokens.indices(heads)
+    out = attend(q, k, v, indices, indices, spans.tokens.bias.double(), dropout)
+    rows, _, width, _ = spans.tokens.bias.shape
+    mask, scale = dropout.draw(torch.ones(rows, heads, width, width)) or (torch.ones(rows, heads, width, width), 1.0)
+    cell = spans.tokens.indices(1)[1].tolist()
+    for start, length in zip(spans.starts.tolist(), lengths, strict=True):
+        some = slice(start, start + length)
+        row, column = divmod(cell[start], width)
+        kept = mask[row, :, column : column + length, column : column + length].double()
+        split = (x[some].view(length, heads, 3).transpose(0, 1) for x in (q, k, v))
+        sentence_q, sentence_k, sentence_v = split
+        weights = (sentence_q @ sentence_k.transpose(1, 2) / 3**0.5).softmax(-1) * kept * scale
+        torch.testing.assert_close(out[some], (weights @ sentence_v).transpose(0, 1).reshape(length, 6))
+
+
+@pytest.mark.parametrize("p", [None, 0.0, 0.4])
+@pytest.mark.parametrize("affine", ["trained", "frozen", "none"])
+def test_adding_and_normalizing_is_torchs(p, affine):
+    """Values and gradients of both inputs and of the normalization, over two passes, with the same elements dropped."""
+    dropout = None if p is None else FixedDropout(p)
+    plain = nn.LayerNorm(6, elementwise_affine=affine != "none", dtype=torch.float64)
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter)
+        parameter.requires_grad_(affine == "trained")
+    ours = copy.deepcopy(plain)
+    for _ in range(2):
+        inputs = [[x.clone().requires_grad_() for x in pair] for pair in [torch.randn(2, 5, 6, dtype=torch.float64).unbind()] * 2]
+        mask, scale = (dropout and dropout.draw(inputs[0][1])) or (1.0, 1.0)
+        expected = plain(inputs[0][0] + inputs[0][1] * mask * scale)
+        actual = add_and_normalize(*inputs[1], dropout, ours)
+        torch.testing.assert_close(actual, expected)
+        for out in (expected, actual):
+            out.sin().sum().backward()
+        for theirs, mine in zip(*inputs, strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad)
+    for theirs, mine in zip(plain.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_adding_and_normalizing_keeps_types_apart():
+    """As under autocast: what is added in bf16 to fp32 gives fp32, and each gradient is of its input's type."""
+    x, added = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8, dtype=torch.bfloat16, requires_grad=True)
+    out = add_and_normalize(x, added, FixedDropout(0.5), nn.LayerNorm(8))
+    out.square().sum().backward()
+    assert (torch.float32, torch.float32, torch.bfloat16) == (out.dtype, x.grad.dtype, added.grad.dtype)
 
 
 step = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1, max_size=3)

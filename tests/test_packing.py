@@ -269,8 +269,8 @@ def test_packed_batch_lays_tokens_end_to_end():
     """The same rows in one row, positions restarting, with filling at the end that does not count."""
     encoded = Encoded(Split("dev", (7, 8), ("a", "b"), (1, 0)), [torch.tensor([4, 5, 6]), torch.tensor([9])], torch.tensor([1, 0]))
     batch = make_batch(encoded, [1, 0], "cpu", packed=True)
-    assert [[9, 4, 5, 6, *[9] * 12]] == batch.inputs["input_ids"].tolist()
-    assert [[0, 0, 1, 2, *range(12)]] == batch.inputs["position_ids"].tolist()
+    assert [[9, 4, 5, 6, *[9] * 4]] == batch.inputs["input_ids"].tolist()
+    assert [[0, 0, 1, 2, *range(4)]] == batch.inputs["position_ids"].tolist()
     assert ([1, 0], [0, 1], 4) == (batch.rows.tolist(), batch.labels.tolist(), batch.tokens)
 
 
