@@ -3,7 +3,7 @@ Parts of a training step on CPU that cost more than they need to, with the same 
 
 A profile of MiniLM's step on two cores, packed: torch draws dropout masks one by one on one thread, autocast converts frozen
 weights anew in every step, each backward pass makes a gradient as large as the whole vocabulary, over which AdamW then passes, for
-the few rows that a batch looks up, and AdamW spends as long between a hundred parameters as on them.
+the few rows that a batch looks up, and at some 200 tokens what autograd does around an operation takes as long as many of them do.
 """
 
 import ctypes
