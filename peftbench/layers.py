@@ -105,17 +105,18 @@ def _project(x: Tensor, tokens: Tensor, query: Any, key: Any, value: Any) -> Seq
 def _attend(query: Tensor, key: Tensor, value: Tensor, spans: Spans, firsts_alone: bool, heads: int, dropout: nn.Dropout) -> Tensor:
     """Attention within sentences: (Q, E) over keys and values of (T, E) gives (Q, E); Q is T, or B for the firsts alone."""
     queries, keys, size = spans.firsts if firsts_alone else spans.tokens, spans.tokens, query.shape[1] // heads
-    if isinstance(dropout, kernels.Dropout) and query.requires_grad:
+    rate = dropout.p if dropout.training else 0.0
+    if rate and isinstance(dropout, kernels.Dropout):
         return kernels.attend(query, key, value, queries.indices(heads), keys.indices(heads), queries.bias, dropout)
     q = queries.spread(query.view(-1, heads, size))
     k, v = (keys.spread(x.view(-1, heads, size)) for x in (key, value))
-    rate = dropout.p if dropout.training else 0.0
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=queries.bias.to(q.dtype), dropout_p=rate)
     return queries.collect(attended).view(query.shape)
 
 
 def _add_and_normalize(x: Tensor, added: Tensor, dropout: nn.Dropout | None, norm: Callable[[Tensor], Tensor]) -> Tensor:
     """norm(x + dropout(added)), all of one shape."""
-    if type(norm) is nn.LayerNorm and (dropout is None or isinstance(dropout, kernels.Dropout)) and added.requires_grad:
+    on_cpu = isinstance(dropout, kernels.Dropout) or (dropout is None and added.device.type == "cpu")
+    if on_cpu and type(norm) is nn.LayerNorm and added.requires_grad:
         return kernels.add_and_normalize(x, added, dropout, norm)
     return norm(x + (added if dropout is None else dropout(added)))
