@@ -116,7 +116,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, spans: Spans, firsts_alon
 
 def _add_and_normalize(x: Tensor, added: Tensor, dropout: nn.Dropout | None, norm: Callable[[Tensor], Tensor]) -> Tensor:
     """norm(x + dropout(added)), all of one shape."""
-    if type(norm) is nn.LayerNorm and added.device.type == "cpu" and added.requires_grad:
-        if dropout is None or isinstance(dropout, kernels.Dropout):
-            return kernels.add_and_normalize(x, added, dropout, norm)
+    by_us = added.device.type == "cpu" and added.requires_grad
+    if by_us and type(norm) is nn.LayerNorm and (dropout is None or isinstance(dropout, kernels.Dropout)):
+        return kernels.add_and_normalize(x, added, dropout, norm)
     return norm(x + (added if dropout is None else dropout(added)))
