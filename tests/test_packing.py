@@ -1,196 +1,23 @@
-"""Packed batches are padded batches without the padding: same logits, same gradients."""
+"""Where sentences lie in a packed row, and predictions in the order of the examples."""
 
 import copy
 import math
 
 import pytest
 import torch
+from encoders import LONGEST, classifier, encoded_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
-from transformers import AutoModelForSequenceClassification, BertConfig, DistilBertConfig, RobertaConfig
 
 from peftbench.data import Split
 from peftbench.device import Device, DoesNotFit
-from peftbench.kernels import economize, only_words
+from peftbench.kernels import economize
 from peftbench.layers import make_packable
-from peftbench.models import load_tokenizer, locate, prepare
+from peftbench.models import load_tokenizer, locate
 from peftbench.packing import ATTENTION_STEP, ROW_STEP, Encoded, Spans, make_batch, predict, shuffled_rows
-from peftbench.phases import Phase, Untrained
-from peftbench.training import checkpoint_activations
+from peftbench.phases import Untrained
 
 CPU = Device(name="cpu", precision="fp32", why="test")
-VOCABULARY, LONGEST = 50, 12
-
-ATTENTION = {"bert": ["query", "key", "value"], "distilbert": ["q_lin", "k_lin", "v_lin"]}
-FEEDFORWARD = {"bert": "output.dense", "distilbert": "ffn.lin2"}
-VIRTUAL_TOKENS = {
-    "PREFIX_TUNING": {"num_virtual_tokens": 3},
-    "P_TUNING": {"num_virtual_tokens": 3, "encoder_hidden_size": 8},
-    "PROMPT_TUNING": {"num_virtual_tokens": 3},
-}
-
-
-def classifier(architecture, *, dropout=0.0):
-    labels = {"vocab_size": VOCABULARY, "max_position_embeddings": 32, "num_labels": 2}
-    if architecture == "bert":
-        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-        drops = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout, "classifier_dropout": dropout}
-        config = BertConfig(**sizes, **drops, **labels)
-    else:
-        sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32}
-        drops = {"dropout": dropout, "attention_dropout": dropout, "seq_classif_dropout": dropout}
-        config = DistilBertConfig(**sizes, **drops, **labels)
-    torch.manual_seed(0)
-    return AutoModelForSequenceClassification.from_config(config)
-
-
-def adapter(architecture, method):
-    if method == "plain":
-        return None
-    if method == "LORA":
-        return {"peft_type": "LORA", "r": 2, "target_modules": ATTENTION[architecture]}
-    if method == "IA3":
-        feedforward = FEEDFORWARD[architecture]
-        targets = [*ATTENTION[architecture], feedforward]
-        return {"peft_type": "IA3", "target_modules": targets, "feedforward_modules": [feedforward]}
-    sizes = {"token_dim": 16, "num_layers": 2, "num_attention_heads": 2} if architecture == "distilbert" else {}
-    return {"peft_type": method, **VIRTUAL_TOKENS[method], **sizes}
-
-
-def adapted(architecture, method, *, dropout=0.0):
-    phase = Phase(id="X-test", role="backbone", peft=adapter(architecture, method), max_length=32)
-    model, groups = prepare(classifier(architecture, dropout=dropout), phase)
-    return model, groups
-
-
-def encoded_of(lengths, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    n = len(lengths)
-    labels = tuple(i % 2 for i in range(n))
-    tokens = [torch.randint(1, VOCABULARY, (length,), generator=generator) for length in lengths]
-    split = Split("train", tuple(range(n)), tuple(f"text {i}" for i in range(n)), labels)
-    return Encoded(split, tokens, torch.tensor(labels))
-
-
-def loss_and_gradients(model, batch):
-    model.zero_grad()
-    logits = model(**batch.inputs).logits
-    F.cross_entropy(logits, batch.labels).backward()
-    return logits, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-
-@pytest.fixture(scope="module")
-def twins():
-    """For each architecture and method an untouched model and a packable copy, in fp64 and with every parameter random."""
-    pairs = {}
-    for architecture in ("bert", "distilbert"):
-        for method in ("plain", "LORA", "IA3"):
-            untouched, _ = adapted(architecture, method)
-            generator = torch.Generator().manual_seed(1)
-            for parameter in untouched.parameters():
-                parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-            untouched.double().train()
-            packable = copy.deepcopy(untouched)
-            assert make_packable(packable)
-            pairs[architecture, method] = untouched, packable
-    return pairs
-
-
-methods = pytest.mark.parametrize("method", ["plain", "LORA", "IA3"])
-architectures = pytest.mark.parametrize("architecture", ["bert", "distilbert"])
-
-
-@architectures
-@methods
-@settings(max_examples=12, deadline=None)
-@given(lengths=st.lists(st.integers(1, LONGEST), min_size=1, max_size=6), seed=st.integers(0, 99))
-def test_packed_logits_and_gradients_are_the_padded_model_s(twins, architecture, method, lengths, seed):
-    """Whatever the mix of lengths, packing changes neither a logit nor the gradient of any parameter that trains."""
-    untouched, packable = twins[architecture, method]
-    encoded, rows = encoded_of(lengths, seed), range(len(lengths))
-    expected, expected_gradients = loss_and_gradients(untouched, make_batch(encoded, rows, "cpu", packed=False))
-    actual, gradients = loss_and_gradients(packable, make_batch(encoded, rows, "cpu", packed=True))
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-10)
-    assert expected_gradients.keys() == gradients.keys()
-    for name, gradient in expected_gradients.items():
-        torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
-
-
-@architectures
-@methods
-@pytest.mark.parametrize("training", [True, False])
-def test_padded_input_works_as_before(twins, architecture, method, training):
-    """A packable model gives an untouched model's logits for padded input, also right after a packed batch."""
-    untouched, packable = (model.train(training) for model in twins[architecture, method])
-    encoded = encoded_of([5, 1, 9, 3])
-    padded = make_batch(encoded, range(4), "cpu", packed=False)
-    packable(**make_batch(encoded, range(4), "cpu", packed=True).inputs)
-    expected, actual = untouched(**padded.inputs).logits, packable(**padded.inputs).logits
-    for model in (untouched, packable):
-        model.train()
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
-
-
-@architectures
-def test_packed_sentences_do_not_see_each_other(twins, architecture):
-    """Each sentence of a row gets the logits it gets alone, without padding or neighbours."""
-    untouched, packable = twins[architecture, "plain"]
-    encoded = encoded_of([4, 12, 1, 7])
-    alone = torch.cat([untouched(input_ids=tokens[None]).logits for tokens in encoded.tokens])
-    together = packable(**make_batch(encoded, range(4), "cpu", packed=True).inputs).logits
-    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-12)
-
-
-@architectures
-@pytest.mark.parametrize("packed", [True, False])
-def test_attention_with_dropout_is_attention_where_nothing_is_dropped(architecture, packed):
-    """The spelled-out CPU attention is torch's: with a rate that rounds to none of 65,536 draws it gives the same numbers."""
-    untouched = classifier(architecture).double().train()
-    dropping = classifier(architecture, dropout=1e-9).double().train()
-    dropping.load_state_dict(untouched.state_dict())
-    assert make_packable(dropping)
-    economize(dropping)
-    encoded = encoded_of([6, 2, 11])
-    expected, expected_gradients = loss_and_gradients(untouched, make_batch(encoded, range(3), "cpu", packed=False))
-    actual, gradients = loss_and_gradients(dropping, make_batch(encoded, range(3), "cpu", packed=packed))
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
-    for name, gradient in expected_gradients.items():
-        torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("architecture", "method"),
-    [("bert", method) for method in VIRTUAL_TOKENS] + [("distilbert", "P_TUNING"), ("distilbert", "PROMPT_TUNING")],
-)
-def test_prompt_learning_falls_back_to_padding_and_trains(architecture, method):
-    """Virtual tokens before the text cannot be packed: the model is left as it is and a padded step moves what trains."""
-    model, groups = adapted(architecture, method)
-    parameters = [p for group in groups for p in group["params"]]
-    assert not make_packable(model)
-    economize(model)
-    before = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(groups, lr=1e-2)
-    batch = make_batch(encoded_of([5, 2, 8]), range(3), "cpu", packed=False)
-    model.train()
-    F.cross_entropy(model(**batch.inputs).logits, batch.labels).backward()
-    optimizer.step()
-    assert all(not torch.equal(old, new) for old, new in zip(before, parameters, strict=True))
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        torch.nn.Linear(2, 2),
-        AutoModelForSequenceClassification.from_config(
-            RobertaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-        ),
-    ],
-    ids=["not a transformer", "roberta"],
-)
-def test_other_architectures_are_not_packed(model):
-    """What is neither BERT nor DistilBERT is left alone."""
-    assert not make_packable(model)
 
 
 def test_spans_say_where_sentences_lie():
@@ -297,27 +124,13 @@ def test_order_comes_from_the_generator_alone():
     assert first != second
 
 
-@architectures
-@pytest.mark.parametrize("peft", [False, True])
-def test_gradient_checkpointing_gives_the_same_gradients(architecture, peft):
-    """Layers that run a second time in the backward pass narrow their rows as they did the first time."""
-    model = adapted(architecture, "LORA")[0] if peft else classifier(architecture)
-    assert make_packable(model)
-    batch = make_batch(encoded_of([6, 2, 11]), range(3), "cpu", packed=True)
-    expected, expected_gradients = loss_and_gradients(model.train(), batch)
-    checkpoint_activations(model)
-    actual, gradients = loss_and_gradients(model, batch)
-    torch.testing.assert_close(actual, expected)
-    assert expected_gradients.keys() == gradients.keys()
-    for name, gradient in expected_gradients.items():
-        torch.testing.assert_close(gradients[name], gradient)
-
-
 @settings(max_examples=15, deadline=None)
 @given(lengths=st.lists(st.integers(1, LONGEST), min_size=1, max_size=9), size=st.integers(1, 10), packed=st.booleans())
-def test_predictions_are_in_the_order_of_the_examples_whatever_the_batch_size(twins, lengths, size, packed):
+def test_predictions_are_in_the_order_of_the_examples_whatever_the_batch_size(lengths, size, packed):
     """Row i is what the untouched model says of text i alone."""
-    untouched, packable = twins["bert", "plain"]
+    untouched = classifier("bert").eval()
+    packable = copy.deepcopy(untouched)
+    assert make_packable(packable)
     encoded = encoded_of(lengths)
     logits = predict(packable, encoded, CPU, packed=packed, batch_size=size)
     with torch.no_grad():
@@ -387,23 +200,3 @@ def test_predicting_halves_the_batch_where_memory_runs_out():
     model.forward = cramped(0, RuntimeError("something else"))
     with pytest.raises(RuntimeError, match="something else"):
         predict(model, encoded, CPU, packed=False)
-
-
-@pytest.mark.parametrize("padding", [0, 3, None])
-def test_the_filling_of_a_packed_row_needs_no_padding_token(padding):
-    """It is made of a token that is there, so that a model trains whatever its padding token is."""
-    model = AutoModelForSequenceClassification.from_config(
-        BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=32,
-            pad_token_id=padding,
-        )
-    )
-    make_packable(model)
-    economize(model)
-    encoded = encoded_of([3, 5])
-    with only_words(model, torch.cat([*encoded.tokens])):
-        model(**make_batch(encoded, [0, 1], "cpu", packed=True).inputs).logits.sum().backward()

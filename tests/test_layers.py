@@ -1,0 +1,176 @@
+"""The layers over packed rows are transformers' over padded ones: same logits, same gradients."""
+
+import copy
+
+import pytest
+import torch
+from encoders import LONGEST, VIRTUAL_TOKENS, VOCABULARY, adapted, classifier, encoded_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification, BertConfig, RobertaConfig
+
+from peftbench.kernels import economize, only_words
+from peftbench.layers import make_packable
+from peftbench.packing import make_batch
+from peftbench.training import checkpoint_activations
+
+
+def loss_and_gradients(model, batch):
+    model.zero_grad()
+    logits = model(**batch.inputs).logits
+    F.cross_entropy(logits, batch.labels).backward()
+    return logits, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture(scope="module")
+def twins():
+    """For each architecture and method an untouched model and packable copies, in fp64 and with every parameter random."""
+    models = {}
+    for architecture in ("bert", "distilbert"):
+        for method in ("plain", "LORA", "IA3"):
+            untouched, _ = adapted(architecture, method)
+            generator = torch.Generator().manual_seed(1)
+            for parameter in untouched.parameters():
+                parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+            untouched.double().train()
+            copies = [copy.deepcopy(untouched) for _ in range(2)]
+            assert all(make_packable(model) for model in copies)
+            economize(copies[1])
+            models[architecture, method] = untouched, *copies
+    return models
+
+
+methods = pytest.mark.parametrize("method", ["plain", "LORA", "IA3"])
+economized = pytest.mark.parametrize("economized", [False, True])
+architectures = pytest.mark.parametrize("architecture", ["bert", "distilbert"])
+
+
+@architectures
+@methods
+@economized
+@settings(max_examples=12, deadline=None)
+@given(lengths=st.lists(st.integers(1, LONGEST), min_size=1, max_size=6), seed=st.integers(0, 99))
+def test_packed_logits_and_gradients_are_the_padded_model_s(twins, architecture, method, economized, lengths, seed):
+    """Whatever the mix of lengths, packing changes neither a logit nor the gradient of any parameter that trains."""
+    untouched, packable = twins[architecture, method][0], twins[architecture, method][1 + economized]
+    encoded, rows = encoded_of(lengths, seed), range(len(lengths))
+    expected, expected_gradients = loss_and_gradients(untouched, make_batch(encoded, rows, "cpu", packed=False))
+    actual, gradients = loss_and_gradients(packable, make_batch(encoded, rows, "cpu", packed=True))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-10)
+    assert expected_gradients.keys() == gradients.keys()
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@architectures
+@methods
+@economized
+@pytest.mark.parametrize("training", [True, False])
+def test_padded_input_works_as_before(twins, architecture, method, economized, training):
+    """A packable model gives an untouched model's logits for padded input, also right after a packed batch."""
+    untouched, packable = (twins[architecture, method][i].train(training) for i in (0, 1 + economized))
+    encoded = encoded_of([5, 1, 9, 3])
+    padded = make_batch(encoded, range(4), "cpu", packed=False)
+    packable(**make_batch(encoded, range(4), "cpu", packed=True).inputs)
+    expected, actual = untouched(**padded.inputs).logits, packable(**padded.inputs).logits
+    for model in (untouched, packable):
+        model.train()
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+@architectures
+def test_packed_sentences_do_not_see_each_other(twins, architecture):
+    """Each sentence of a row gets the logits it gets alone, without padding or neighbours."""
+    untouched, packable, _ = twins[architecture, "plain"]
+    encoded = encoded_of([4, 12, 1, 7])
+    alone = torch.cat([untouched(input_ids=tokens[None]).logits for tokens in encoded.tokens])
+    together = packable(**make_batch(encoded, range(4), "cpu", packed=True).inputs).logits
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-12)
+
+
+@architectures
+@pytest.mark.parametrize("packed", [True, False])
+def test_attention_with_dropout_is_attention_where_nothing_is_dropped(architecture, packed):
+    """The spelled-out CPU attention is torch's: with a rate that rounds to none of 65,536 draws it gives the same numbers."""
+    untouched = classifier(architecture).double().train()
+    dropping = classifier(architecture, dropout=1e-9).double().train()
+    dropping.load_state_dict(untouched.state_dict())
+    assert make_packable(dropping)
+    economize(dropping)
+    encoded = encoded_of([6, 2, 11])
+    expected, expected_gradients = loss_and_gradients(untouched, make_batch(encoded, range(3), "cpu", packed=False))
+    actual, gradients = loss_and_gradients(dropping, make_batch(encoded, range(3), "cpu", packed=packed))
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "method"),
+    [("bert", method) for method in VIRTUAL_TOKENS] + [("distilbert", "P_TUNING"), ("distilbert", "PROMPT_TUNING")],
+)
+def test_prompt_learning_falls_back_to_padding_and_trains(architecture, method):
+    """Virtual tokens before the text cannot be packed: the model is left as it is and a padded step moves what trains."""
+    model, groups = adapted(architecture, method)
+    parameters = [p for group in groups for p in group["params"]]
+    assert not make_packable(model)
+    economize(model)
+    before = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    batch = make_batch(encoded_of([5, 2, 8]), range(3), "cpu", packed=False)
+    model.train()
+    F.cross_entropy(model(**batch.inputs).logits, batch.labels).backward()
+    optimizer.step()
+    assert all(not torch.equal(old, new) for old, new in zip(before, parameters, strict=True))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        torch.nn.Linear(2, 2),
+        AutoModelForSequenceClassification.from_config(
+            RobertaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+        ),
+    ],
+    ids=["not a transformer", "roberta"],
+)
+def test_other_architectures_are_not_packed(model):
+    """What is neither BERT nor DistilBERT is left alone."""
+    assert not make_packable(model)
+
+
+@architectures
+@pytest.mark.parametrize("peft", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(architecture, peft):
+    """Layers that run a second time in the backward pass narrow their rows as they did the first time."""
+    model = adapted(architecture, "LORA")[0] if peft else classifier(architecture)
+    assert make_packable(model)
+    batch = make_batch(encoded_of([6, 2, 11]), range(3), "cpu", packed=True)
+    expected, expected_gradients = loss_and_gradients(model.train(), batch)
+    checkpoint_activations(model)
+    actual, gradients = loss_and_gradients(model, batch)
+    torch.testing.assert_close(actual, expected)
+    assert expected_gradients.keys() == gradients.keys()
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient)
+
+
+@pytest.mark.parametrize("padding", [0, 3, None])
+def test_the_filling_of_a_packed_row_needs_no_padding_token(padding):
+    """It is made of a token that is there, so that a model trains whatever its padding token is."""
+    model = AutoModelForSequenceClassification.from_config(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            pad_token_id=padding,
+        )
+    )
+    make_packable(model)
+    economize(model)
+    encoded = encoded_of([3, 5])
+    with only_words(model, torch.cat([*encoded.tokens])):
+        model(**make_batch(encoded, [0, 1], "cpu", packed=True).inputs).logits.sum().backward()
