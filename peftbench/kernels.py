@@ -4,6 +4,7 @@ Parts of a training step on CPU that cost more than they need to, with the same 
 A profile of MiniLM's step on two cores, packed: torch draws dropout masks one by one on one thread, autocast converts frozen
 weights anew in every step, each backward pass makes a gradient as large as the whole vocabulary, over which AdamW then passes, for
 the few rows that a batch looks up, and at some 200 tokens what autograd does around an operation takes as long as many of them do.
+Layers that are fused here add to their gradients by themselves, which autograd's own functions and hooks on them do not see.
 """
 
 import ctypes
@@ -42,16 +43,19 @@ class Masks:
 
     def take(self, n: int, zeros: int, dtype: torch.dtype) -> Tensor:
         """The next n of which on average this many of 65,536 are zero, shape (n,)."""
+        if n > _MASKS:
+            return self._draw(n, zeros, dtype)
         drawn = self._drawn.get((zeros, dtype))
         if drawn is None or n > len(drawn):
-            drawn = self._draw(max(_MASKS, n), zeros, dtype)
+            drawn = self._draw(max(_MASKS, 4 * n), zeros, dtype)
         taken, self._drawn[zeros, dtype] = drawn[:n], drawn[n:]
         return taken
 
     def _draw(self, n: int, zeros: int, dtype: torch.dtype) -> Tensor:
         numbers = self._generator.integers(-(2**63), 2**63 - 1, size=(n + 3) // 4, dtype=np.int64, endpoint=True)
         most = zeros - _DRAWS // 2 - 1  # of a draw that gives 0
-        return torch.from_numpy(numbers).view(torch.int16).clamp_(most, most + 1).sub_(most).to(dtype)
+        with torch.inference_mode(False):  # what is left over may be used in training later
+            return torch.from_numpy(numbers).view(torch.int16)[:n].clamp_(most, most + 1).sub_(most).to(dtype)
 
 
 class Dropout(nn.Dropout):
@@ -99,15 +103,20 @@ def attend(
     Returns:
         Shape (Q, E).
     """
+    if torch.is_autocast_enabled("cpu"):  # some adapters give fp32, which autocast would convert for the products alone
+        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
     attended: Tensor = _Attention.apply(query, key, value, *queries, *keys, bias, dropout)  # type: ignore[no-untyped-call]
     return attended
 
 
-def add_and_normalize(x: Tensor, added: Tensor, dropout: Dropout | None, norm: nn.LayerNorm) -> Tensor:
-    """norm(x + dropout(added)) of tensors of one shape."""
-    drawn = None if dropout is None else dropout.draw(added)
-    out: Tensor = _AddAndNormalize.apply(x, added, norm, *drawn or (None, 1.0))  # type: ignore[no-untyped-call]
-    return out
+class LayerNorm(nn.LayerNorm):
+    """`torch.nn.LayerNorm` that can make the addition and the dropout before it a part of it."""
+
+    def after_adding(self, x: Tensor, added: Tensor, dropout: Dropout | None) -> Tensor:
+        """What it makes of x + dropout(added), tensors of one shape; adds to its gradients by itself."""
+        drawn = None if dropout is None else dropout.draw(added)
+        out: Tensor = _AddAndNormalize.apply(x, added, self, *drawn or (None, 1.0))  # type: ignore[no-untyped-call]
+        return out
 
 
 class RowEmbedding(nn.Embedding):
@@ -227,7 +236,7 @@ def retain_memory() -> None:
 
 
 def economize(model: nn.Module) -> None:
-    """Replace dropout, linear layers and trained embeddings, in place; for the CPU, and after adapters are attached."""
+    """Replace dropout, normalization, linear layers and trained embeddings, in place; for the CPU, and after adapters are attached."""
     masks = Masks()
     for module in model.modules():
         if type(module) is nn.Dropout:
@@ -235,6 +244,8 @@ def economize(model: nn.Module) -> None:
             module.masks = masks  # type: ignore[assignment]
         elif type(module) is nn.Embedding and module.weight.requires_grad and not _has_special_gradient(module):
             module.__class__ = RowEmbedding
+        elif type(module) is nn.LayerNorm:
+            module.__class__ = LayerNorm
         elif type(module) is nn.Linear and len({p.requires_grad for p in module.parameters(recurse=False)}) == 1:
             module.__class__ = Linear
 
@@ -352,14 +363,17 @@ class _Attention(torch.autograd.Function):
         if mask is not None:
             into_used = _scaled(into_used, mask, ctx.scale)
         scores = torch._softmax_backward_data(into_used.to(weights.dtype), weights, -1, weights.dtype).to(q.dtype).view(used.shape)
-        into_query = torch.baddbmm(q, scores, k, beta=0, alpha=size**-0.5)
-        into_key = torch.baddbmm(k, scores.transpose(1, 2), q, beta=0, alpha=size**-0.5)
-        into_value = torch.bmm(used.transpose(1, 2), out)
-        into = [
-            cells.view(-1, size).index_select(0, cell_of_item).view(-1, gradient.shape[1])
-            for cells, cell_of_item in ((into_query, cell_of_query), (into_key, cell_of_key), (into_value, cell_of_key))
-        ]
-        return (*into, *[None] * 6)
+        wants_query, wants_key, wants_value, *_ = ctx.needs_input_grad
+
+        def collect(cells: Tensor, cell_of_item: Tensor) -> Tensor:
+            return cells.view(-1, size).index_select(0, cell_of_item).view(-1, gradient.shape[1])
+
+        return (
+            collect(torch.baddbmm(q, scores, k, beta=0, alpha=size**-0.5), cell_of_query) if wants_query else None,
+            collect(torch.baddbmm(k, scores.transpose(1, 2), q, beta=0, alpha=size**-0.5), cell_of_key) if wants_key else None,
+            collect(torch.bmm(used.transpose(1, 2), out), cell_of_key) if wants_value else None,
+            *[None] * 6,
+        )
 
 
 class _Projection(torch.autograd.Function):
@@ -409,7 +423,7 @@ def _asks_onednn() -> bool:
     On an AMD EPYC with AVX-512 oneDNN did 10% to 25% more arithmetic a second at this suite's sizes. On an Intel Xeon the two were
     as quick, and MKL's call costs less: 4% of a step of full fine-tuning, 9% of one under LoRA.
     """
-    of_mkls_maker = str(torch.cpu.get_capabilities().get("cpu_name", "")).startswith("Intel")
+    of_mkls_maker = "Intel" in str(torch.cpu.get_capabilities().get("cpu_name", ""))
     return ONEDNN_LINEAR is not None and not (of_mkls_maker and torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
 
 

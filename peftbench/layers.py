@@ -21,7 +21,7 @@ def make_packable(model: nn.Module) -> bool:
     reads. Padded input works as before.
 
     Returns:
-        False if the architecture, or a PEFT method that puts virtual tokens before the text, cannot be packed.
+        False if the architecture, or what a PEFT method has made of it, such as virtual tokens before the text, cannot be packed.
     """
     config = getattr(model, "active_peft_config", None)
     if config is not None and config.is_prompt_learning:
@@ -32,6 +32,8 @@ def make_packable(model: nn.Module) -> bool:
         return False
     body: Any = classifier.base_model
     encoder = getattr(body, "encoder", None) or body.transformer
+    if not all(type(layer) is packed.__base__ for layer in encoder.layer):  # one that an adapter has wrapped, say
+        return False
     encoder.register_forward_hook(_sentences_as_batch, with_kwargs=True)
     for layer in encoder.layer:
         layer.__class__ = packed
@@ -114,9 +116,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, spans: Spans, firsts_alon
     return queries.collect(attended).view(query.shape)
 
 
-def _add_and_normalize(x: Tensor, added: Tensor, dropout: nn.Dropout | None, norm: Callable[[Tensor], Tensor]) -> Tensor:
-    """norm(x + dropout(added)), all of one shape."""
-    by_us = added.device.type == "cpu" and added.requires_grad
-    if by_us and type(norm) is nn.LayerNorm and (dropout is None or isinstance(dropout, kernels.Dropout)):
-        return kernels.add_and_normalize(x, added, dropout, norm)
+def _add_and_normalize(x: Tensor, added: Tensor, dropout: Any, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    """norm(x + dropout(added)), all of one shape; a dropout of None drops nothing."""
+    if isinstance(norm, kernels.LayerNorm) and added.requires_grad:
+        return norm.after_adding(x, added, dropout)
     return norm(x + (added if dropout is None else dropout(added)))

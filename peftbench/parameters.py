@@ -58,7 +58,7 @@ class FlatParameters:
         self._hooks = [p.register_hook(functools.partial(_clear_before_addition, p)) for p in self._parts]  # type: ignore[no-untyped-call]
 
     def gradient_norm(self) -> Tensor:
-        """Euclidean norm over all gradients, shape ()."""
+        """Euclidean norm over all gradients, shape (); to be asked before they are used, since it clears what no pass has written."""
         for parameter in self._parts:
             _clear_outdated(parameter)
         rows = [p.grad.view(-1, _ROW) for group in self.groups for p in group["params"]]
@@ -76,7 +76,7 @@ class FlatParameters:
             hook.remove()
         for parameter in self._parts:
             parameter.data, parameter.grad = parameter.data.clone(), None
-            supersede(parameter)
+            parameter.__dict__.pop("gradient_is_outdated", None)
 
 
 @contextmanager

@@ -22,7 +22,11 @@ class TrainingDiverged(RuntimeError):  # noqa: N818 - a state, not a mistake
 
 
 class Parameters(Protocol):
-    """What is trained, in groups with their peak learning rates, as an optimizer takes them; see `peftbench.parameters`."""
+    """
+    What is trained, in groups with their peak learning rates, as an optimizer takes them; see `peftbench.parameters`.
+
+    A step asks for the norm of its gradients before the optimizer reads them, and clears them afterwards.
+    """
 
     groups: list[dict[str, Any]]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from peftbench.kernels import Dropout, Linear, RowEmbedding, add_and_normalize, attend, cast_frozen, economize, only_words, project
+from peftbench.kernels import Dropout, LayerNorm, Linear, RowEmbedding, attend, cast_frozen, economize, only_words, project
 from peftbench.packing import Spans
 
 N = 200_000
@@ -307,12 +307,13 @@ def test_adding_and_normalizing_is_torchs(p, affine):
     for parameter in plain.parameters():
         nn.init.normal_(parameter)
         parameter.requires_grad_(affine == "trained")
-    ours = copy.deepcopy(plain)
+    ours = nn.Sequential(copy.deepcopy(plain))
+    economize(ours)
     for _ in range(2):
         inputs = [[x.clone().requires_grad_() for x in pair] for pair in [torch.randn(2, 5, 6, dtype=torch.float64).unbind()] * 2]
         mask, scale = (dropout and dropout.draw(inputs[0][1])) or (1.0, 1.0)
         expected = plain(inputs[0][0] + inputs[0][1] * mask * scale)
-        actual = add_and_normalize(*inputs[1], dropout, ours)
+        actual = ours[0].after_adding(*inputs[1], dropout)
         torch.testing.assert_close(actual, expected)
         for out in (expected, actual):
             out.sin().sum().backward()
@@ -325,7 +326,7 @@ def test_adding_and_normalizing_is_torchs(p, affine):
 def test_adding_and_normalizing_keeps_types_apart():
     """As under autocast: what is added in bf16 to fp32 gives fp32, and each gradient is of its input's type."""
     x, added = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8, dtype=torch.bfloat16, requires_grad=True)
-    out = add_and_normalize(x, added, FixedDropout(0.5), nn.LayerNorm(8))
+    out = LayerNorm(8).after_adding(x, added, FixedDropout(0.5))
     out.square().sum().backward()
     assert (torch.float32, torch.float32, torch.bfloat16) == (out.dtype, x.grad.dtype, added.grad.dtype)
 
