@@ -236,7 +236,7 @@ def retain_memory() -> None:
 
 
 def economize(model: nn.Module) -> None:
-    """Replace dropout, normalization, linear layers and trained embeddings, in place; for the CPU, and after adapters are attached."""
+    """Replace dropout, normalization, linear layers and trained embeddings, in place; for CPU, after adapters are attached."""
     masks = Masks()
     for module in model.modules():
         if type(module) is nn.Dropout:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 _ALIGNMENT = 16  # numbers, a cache line of fp32
 _ROW = 4096  # numbers; torch takes the norm of one long row on one thread, those of many on all
@@ -48,17 +49,22 @@ class FlatParameters:
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
         self.groups: list[dict[str, Any]] = []
-        self._parts: list[nn.Parameter] = []
-        for group in groups:
-            by_type: dict[torch.dtype, list[nn.Parameter]] = {}
-            for parameter in group["params"]:
-                by_type.setdefault(parameter.dtype, []).append(parameter)
-            self.groups.append({**group, "params": [_flatten(same) for same in by_type.values()]})
-            self._parts += group["params"]
-        self._hooks = [p.register_hook(functools.partial(_clear_before_addition, p)) for p in self._parts]  # type: ignore[no-untyped-call]
+        self._parts: list[nn.Parameter] = [p for group in groups for p in group["params"]]
+        self._hooks: list[RemovableHandle] = []
+        try:
+            for group in groups:
+                by_type: dict[torch.dtype, list[nn.Parameter]] = {}
+                for parameter in group["params"]:
+                    by_type.setdefault(parameter.dtype, []).append(parameter)
+                self.groups.append({**group, "params": [_flatten(same) for same in by_type.values()]})
+            for part in self._parts:
+                self._hooks.append(part.register_hook(functools.partial(_clear_before_addition, part)))  # type: ignore[no-untyped-call]
+        except BaseException:
+            self.release()
+            raise
 
     def gradient_norm(self) -> Tensor:
-        """Euclidean norm over all gradients, shape (); to be asked before they are used, since it clears what no pass has written."""
+        """Euclidean norm over all gradients, shape (); what no pass of the step has written is 0 from here on."""
         for parameter in self._parts:
             _clear_outdated(parameter)
         rows = [p.grad.view(-1, _ROW) for group in self.groups for p in group["params"]]

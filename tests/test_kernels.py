@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from peftbench.kernels import Dropout, LayerNorm, Linear, RowEmbedding, attend, cast_frozen, economize, only_words, project
+from peftbench import kernels
+from peftbench.kernels import Dropout, LayerNorm, Linear, Masks, RowEmbedding, attend, cast_frozen, economize, only_words, project
 from peftbench.packing import Spans
 
 N = 200_000
@@ -134,6 +135,61 @@ def test_masks_are_the_same_in_every_type(dtype, dimensions):
     expected = dropout(torch.ones(shape), 0.3) == 0
     torch.manual_seed(3)
     assert torch.equal(expected, dropout(torch.ones(shape, dtype=dtype), 0.3) == 0)
+
+
+def test_masks_of_any_sizes_rates_and_types_in_turn_keep_their_rates():
+    """Takes that end within a block, across its end and beyond it: zeros are as many as p says, and masks agree by chance alone."""
+    masks = Masks()
+    for zeros, dtype in ((6554, torch.float32), (32768, torch.bfloat16)):
+        p = zeros / 65536
+        taken = [masks.take(n, zeros, dtype) for n in (700_000, 700_000, 3, 1_500_000, 700_000)]
+        for mask in taken:
+            n = len(mask)
+            assert {0.0, 1.0} >= set(mask.unique().tolist())
+            assert abs(int((mask == 0).sum()) - n * p) <= 4 * (n * p * (1 - p)) ** 0.5 + (3 if n < 10 else 0)
+        big = [mask for mask in taken if len(mask) == 700_000]
+        agree = p**2 + (1 - p) ** 2
+        for first, second in ((0, 1), (1, 2), (0, 2)):
+            same = int((big[first] == big[second]).sum())
+            assert abs(same - 700_000 * agree) < 4 * (700_000 * agree * (1 - agree)) ** 0.5
+
+
+def test_a_large_mask_leaves_nothing_behind():
+    """Ten million numbers go when they are no longer used."""
+    masks = Masks()
+    masks.take(10_000_000, 6554, torch.float32)
+    assert 0 == sum(drawn.untyped_storage().nbytes() for drawn in masks._drawn.values())
+
+
+def test_masks_drawn_while_predicting_can_be_trained_with():
+    """As when dropout stays on for predictions: what is left of the block is no inference tensor."""
+    model = nn.Sequential(nn.Dropout(0.5))
+    economize(model)
+    with torch.inference_mode():
+        model(torch.ones(4))
+    x = torch.ones(4, requires_grad=True)
+    out = model(x)
+    out.sum().backward()
+    assert torch.equal(out.detach(), x.grad)
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_either_library_multiplies(onednn, bias, monkeypatch):
+    """Values and gradients in fp32 are torch's, whichever library this processor would choose."""
+    monkeypatch.setattr(kernels, "_asks_onednn", lambda: onednn)
+    torch.manual_seed(0)
+    plain = nn.Linear(5, 3, bias=bias)
+    model = nn.Sequential(copy.deepcopy(plain))
+    economize(model)
+    x = torch.randn(4, 5)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for layer, x in zip((plain, model), inputs, strict=True):
+        layer(x).sin().sum().backward()
+    torch.testing.assert_close(model(inputs[1]), plain(inputs[0]))
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+    for expected, actual in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad)
 
 
 def linears(*, bias, dtype=torch.float64):

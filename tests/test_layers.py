@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from encoders import LONGEST, VIRTUAL_TOKENS, VOCABULARY, adapted, classifier, encoded_of
+from encoders import ATTENTION, LONGEST, VIRTUAL_TOKENS, VOCABULARY, adapted, classifier, encoded_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -12,7 +12,9 @@ from transformers import AutoModelForSequenceClassification, BertConfig, Roberta
 
 from peftbench.kernels import economize, only_words
 from peftbench.layers import make_packable
+from peftbench.models import prepare
 from peftbench.packing import make_batch
+from peftbench.phases import Phase
 from peftbench.training import checkpoint_activations
 
 
@@ -104,6 +106,69 @@ def test_attention_with_dropout_is_attention_where_nothing_is_dropped(architectu
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+LAYERS = {"bert": "encoder.layer", "distilbert": "transformer.layer"}
+DROPOUTS = {
+    "bert": ["attention.self.dropout", "attention.output.dropout", "output.dropout"],
+    "distilbert": ["attention.dropout", "ffn.dropout"],
+}
+
+
+@economized
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize(("architecture", "dropout"), [(a, dropout) for a in DROPOUTS for dropout in DROPOUTS[a]])
+def test_each_dropout_of_a_layer_is_used(architecture, dropout, layer, economized):
+    """One that drops everything, in the last layer or before: the logits of transformers' layer on padded input."""
+    untouched = classifier(architecture).double()
+    untouched.set_attn_implementation("eager")
+    untouched.base_model.get_submodule(f"{LAYERS[architecture]}.{layer}.{dropout}").p = 1.0
+    model = copy.deepcopy(untouched)
+    assert make_packable(model)
+    if economized:
+        economize(model)
+    encoded = encoded_of([6, 2, 11])
+    expected, everything = (
+        untouched.train(mode)(**make_batch(encoded, range(3), "cpu", packed=False).inputs).logits for mode in (True, False)
+    )
+    actual = model.train()(**make_batch(encoded, range(3), "cpu", packed=True).inputs).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(everything, expected)
+
+
+@pytest.mark.parametrize("method", ["LORA", "VERA", "LOHA", "LOKR", "HRA", "MISS"])
+@architectures
+def test_adapters_train_in_bf16(architecture, method):
+    """Some give fp32 where autocast would give bf16: gradients come near those of the padded model in fp32."""
+    peft = {"peft_type": method, "r": 2, "target_modules": ATTENTION[architecture]}
+    phase = Phase(id="X-test", role="backbone", peft=peft, max_length=32)
+    untouched, _ = prepare(classifier(architecture, dropout=1e-9), phase)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in untouched.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    model = copy.deepcopy(untouched)
+    assert make_packable(model)
+    economize(model)
+    encoded = encoded_of([6, 2, 11])
+    expected, expected_gradients = loss_and_gradients(untouched.train(), make_batch(encoded, range(3), "cpu", packed=False))
+    with torch.autocast("cpu", torch.bfloat16):
+        batch = make_batch(encoded, range(3), "cpu", packed=True)
+        logits = model.train()(**batch.inputs).logits.float()
+        loss = F.cross_entropy(logits, batch.labels)
+    loss.backward()
+    torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    ours, theirs = (torch.cat([some[name].flatten() for name in expected_gradients]) for some in (gradients, expected_gradients))
+    assert 0.05 > (ours - theirs).norm() / theirs.norm()
+
+
+def test_a_layer_that_an_adapter_has_wrapped_is_not_packed():
+    """PEFT keeps a copy of a whole layer that it trains: the model takes padded batches as before."""
+    peft = {"peft_type": "LORA", "r": 2, "target_modules": ["query"], "modules_to_save": ["layer.0"]}
+    model, _ = prepare(classifier("bert"), Phase(id="X-test", role="backbone", peft=peft, max_length=32))
+    assert not make_packable(model)
+    economize(model)
+    loss_and_gradients(model.train(), make_batch(encoded_of([5, 2]), range(2), "cpu", packed=False))
 
 
 @pytest.mark.parametrize(

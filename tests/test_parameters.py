@@ -118,6 +118,17 @@ def test_released_parameters_are_torchs_again():
     for _ in range(2):
         parameter.sum().backward()
     assert [2, 2, 2] == parameter.grad.tolist()
+    assert not parameter._backward_hooks
+    assert {} == parameter.__dict__
+
+
+def test_parameters_that_cannot_be_laid_end_to_end_stay_their_own():
+    """One that does not train takes no part, and the others are given back at once."""
+    trains, frozen = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2), requires_grad=False)
+    with pytest.raises(RuntimeError, match="doesn't require gradient"):
+        FlatParameters([{"params": [trains, frozen]}])
+    assert (12, 8) == (trains.untyped_storage().nbytes(), frozen.untyped_storage().nbytes())
+    assert not trains._backward_hooks
 
 
 def test_a_norm_of_many_numbers_is_as_exact_as_of_few():

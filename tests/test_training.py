@@ -317,16 +317,17 @@ def train_bert(seed):
     split = Split("train", tuple(range(n)), tuple(map(str, range(n))), tuple(i % 2 for i in range(n)))
     encoded = Encoded(split, tokens, torch.tensor(split.labels))
     generator = torch.Generator().manual_seed(seed)
-    run = fit(
-        model,
-        lambda batch: F.cross_entropy(model(**batch.inputs).logits, batch.labels),
-        lambda: shuffled_rows(n, 5, generator),
-        lambda rows: make_batch(encoded, rows, "cpu", packed=packed),
-        SeparateParameters([{"params": list(model.parameters()), "lr": 1e-3}]),
-        **{**DEFAULTS, "epochs": 2},
-        steps_per_epoch=5,
-        progress=silent,
-    )
+    with flattened([{"params": list(model.parameters()), "lr": 1e-3}]) as parameters:
+        run = fit(
+            model,
+            lambda batch: F.cross_entropy(model(**batch.inputs).logits, batch.labels),
+            lambda: shuffled_rows(n, 5, generator),
+            lambda rows: make_batch(encoded, rows, "cpu", packed=packed),
+            parameters,
+            **{**DEFAULTS, "epochs": 2},
+            steps_per_epoch=5,
+            progress=silent,
+        )
     assert (10, 48, 2 * sum(map(len, tokens))) == (run.steps, run.examples, run.tokens)
     return run.learning_curve, [p.detach().clone() for p in model.parameters()]
 
