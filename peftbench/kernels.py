@@ -286,9 +286,9 @@ class _Dropout(torch.autograd.Function):
         return _scaled(gradient, mask, ctx.scale), None, None
 
 
-def _scaled(x: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """scale · x · mask, in one pass and rounded once."""
-    return torch.addcmul(_zero(x.dtype), x, mask, value=scale)
+def _scaled(x: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """scale · x · mask, in one pass and rounded once; ``x`` itself without a mask."""
+    return x if mask is None else torch.addcmul(_zero(x.dtype), x, mask, value=scale)
 
 
 @functools.cache
@@ -317,7 +317,7 @@ class _AddAndNormalize(torch.autograd.Function):
             if trains:
                 _accumulate(parameter, of_parameter)
         of_added = into.to(ctx.type_of_added)
-        return into.to(ctx.type_of_x), of_added if mask is None else _scaled(of_added, mask, ctx.scale), None, None, None
+        return into.to(ctx.type_of_x), _scaled(of_added, mask, ctx.scale), None, None, None
 
 
 class _Attention(torch.autograd.Function):
@@ -346,23 +346,22 @@ class _Attention(torch.autograd.Function):
         weights = torch.add(bias, scores, alpha=size**-0.5).softmax(dim=-1)  # in fp32: torch's softmax of 16 bits is slower
         used = weights.to(v.dtype)
         mask, scale = dropout.draw(used) or (None, 1.0)
-        if mask is not None:
-            used = _scaled(used, mask, scale)
-        used = used.view(-1, width, length)
-        ctx.save_for_backward(q, k, v, weights, used, mask, cell_of_query, cell_of_key)
+        used = _scaled(used, mask, scale).view(-1, width, length)
+        ctx.save_for_backward(q, k, v, weights, mask, cell_of_query, cell_of_key)
         ctx.scale = scale
         return torch.bmm(used, v).view(-1, size).index_select(0, cell_of_query).view(query.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights, used, mask, cell_of_query, cell_of_key = ctx.saved_tensors
+        q, k, v, weights, mask, cell_of_query, cell_of_key = ctx.saved_tensors
+        width, length = weights.shape[2:]
         size = q.shape[2]
         out = q.new_zeros(q.shape)  # a cell without an item gets no gradient
         out.view(-1, size).index_copy_(0, cell_of_query, gradient.reshape(-1, size))
         into_used = torch.bmm(out, v.transpose(1, 2)).view(weights.shape)
-        if mask is not None:
-            into_used = _scaled(into_used, mask, ctx.scale)
-        scores = torch._softmax_backward_data(into_used.to(weights.dtype), weights, -1, weights.dtype).to(q.dtype).view(used.shape)
+        into_weights = _scaled(into_used, mask, ctx.scale).to(weights.dtype)
+        scores = torch._softmax_backward_data(into_weights, weights, -1, weights.dtype).to(q.dtype).view(-1, width, length)
+        used = _scaled(weights.to(v.dtype), mask, ctx.scale).view(-1, width, length)  # made again, since it would be much to keep
         wants_query, wants_key, wants_value, *_ = ctx.needs_input_grad
 
         def collect(cells: Tensor, cell_of_item: Tensor) -> Tensor:
@@ -420,11 +419,13 @@ def _asks_onednn() -> bool:
     """
     Whether oneDNN makes fp32 products, as it does those of 16 bits; torch itself asks MKL.
 
-    On an AMD EPYC with AVX-512 oneDNN did 10% to 25% more arithmetic a second at this suite's sizes. On an Intel Xeon the two were
-    as quick, and MKL's call costs less: 4% of a step of full fine-tuning, 9% of one under LoRA.
+    On an AMD EPYC with AVX-512 oneDNN did 10% to 25% more arithmetic a second at this suite's sizes; on one with AVX2 alone MKL did
+    up to 20% more. On an Intel Xeon the two were as quick, and MKL's call costs less: 4% of a step of full fine-tuning, 9% of one
+    under LoRA.
     """
-    of_mkls_maker = "Intel" in str(torch.cpu.get_capabilities().get("cpu_name", ""))
-    return ONEDNN_LINEAR is not None and not (of_mkls_maker and torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
+    facts = torch.cpu.get_capabilities()
+    for_mkl = "Intel" in str(facts.get("cpu_name", "")) or not facts.get("avx512_f", False)
+    return ONEDNN_LINEAR is not None and not (for_mkl and torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
 
 
 class _Lookup(torch.autograd.Function):

@@ -173,6 +173,20 @@ def test_masks_drawn_while_predicting_can_be_trained_with():
     assert torch.equal(out.detach(), x.grad)
 
 
+@pytest.mark.parametrize(
+    ("name", "avx512", "onednn"),
+    [("Intel(R) Xeon(R)", True, False), ("AMD EPYC", True, True), ("AMD EPYC", False, False)],
+)
+def test_the_library_is_the_one_that_was_quicker(name, avx512, onednn, monkeypatch):
+    """MKL on Intel's processors and where there is AVX2 alone, oneDNN on others; without MKL always oneDNN."""
+    facts = {"cpu_name": name, "avx512_f": avx512}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: facts)
+    monkeypatch.setattr(kernels, "ONEDNN_LINEAR", "an operation")
+    for has_mkl in (True, False):
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda has_mkl=has_mkl: has_mkl)
+        assert (onednn or not has_mkl) == kernels._asks_onednn.__wrapped__()
+
+
 @pytest.mark.parametrize("onednn", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_either_library_multiplies(onednn, bias, monkeypatch):
@@ -352,6 +366,16 @@ def test_attention_is_torchs_sentence_by_sentence(p):
         sentence_q, sentence_k, sentence_v = split
         weights = (sentence_q @ sentence_k.transpose(1, 2) / 3**0.5).softmax(-1) * kept * scale
         torch.testing.assert_close(out[some], (weights @ sentence_v).transpose(0, 1).reshape(length, 6))
+
+
+def test_attention_keeps_its_weights_and_their_mask_alone():
+    """For the backward pass, of what is as large as the scores; the weights with some dropped are made again."""
+    spans, kept = Spans([4, 1, 3]), []
+    q, k, v = torch.randn(3, len(spans.positions), 6, requires_grad=True)
+    indices, bias = spans.tokens.indices(2), spans.tokens.bias
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        attend(q, k, v, indices, indices, bias, FixedDropout(0.4))
+    assert 2 == kept.count(2 * bias.numel())
 
 
 @pytest.mark.parametrize("p", [None, 0.0, 0.4])
