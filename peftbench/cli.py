@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftbench.assets import ASSETS, AssetError, asset_path
 from peftbench.metrics import METRICS
-from peftbench.phases import PRECISIONS, SCALES, Phase
+from peftbench.phases import PRECISIONS, SCALES, Phase, check_data_folder
 from peftbench.records import Record, Store
 from peftbench.report import printable, render_comparison, render_csv, render_history, render_results
 from peftbench.sealed import CorruptError, write_atomically
@@ -109,8 +109,8 @@ def plan(options: argparse.Namespace) -> None:
     from peftbench.report import render_plans
     from peftbench.runner import Settings, Workbench, plan_phases
 
-    if options.data is not None and not options.data.is_dir():
-        raise ValueError(f"--data must be a folder with train.tsv and dev.tsv, got {str(options.data)!r}, which is none")
+    if options.data is not None:
+        check_data_folder(options.data, "--data")
     if options.memory is not None and not options.memory > 0:
         raise ValueError(f"--memory must be more than 0 GiB, got {options.memory:g}")
     phases = _load_phases(options.phases)

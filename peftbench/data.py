@@ -246,8 +246,6 @@ def read_glue_folder(folder: Path) -> Splits:
     Raises:
         DataError: If a file is missing or malformed, naming file, line and what was wanted.
     """
-    if not folder.is_dir():
-        raise DataError(f"--peft-data must be a folder with train.tsv and dev.tsv, got {folder}")
     train, dev = (_read_tsv(folder / f"{name}.tsv", name) for name in ("train", "dev"))
     test_path = folder / "test.tsv"
     if test_path.exists() and _tsv_header(test_path) != ["index", "sentence"]:

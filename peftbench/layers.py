@@ -12,6 +12,9 @@ from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 from peftbench import kernels
 from peftbench.packing import Spans
 
+ACROSS_TOKENS = {"LILY"}
+"""Types of adapters that average over all tokens at hand, padding included: without it they would be other adapters."""
+
 
 def make_packable(model: nn.Module) -> bool:
     """
@@ -24,7 +27,7 @@ def make_packable(model: nn.Module) -> bool:
         False if the architecture, or what a PEFT method has made of it, such as virtual tokens before the text, cannot be packed.
     """
     config = getattr(model, "active_peft_config", None)
-    if config is not None and config.is_prompt_learning:
+    if config is not None and (config.is_prompt_learning or config.peft_type in ACROSS_TOKENS):
         return False
     classifier: Any = model.get_base_model() if config is not None else model  # type: ignore[operator]
     packed = LAYERS.get(classifier.config.model_type) if isinstance(classifier, PreTrainedModel) else None

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 Role = Literal["teacher", "backbone", "student"]
@@ -198,6 +199,19 @@ class Scale:
     teacher: Pretrained | Phase
     threads: int | None = None
     data_revisions: Mapping[str, str] = field(default_factory=dict)
+
+
+def check_data_folder(folder: Path, option: str) -> None:
+    """
+    See that a folder can stand in for a scale's data, before anything is loaded.
+
+    Raises:
+        ValueError: Naming the option that gave it, and what it lacks.
+    """
+    missing = [name for name in ("train.tsv", "dev.tsv") if not (folder / name).is_file()]
+    if missing:
+        why = f"has no {missing[0]}" if folder.is_dir() else "is none"
+        raise ValueError(f"{option} must be a folder with train.tsv and dev.tsv, got {str(folder)!r}, which {why}")
 
 
 def _check_count(what: str, got: object, *, at_least: int) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from peftbench.phases import KD_MAX_LENGTH, PRECISIONS, SCALES, STANDARD_KD_SUBSETS, Phase, Scale
+from peftbench.phases import KD_MAX_LENGTH, PRECISIONS, SCALES, STANDARD_KD_SUBSETS, Phase, Scale, check_data_folder
 from peftbench.records import Record, RecordError, Store, make_run_id, read_record
 from peftbench.report import printable, render_comparison, render_duration, render_summary
 from peftbench.sealed import CorruptError
@@ -79,10 +79,11 @@ class Options:
             raise pytest.UsageError(
                 f"--peft-seeds must be different whole numbers from 0 to {2**32 - 1}, separated by commas, got {given['seeds']!r}"
             )
-        if given["data"] and not Path(given["data"]).is_dir():
-            raise pytest.UsageError(
-                f"--peft-data must be a folder with train.tsv and dev.tsv, got {given['data']!r}, which is none"
-            )
+        if given["data"]:
+            try:
+                check_data_folder(Path(given["data"]), "--peft-data")
+            except ValueError as error:
+                raise pytest.UsageError(str(error)) from None
         if not (given["evaluations"].isascii() and given["evaluations"].isdigit() and int(given["evaluations"]) <= 1000):
             raise pytest.UsageError(f"--peft-evaluations must be a whole number from 0 to 1000, got {given['evaluations']!r}")
         limits = config.getoption("peft_fail") or config.getini("peft_fail")

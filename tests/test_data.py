@@ -276,13 +276,6 @@ def test_a_missing_file_is_named(folder, name):
         read_glue_folder(folder)
 
 
-@pytest.mark.parametrize("name", ["absent", "train.tsv"])
-def test_a_folder_that_is_none_is_named_with_its_option(folder, name):
-    """Missing, or a file."""
-    with pytest.raises(DataError, match=rf"--peft-data must be a folder .* got .*{re.escape(name)}"):
-        read_glue_folder(folder / name)
-
-
 @pytest.mark.parametrize("header", ["label\tsentence", "sentence,label", "sentence\tlabel\tid", "good\t1", ""])
 def test_a_wrong_header_is_refused(folder, header):
     """The error says what it wanted and got."""

@@ -171,6 +171,17 @@ def test_a_layer_that_an_adapter_has_wrapped_is_not_packed():
     loss_and_gradients(model.train(), make_batch(encoded_of([5, 2]), range(2), "cpu", packed=False))
 
 
+@architectures
+def test_an_adapter_that_averages_over_padding_is_not_packed(architecture):
+    """Its logits are those that PEFT gives for padded sentences, not others."""
+    model, _ = adapted(architecture, "LILY")
+    batch = make_batch(encoded_of([5, 2, 8]), range(3), "cpu", packed=False)
+    expected = model.eval()(**batch.inputs).logits
+    assert not make_packable(model)
+    economize(model)
+    torch.testing.assert_close(model(**batch.inputs).logits, expected)
+
+
 @pytest.mark.parametrize(
     ("architecture", "method"),
     [("bert", method) for method in VIRTUAL_TOKENS] + [("distilbert", "P_TUNING"), ("distilbert", "PROMPT_TUNING")],

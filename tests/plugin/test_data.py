@@ -3,11 +3,19 @@
 import pytest
 
 
-def test_a_folder_that_is_none_is_a_usage_error(study):
-    """The folder must exist before anything is loaded."""
-    result = study(data="nowhere")
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("nowhere", "is none"), ("whole/dev.tsv", "is none"), ("half", "has no dev.tsv"), ("empty", "has no train.tsv")],
+)
+def test_a_folder_without_the_files_is_a_usage_error(study, tmp_path, name, why):
+    """Before anything is loaded, naming what it lacks."""
+    for path in ("empty", "half", "whole"):
+        (tmp_path / path).mkdir()
+    for path in ("half/train.tsv", "whole/train.tsv", "whole/dev.tsv"):
+        (tmp_path / path).touch()
+    result = study(data=tmp_path / name)
     assert pytest.ExitCode.USAGE_ERROR == result.ret
-    result.stderr.fnmatch_lines(["*--peft-data must be a folder with train.tsv and dev.tsv, got 'nowhere'*"])
+    result.stderr.fnmatch_lines([f"*--peft-data must be a folder with train.tsv and dev.tsv, got '{tmp_path / name}', which {why}"])
 
 
 def test_a_bad_file_fails_the_case_with_its_line(study, tmp_path, records):
