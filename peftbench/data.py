@@ -26,7 +26,7 @@ class DataError(ValueError):
     """The data cannot be used as they are; the message names the file or split and what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Split:
     """
     Labelled sentences in a fixed order.
@@ -43,6 +43,10 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __repr__(self) -> str:
+        """Short: pytest shows it with what fails."""
+        return f"<Split {self.name} of {len(self)}>"
 
     @cached_property
     def fingerprint(self) -> str:

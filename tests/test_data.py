@@ -42,6 +42,11 @@ def write_tsv(path, lines, *, header="sentence\tlabel", end="\n"):
     path.write_bytes(end.join([header, *lines, ""]).encode())
 
 
+def test_a_split_is_shown_short():
+    """By its name and size, not with every sentence."""
+    assert "<Split train of 3>" == repr(split_of([0, 1, 1]))
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A GLUE-style folder of 40 training and 6 dev rows, without a test file."""
