@@ -14,7 +14,10 @@ from peftbench.data import DataError, Split
 from peftbench.phases import Distillation
 from peftbench.sealed import CorruptError, building, file_sha256, fingerprint, lock, unseal
 
-_MODULES = ("device", "distill", "kernels", "layers", "models", "packing", "parameters", "plan", "runner", "training")
+_MODULES = (
+    *("attention", "device", "distill", "dropout", "kernels", "layers"),
+    *("models", "packing", "parameters", "plan", "runner", "training"),
+)
 CODE_VERSION = fingerprint([file_sha256(Path(__file__).with_name(f"{name}.py")) for name in _MODULES])
 """Of the modules that decide what a teacher learns and says: a part of every cache key, so that a change of them shows."""
 

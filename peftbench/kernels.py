@@ -1,10 +1,10 @@
 """
-Parts of a training step on CPU that cost more than they need to, with the same mathematics for less.
+Layers whose step costs more than it needs to, on CPU above all, with the same mathematics for less.
 
-A profile of MiniLM's step on two cores, packed: torch draws dropout masks one by one on one thread, autocast converts frozen
-weights anew in every step, each backward pass makes a gradient as large as the whole vocabulary, over which AdamW then passes, for
-the few rows that a batch looks up, and at some 200 tokens what autograd does around an operation takes as long as many of them do.
-Layers that are fused here add to their gradients by themselves, which autograd's own functions and hooks on them do not see.
+A profile of MiniLM's step on two cores, packed: autocast converts frozen weights anew in every step, each backward pass makes a
+gradient as large as the whole vocabulary, over which AdamW then passes, for the few rows that a batch looks up, and at some 200
+tokens what autograd does around an operation takes as long as many of them do. Layers that are fused here add to their gradients
+by themselves, which autograd's own functions and hooks on them do not see.
 """
 
 import ctypes
@@ -13,100 +13,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peftbench.dropout import Dropout, Masks, scaled
 from peftbench.parameters import supersede
 
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 """None where torch is built without oneDNN."""
 
-_DRAWS = 1 << 16
-_MASKS = 1 << 20
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
-
-
-class Masks:
-    """
-    A stream of random zeros and ones, seeded from torch's global generator when it is made.
-
-    Four come out of each 64-bit number of numpy's fastest generator. Many are drawn at once, since an operation on few numbers
-    takes longer to begin than to do.
-    """
-
-    def __init__(self) -> None:
-        seed = int(torch.empty((), dtype=torch.int64).random_().item())
-        self._generator = np.random.Generator(np.random.SFC64(seed))
-        self._drawn: dict[tuple[int, torch.dtype], Tensor] = {}
-
-    def take(self, n: int, zeros: int, dtype: torch.dtype) -> Tensor:
-        """The next n of which on average this many of 65,536 are zero, shape (n,)."""
-        if n > _MASKS:
-            return self._draw(n, zeros, dtype)
-        drawn = self._drawn.get((zeros, dtype))
-        if drawn is None or n > len(drawn):
-            drawn = self._draw(max(_MASKS, 4 * n), zeros, dtype)
-        taken, self._drawn[zeros, dtype] = drawn[:n], drawn[n:]
-        return taken
-
-    def _draw(self, n: int, zeros: int, dtype: torch.dtype) -> Tensor:
-        numbers = self._generator.integers(-(2**63), 2**63 - 1, size=(n + 3) // 4, dtype=np.int64, endpoint=True)
-        most = zeros - _DRAWS // 2 - 1  # of a draw that gives 0
-        with torch.inference_mode(False):  # what is left over may be used in training later
-            return torch.from_numpy(numbers).view(torch.int16)[:n].clamp_(most, most + 1).sub_(most).to(dtype)
-
-
-class Dropout(nn.Dropout):
-    """`torch.nn.Dropout` with p to the nearest 1/65536."""
-
-    masks: Masks
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape and type as ``x``."""
-        drawn = self.draw(x)
-        if drawn is None:
-            return x
-        dropped: Tensor = _Dropout.apply(x, *drawn)  # type: ignore[no-untyped-call]
-        return dropped
-
-    def draw(self, x: Tensor) -> tuple[Tensor, float] | None:
-        """What to multiply ``x`` with: zeros and ones of its shape and type, and a number; None if all of it is kept."""
-        zeros = round(self.p * _DRAWS)
-        if not self.training or zeros == 0:
-            return None
-        if zeros == _DRAWS:
-            return torch.zeros_like(x), 1.0
-        return self.masks.take(x.numel(), zeros, x.dtype).view(x.shape), _DRAWS / (_DRAWS - zeros)
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    queries: tuple[Tensor, Tensor],
-    keys: tuple[Tensor, Tensor],
-    bias: Tensor,
-    dropout: Dropout,
-) -> Tensor:
-    """
-    Dot-product attention of items that are spread over padded rows for it and collected again.
-
-    Args:
-        query: Shape (Q, E).
-        key: Shape (T, E), as ``value``.
-        queries: For H heads of size D, the row of (Q · H, D) that each cell of (R · H · C, D) takes, and the cell of each row.
-        keys: The same for keys and values: T items, and rows of K cells.
-        bias: Added to the scores, shape (R, 1, C, K).
-
-    Returns:
-        Shape (Q, E).
-    """
-    if torch.is_autocast_enabled("cpu"):  # some adapters give fp32, which autocast would convert for the products alone
-        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
-    attended: Tensor = _Attention.apply(query, key, value, *queries, *keys, bias, dropout)  # type: ignore[no-untyped-call]
-    return attended
 
 
 class LayerNorm(nn.LayerNorm):
@@ -194,6 +111,8 @@ class Linear(nn.Linear):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype
         parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
         if self.weight.requires_grad:  # cannot be kept: the fused AdamW does not count its changes as new versions
+            if self._cast is not None:
+                self._cast = None
             return [p if p.dtype == dtype else p.detach().to(dtype) for p in parameters]
         state = (dtype, *((p.data_ptr(), p._version) for p in parameters))
         if self._cast is None or self._cast[0] != state:
@@ -273,29 +192,6 @@ def _has_special_gradient(embedding: nn.Embedding) -> bool:
     return embedding.sparse or embedding.scale_grad_by_freq or embedding.max_norm is not None
 
 
-class _Dropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(mask)
-        ctx.scale = scale
-        return _scaled(x, mask, scale)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (mask,) = ctx.saved_tensors
-        return _scaled(gradient, mask, ctx.scale), None, None
-
-
-def _scaled(x: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """scale · x · mask, in one pass and rounded once; ``x`` itself without a mask."""
-    return x if mask is None else torch.addcmul(_zero(x.dtype), x, mask, value=scale)
-
-
-@functools.cache
-def _zero(dtype: torch.dtype) -> Tensor:
-    return torch.zeros((), dtype=dtype)
-
-
 class _AddAndNormalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, added: Tensor, norm: nn.LayerNorm, mask: Tensor | None, scale: float) -> Tensor:
@@ -317,62 +213,7 @@ class _AddAndNormalize(torch.autograd.Function):
             if trains:
                 _accumulate(parameter, of_parameter)
         of_added = into.to(ctx.type_of_added)
-        return into.to(ctx.type_of_x), _scaled(of_added, mask, ctx.scale), None, None, None
-
-
-class _Attention(torch.autograd.Function):
-    """Letters of shapes as in `attend`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        query_of_cell: Tensor,
-        cell_of_query: Tensor,
-        key_of_cell: Tensor,
-        cell_of_key: Tensor,
-        bias: Tensor,
-        dropout: Dropout,
-    ) -> Tensor:
-        rows, _, width, length = bias.shape
-        heads = len(query_of_cell) // (rows * width)
-        size = query.shape[1] // heads
-        q = query.view(-1, size).index_select(0, query_of_cell).view(-1, width, size)  # (R · H, C, D)
-        k = key.view(-1, size).index_select(0, key_of_cell).view(-1, length, size)  # (R · H, K, D)
-        v = value.view(-1, size).index_select(0, key_of_cell).view(-1, length, size)
-        scores = torch.bmm(q, k.transpose(1, 2)).view(rows, heads, width, length)
-        weights = torch.add(bias, scores, alpha=size**-0.5).softmax(dim=-1)  # in fp32: torch's softmax of 16 bits is slower
-        used = weights.to(v.dtype)
-        mask, scale = dropout.draw(used) or (None, 1.0)
-        used = _scaled(used, mask, scale).view(-1, width, length)
-        ctx.save_for_backward(q, k, v, weights, mask, cell_of_query, cell_of_key)
-        ctx.scale = scale
-        return torch.bmm(used, v).view(-1, size).index_select(0, cell_of_query).view(query.shape)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights, mask, cell_of_query, cell_of_key = ctx.saved_tensors
-        width, length = weights.shape[2:]
-        size = q.shape[2]
-        out = q.new_zeros(q.shape)  # a cell without an item gets no gradient
-        out.view(-1, size).index_copy_(0, cell_of_query, gradient.reshape(-1, size))
-        into_used = torch.bmm(out, v.transpose(1, 2)).view(weights.shape)
-        into_weights = _scaled(into_used, mask, ctx.scale).to(weights.dtype)
-        scores = torch._softmax_backward_data(into_weights, weights, -1, weights.dtype).to(q.dtype).view(-1, width, length)
-        used = _scaled(weights.to(v.dtype), mask, ctx.scale).view(-1, width, length)  # made again, since it would be much to keep
-        wants_query, wants_key, wants_value, *_ = ctx.needs_input_grad
-
-        def collect(cells: Tensor, cell_of_item: Tensor) -> Tensor:
-            return cells.view(-1, size).index_select(0, cell_of_item).view(-1, gradient.shape[1])
-
-        return (
-            collect(torch.baddbmm(q, scores, k, beta=0, alpha=size**-0.5), cell_of_query) if wants_query else None,
-            collect(torch.baddbmm(k, scores.transpose(1, 2), q, beta=0, alpha=size**-0.5), cell_of_key) if wants_key else None,
-            collect(torch.bmm(used.transpose(1, 2), out), cell_of_key) if wants_value else None,
-            *[None] * 6,
-        )
+        return into.to(ctx.type_of_x), scaled(of_added, mask, ctx.scale), None, None, None
 
 
 class _Projection(torch.autograd.Function):

@@ -10,6 +10,8 @@ from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 
 from peftbench import kernels
+from peftbench.attention import attend
+from peftbench.dropout import Dropout
 from peftbench.packing import Spans
 
 ACROSS_TOKENS = {"LILY"}
@@ -111,8 +113,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, spans: Spans, firsts_alon
     """Attention within sentences: (Q, E) over keys and values of (T, E) gives (Q, E); Q is T, or B for the firsts alone."""
     queries, keys, size = spans.firsts if firsts_alone else spans.tokens, spans.tokens, query.shape[1] // heads
     rate = dropout.p if dropout.training else 0.0
-    if rate and isinstance(dropout, kernels.Dropout):
-        return kernels.attend(query, key, value, queries.indices(heads), keys.indices(heads), queries.bias, dropout)
+    if rate and isinstance(dropout, Dropout):
+        return attend(query, key, value, queries.indices(heads), keys.indices(heads), queries.bias, dropout)
     q = queries.spread(query.view(-1, heads, size))
     k, v = (keys.spread(x.view(-1, heads, size)) for x in (key, value))
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=queries.bias.to(q.dtype), dropout_p=rate)

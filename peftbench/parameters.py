@@ -1,6 +1,5 @@
 """What an optimizer changes: the trained parameters, in groups of one learning rate, and their gradients."""
 
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -58,7 +57,7 @@ class FlatParameters:
                     by_type.setdefault(parameter.dtype, []).append(parameter)
                 self.groups.append({**group, "params": [_flatten(same) for same in by_type.values()]})
             for part in self._parts:
-                self._hooks.append(part.register_hook(functools.partial(_clear_before_addition, part)))  # type: ignore[no-untyped-call]
+                self._hooks.append(part.register_hook(lambda _, part=part: _clear_outdated(part)))  # type: ignore[no-untyped-call]
         except BaseException:
             self.release()
             raise
@@ -108,14 +107,8 @@ def _clear_outdated(parameter: nn.Parameter) -> None:
         parameter.grad.zero_()
 
 
-def _clear_before_addition(parameter: nn.Parameter, gradient: Tensor | None) -> None:
-    """Autograd says so of parameters that nothing flows into, too: with None."""
-    if gradient is not None:
-        _clear_outdated(parameter)
-
-
 def _flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
-    sizes = [_round_up(p.numel(), _ALIGNMENT) for p in parameters]
+    sizes = [p.numel() + -p.numel() % _ALIGNMENT for p in parameters]
     sizes[-1] += -sum(sizes) % _ROW
     flat = nn.Parameter(parameters[0].new_zeros(sum(sizes)))
     flat.grad = torch.zeros_like(flat)
@@ -123,7 +116,3 @@ def _flatten(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
         data, gradient = (part[: parameter.numel()].view(parameter.shape) for part in parts)
         parameter.data, parameter.grad = data.copy_(parameter.data), gradient
     return flat
-
-
-def _round_up(n: int, step: int) -> int:
-    return -(-n // step) * step

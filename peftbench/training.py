@@ -94,6 +94,7 @@ def fit(
         loss: Mean loss of a batch, shape (); runs under the device's autocast.
         epoch: The rows of each step of one pass, in a fresh order each time.
         collate: Makes the batch of some rows.
+        parameters: What AdamW changes, and the keeper of its gradients.
         examples_at_once: How many go through the device together at first.
         progress: Told each step.
         what: Name of the work, for progress and errors.
@@ -193,7 +194,7 @@ def _relieve(memory: MemoryUse, model: Any, device: Device, what: str) -> Memory
     """
     Half as many examples at once or, where it is one already, activations computed twice.
 
-    Not so on CPU: `kernels.Masks` would draw other dropout masks the second time.
+    Not so on CPU: `dropout.Masks` would draw other dropout masks the second time.
     """
     if memory.examples_at_once > 1:
         return dataclasses.replace(

@@ -1,9 +1,10 @@
-"""Small encoders with random weights, and texts as random tokens."""
+"""Small encoders with random weights, texts as random tokens, and a dropout that drops the same in every call."""
 
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, DistilBertConfig
 
 from peftbench.data import Split
+from peftbench.dropout import Dropout
 from peftbench.models import prepare
 from peftbench.packing import Encoded
 from peftbench.phases import Phase
@@ -61,3 +62,11 @@ def encoded_of(lengths, seed=0):
     tokens = [torch.randint(1, VOCABULARY, (length,), generator=generator) for length in lengths]
     split = Split("train", tuple(range(n)), tuple(f"text {i}" for i in range(n)), labels)
     return Encoded(split, tokens, torch.tensor(labels))
+
+
+class FixedDropout(Dropout):
+    """Drops the same elements in every call, so that a numeric derivative sees one function."""
+
+    def draw(self, x):
+        mask = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) >= self.p
+        return (mask.to(x.dtype), 1 / (1 - self.p)) if self.training and self.p else None

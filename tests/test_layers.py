@@ -94,7 +94,7 @@ def test_packed_sentences_do_not_see_each_other(twins, architecture):
 @architectures
 @pytest.mark.parametrize("packed", [True, False])
 def test_attention_with_dropout_is_attention_where_nothing_is_dropped(architecture, packed):
-    """The spelled-out CPU attention is torch's: with a rate that rounds to none of 65,536 draws it gives the same numbers."""
+    """With a rate that rounds to none of 65,536 draws: our attention over packed rows, transformers' own over padded ones."""
     untouched = classifier(architecture).double().train()
     dropping = classifier(architecture, dropout=1e-9).double().train()
     dropping.load_state_dict(untouched.state_dict())
