@@ -44,7 +44,8 @@ def adapter(architecture, method):
         targets = [*ATTENTION[architecture], feedforward]
         return {"peft_type": "IA3", "target_modules": targets, "feedforward_modules": [feedforward]}
     if method == "LILY":
-        return {"peft_type": "LILY", "r": 2, "stride_A": 1, "num_B": 2, "target_modules": ATTENTION[architecture]}
+        sizes = {"r": 2, "stride_A": 1, "num_B": 2}
+        return {"peft_type": "LILY", **sizes, "target_modules": ATTENTION[architecture], "init_weights": False}  # not as zeros
     sizes = {"token_dim": 16, "num_layers": 2, "num_attention_heads": 2} if architecture == "distilbert" else {}
     return {"peft_type": method, **VIRTUAL_TOKENS[method], **sizes}
 

@@ -173,10 +173,12 @@ def test_a_layer_that_an_adapter_has_wrapped_is_not_packed():
 
 @architectures
 def test_an_adapter_that_averages_over_padding_is_not_packed(architecture):
-    """Its logits are those that PEFT gives for padded sentences, not others."""
+    """Its logits, which it would not leave alone, are those that PEFT gives for padded sentences."""
     model, _ = adapted(architecture, "LILY")
     batch = make_batch(encoded_of([5, 2, 8]), range(3), "cpu", packed=False)
     expected = model.eval()(**batch.inputs).logits
+    with model.disable_adapter():
+        assert not torch.equal(expected, model(**batch.inputs).logits)
     assert not make_packable(model)
     economize(model)
     torch.testing.assert_close(model(**batch.inputs).logits, expected)
