@@ -261,8 +261,8 @@ def _asks_onednn() -> bool:
     Whether oneDNN makes fp32 products, as it does those of 16 bits; torch itself asks MKL.
 
     On an AMD EPYC with AVX-512 oneDNN did 10% to 25% more arithmetic a second at this suite's sizes; on one with AVX2 alone MKL did
-    up to a quarter more. On an Intel Xeon the two were as quick, and MKL's call costs less: 4% of a step of full fine-tuning, 9% of one
-    under LoRA.
+    up to a quarter more. On an Intel Xeon the two were as quick, and MKL's call costs less: 4% of a step of full fine-tuning, 9% of
+    one under LoRA.
     """
     facts = torch.cpu.get_capabilities()
     for_mkl = "Intel" in str(facts.get("cpu_name", "")) or not facts.get("avx512_f", False)
