@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from peftbench.intervals import Estimate
 from peftbench.metrics import METRICS, Metric
 from peftbench.paired import holm, paired_difference, ratio_difference
-from peftbench.records import Predictions, Record
+from peftbench.records import Record
 from peftbench.verdicts import Row, Verdict
 
 Case = tuple[str, str, str]  # scale, letter, name
@@ -18,23 +18,27 @@ Identity = tuple[tuple[str, str], ...]
 LEVEL = 0.05
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Sample:
-    """The records of one phase on one side, by run."""
+    """The records of one phase on one side, by run; what they say is looked up once."""
 
     records: Sequence[Record]
+
+    @functools.cached_property
+    def _values(self) -> dict[str, list[float]]:
+        return {}
 
     @property
     def latest(self) -> dict[int, Record]:
         """By seed, whether it passed or not."""
         return {record.seed: record for record in self.records}
 
-    @property
+    @functools.cached_property
     def passed(self) -> list[Record]:
         """All that measured something."""
         return [record for record in self.records if record.outcome == "passed"]
 
-    @property
+    @functools.cached_property
     def by_seed(self) -> dict[int, Record]:
         """The last of each seed that measured something."""
         return {record.seed: record for record in self.passed}
@@ -68,11 +72,13 @@ class Sample:
 
     def values(self, metric: Metric) -> list[float]:
         """Independent measurements: of quality, one a seed; of all else, the mean of each run, whose seeds share its conditions."""
-        grouped: dict[object, list[float]] = {}
-        for record in self.measured(metric):
-            if (value := metric.value(record)) is not None:
-                grouped.setdefault(record.seed if metric.kind == "quality" else record.run_id, []).append(value)
-        return [statistics.fmean(values) for values in grouped.values()]
+        if metric.name not in self._values:
+            grouped: dict[object, list[float]] = {}
+            for record in self.measured(metric):
+                if (value := metric.value(record)) is not None:
+                    grouped.setdefault(record.seed if metric.kind == "quality" else record.run_id, []).append(value)
+            self._values[metric.name] = [statistics.fmean(values) for values in grouped.values()]
+        return self._values[metric.name]
 
     def measured(self, metric: Metric) -> list[Record]:
         """What a metric goes by."""
@@ -87,6 +93,8 @@ class Sample:
         parts: dict[Identity, list[Record]] = {}
         for record in self.passed:
             parts.setdefault(identity(metric, record), []).append(record)
+        if len(parts) == 1 and len(self.passed) == len(self.records):
+            return dict.fromkeys(parts, self)
         return {one: Sample(records) for one, records in parts.items()}
 
     def facts(self, metric: Metric) -> dict[str, set[str]]:
@@ -100,14 +108,13 @@ class Sample:
 
 def identity(metric: Metric, record: Record) -> Identity:
     """What must be the same in two records that a metric is compared in, each with what it is called."""
-    facts = {"data": str(record.data.get("fingerprint"))[:12]}
+    data = ("data", str(record.data.get("fingerprint"))[:12])
     if metric.kind == "quality":
-        facts["metric code"] = str(record.metrics_version or 1)
-    elif metric.kind != "size":
-        facts["machine"] = str(record.machine.get("id"))
-    if metric.kind == "memory":
-        facts["scope of memory"] = str(record.peak_memory_scope)
-    return tuple(facts.items())
+        return data, ("metric code", str(record.metrics_version or 1))
+    if metric.kind == "size":
+        return (data,)
+    machine = ("machine", str(record.machine.get("id")))
+    return (data, machine) if metric.kind == "time" else (data, machine, ("scope of memory", str(record.peak_memory_scope)))
 
 
 def compare(base: Iterable[Record], head: Iterable[Record]) -> list[Row]:
@@ -357,11 +364,6 @@ def _bits(record: Record, splits: Sequence[str]) -> tuple[int, int, int]:
     """How many examples the splits have, and their gold and predicted labels, end to end, as the bits of a number."""
     n, gold, predicted = 0, 0, 0
     for predictions in (record.predictions[split] for split in splits if split in record.predictions):
-        of_split = _masks(predictions)
+        of_split = predictions.masks()
         n, predicted, gold = (n + predictions.n, predicted << predictions.n | of_split[0], gold << predictions.n | of_split[1])
     return n, gold, predicted
-
-
-@functools.lru_cache(maxsize=64)  # the same base comes again and again
-def _masks(predictions: Predictions) -> tuple[int, int]:
-    return predictions.masks()

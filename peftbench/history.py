@@ -1,19 +1,18 @@
 """Which records are meant: runs on disk, named by commit, run, folder or file, and the order of their commits."""
 
-import gc
-import json
 import re
 import statistics
 import subprocess
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from peftbench.compare import Sample, judge_quality, judge_runs, other_memory_before
 from peftbench.metrics import Metric
-from peftbench.records import MAX_RECORD_BYTES, Record, RecordError, parse_json, read_record
+from peftbench.records import Record, RecordError, decode_json, decode_record, read_content, read_record
 from peftbench.verdicts import Point
 
 LEVEL = 0.01
@@ -66,6 +65,15 @@ class Side:
         return list({(r.scale, r.phase, r.name, r.seed): r for r in by_run}.values())
 
 
+class _Committed(msgspec.Struct):
+    """Of a record what says its commit."""
+
+    commit: dict[str, Any]
+
+
+_COMMIT = msgspec.json.Decoder(_Committed)
+
+
 @dataclass(frozen=True, slots=True)
 class History:
     """
@@ -94,7 +102,7 @@ class History:
         """
         for folder in (outputs / "runs", outputs / "tiny" / "runs"):
             files: dict[str, list[Path]] = {}
-            for path in sorted(folder.glob("*/*.json")):
+            for path in sorted(folder.glob("*/*.json"), key=str):
                 if path.parent.name != without:
                     files.setdefault(path.parent.name, []).append(path)
             if files:
@@ -140,11 +148,9 @@ class History:
         """What the run's first readable record says of its commit; nothing if none does."""
         for path in self.files[run]:
             try:
-                facts = json.loads(path.read_bytes()).get("commit") if path.stat().st_size <= MAX_RECORD_BYTES else None
-            except (OSError, ValueError, RecursionError, AttributeError):
+                return _COMMIT.decode(read_content(path)).commit
+            except (RecordError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 continue
-            if isinstance(facts, dict):
-                return facts
         return {}
 
     def everything(self) -> Side:
@@ -227,7 +233,7 @@ def read_side(text: str, history: Callable[[], History], *, without: Collection[
         return read_file(path)
     if path.is_dir():
         places = ("phase_*_metrics.json", "*.json", "runs/*/*.json", "*/*.json")
-        found = next((files for place in places if (files := sorted(path.glob(place)))), [])
+        found = next((files for place in places if (files := sorted(path.glob(place), key=str))), [])
         return _read(f"folder {text}", found, text)
     return history().select(text, without=without)
 
@@ -240,9 +246,9 @@ def read_file(path: Path) -> Side:
         HistoryError: If it is neither.
     """
     try:
-        content = parse_json(path)
+        content = decode_json(read_content(path))
     except RecordError as error:
-        raise HistoryError(str(error)) from error
+        raise HistoryError(f"{path}: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("benchmarks"), list):
         return _read(f"file {path}", [path], str(path))
     records, problems = [], []
@@ -261,31 +267,17 @@ def read_file(path: Path) -> Side:
 
 def _read(label: str, paths: Sequence[Path], where: str) -> Side:
     records, problems, found = [], [], []
-    with _uncollected():
-        for path in paths:
-            try:
-                content = parse_json(path)
-                files = _files_behind(path, content)
-                records += [read_record(file) for file in files] or [Record.from_json(content)]
-                found += files or [path]
-            except RecordError as error:
-                text = str(error)
-                problems.append(text if text.startswith(str(path)) else f"{path}: {text}")
+    for path in paths:
+        try:
+            content = read_content(path)
+            files = _files_behind(path, decode_json(content)) if b'"seeds"' in content else []
+            records += [read_record(file) for file in files] or [decode_record(content)]
+            found += files or [path]
+        except RecordError as error:
+            problems.append(f"{path}: {error}")
     if not records:
         raise HistoryError(f"no record in {where}" + (f" can be read; the first problem: {problems[0]}" if problems else ""))
     return Side(label, records, problems, found)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """No search for garbage meanwhile: among thousands of records, none of which is any, it takes a quarter of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _files_behind(path: Path, content: object) -> list[Path]:
@@ -330,14 +322,22 @@ class _Level:
     Attributes:
         first: Of its commits, which quality is compared with.
         values: Of all its runs, or of quality the first commit's.
+        mean: Of the values.
         memory_before: Of all its cases.
         last: Place of its last commit along the line.
     """
 
     first: Sample
     values: list[float]
+    mean: float
     memory_before: list[int]
     last: int
+
+    def add(self, values: Sequence[float], memory_before: Sequence[int]) -> None:
+        """Take what another commit measured for more of the same."""
+        self.values += values
+        self.mean += sum(value - self.mean for value in values) / len(self.values)
+        self.memory_before += memory_before
 
 
 class _Line:
@@ -371,26 +371,27 @@ class _Line:
         if level and metric.kind == "memory":
             other = other_memory_before(metric, level.values, level.memory_before, before)
         if level is None or other or not level.values:
-            self._levels[key] = _Level(sample, values, before, self._place)
+            self._levels[key] = self._begin(sample, values)
             return None, other.partition(":")[0].removeprefix("other ") if other else None
         shift = _shift(metric, level, sample, values) if values else None
         if shift is None:
             if metric.kind != "quality":
-                level.values += values
-                level.memory_before += before
+                level.add(values, before)
             level.last = self._place
             return None, None
-        self._levels[key] = _Level(sample, values, before, self._place)
+        self._levels[key] = self._begin(sample, values)
         if self._told.get(shift, 0) > level.last:  # another machine has shown it since this one measured
             return None, None
         self._told[shift] = self._place
         return shift, None
 
+    def _begin(self, sample: Sample, values: Sequence[float]) -> _Level:
+        return _Level(sample, [*values], statistics.fmean(values) if values else 0.0, [*sample.memory_before], self._place)
+
 
 def _shift(metric: Metric, level: _Level, sample: Sample, values: Sequence[float]) -> str | None:
     """Whether a sample is better or worse than a level."""
-    mean = statistics.fmean(level.values)
-    difference = statistics.fmean(values) - mean
+    difference = statistics.fmean(values) - level.mean
     if abs(difference) < metric.absolute:
         return None
     quality = metric.kind == "quality"
@@ -399,7 +400,7 @@ def _shift(metric: Metric, level: _Level, sample: Sample, values: Sequence[float
         return None
     if found is not None:
         difference = found.value
-    certain = abs(difference) > metric.relative * abs(mean) if found is None else found.p < LEVEL
+    certain = abs(difference) > metric.relative * abs(level.mean) if found is None else found.p < LEVEL
     return ("better" if metric.gain(difference) > 0 else "worse") if certain else None
 
 

@@ -1,6 +1,5 @@
 """What is compared: each metric's unit, its direction, and how much of a difference means something."""
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -56,7 +55,6 @@ def _quality(record: Record, name: str) -> float | None:
     return 2 * hits / (2 * hits + wrong) if hits or wrong else 0.0
 
 
-@functools.lru_cache(maxsize=1024)  # a history asks again at each commit
 def _count(predictions: Predictions) -> tuple[int, int, int]:
     """Positives predicted as such, wrong predictions, and all."""
     predicted, gold = predictions.masks()

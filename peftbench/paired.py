@@ -1,13 +1,12 @@
 """Whether two measurements of the same thing differ: paired quality over examples and seeds, times by their ratio."""
 
+import dataclasses
 import functools
 import math
 import statistics
 from collections.abc import Sequence
 
-import numpy as np
-
-from peftbench.intervals import Estimate, estimate
+from peftbench.intervals import Estimate, beta_share, estimate
 
 
 @functools.lru_cache(maxsize=4096)  # a history asks for the same counts again and again
@@ -19,9 +18,10 @@ def mcnemar_exact(lost: int, won: int) -> float:
         lost: Examples that the base got right and the head wrong.
         won: The other way round.
     """
-    from scipy.special import bdtr
-
-    return min(1.0, 2 * float(bdtr(min(lost, won), lost + won, 0.5))) if lost + won else 1.0
+    fewer, more = sorted((lost, won))
+    return (
+        min(1.0, 2 * beta_share(0.5, more, fewer + 1)) if more else 1.0
+    )  # the binomial's tail, by its tie to the beta distribution
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -50,18 +50,18 @@ def paired_difference(name: str, n: int, gold: int, base: Sequence[int], head: S
     before, after = ([_score(name, n, gold, predicted) for predicted in side] for side in (base, head))
     differences = [score - other for (score, _), (other, _) in zip(after, before, strict=True)]
     effects = [(sign * effect, mask) for sign, side in ((-1, before), (1, after)) for _, parts in side for effect, mask in parts]
-    squares = math.fsum(e * other * (mask & also).bit_count() for e, mask in effects for other, also in effects)
-    mean = math.fsum(effect * mask.bit_count() for effect, mask in effects)
+    squares = math.fsum([e * other * (mask & also).bit_count() for e, mask in effects for other, also in effects])
+    mean = math.fsum([effect * mask.bit_count() for effect, mask in effects])
     seeds = len(base)
     sources = [(max(0.0, squares - mean**2 / n) / (n * seeds) ** 2, n - 1.0)]
     if seeds > 1:
         sources.append((statistics.variance(differences) / seeds, seeds - 1.0))
-    found = estimate(statistics.fmean(differences), sources)
-    p = found.p
+    exact = None
     if seeds == 1 and name == "accuracy":
         wrong, later = gold ^ base[0], gold ^ head[0]
-        p = mcnemar_exact((later & ~wrong).bit_count(), (wrong & ~later).bit_count())
-    return Estimate(found.value, (max(-1.0, found.ci95[0]), min(1.0, found.ci95[1])), p)
+        exact = mcnemar_exact((later & ~wrong).bit_count(), (wrong & ~later).bit_count())
+    found = estimate(statistics.fmean(differences), sources, p=exact)
+    return dataclasses.replace(found, ci95=(max(-1.0, found.ci95[0]), min(1.0, found.ci95[1])))
 
 
 def ratio_difference(base: Sequence[float], head: Sequence[float]) -> Estimate | None:
@@ -79,9 +79,9 @@ def ratio_difference(base: Sequence[float], head: Sequence[float]) -> Estimate |
     """
     if min(len(base), len(head)) < 2 or min(*base, *head) <= 0:
         return None
-    logs = [np.log(side) for side in (base, head)]
-    sources = [(float(side.var(ddof=1)) / len(side), len(side) - 1.0) for side in logs]
-    ratio = estimate(float(logs[1].mean() - logs[0].mean()), sources)
+    logs = [[math.log(value) for value in side] for side in (base, head)]
+    sources = [(statistics.variance(side) / len(side), len(side) - 1.0) for side in logs]
+    ratio = estimate(statistics.fmean(logs[1]) - statistics.fmean(logs[0]), sources)
     mean = statistics.fmean(base)
     difference, low, high = (mean * math.expm1(min(one, 100.0)) for one in (ratio.value, *ratio.ci95))  # beyond, it overflows
     return Estimate(difference, (low, high), ratio.p)

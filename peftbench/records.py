@@ -1,19 +1,19 @@
-"""What happened: the record of a case, JSON both ways, and the store under ``outputs/``. Standard library only."""
+"""What happened: the record of a case, JSON both ways, and the store under ``outputs/``."""
 
-import base64
 import dataclasses
-import functools
 import json
+import os
+import re
 import reprlib
 import secrets
 import time
-import types
-import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count, repeat
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
+
+import msgspec
 
 from peftbench.phases import KD_MAX_LENGTH, Phase
 from peftbench.sealed import lock, write_atomically
@@ -28,8 +28,13 @@ _GROUPS = frozenset(
 MAX_RECORD_BYTES = 64 * 2**20
 """Of a file that is read; a record has some ten thousand."""
 
-_LARGEST: Mapping[type, float] = {int: 2**63 - 1, float: 1e100}
-"""Of a figure, either way: arrays hold it, and its square, which a spread and an axis need, is finite, too."""
+Count = Annotated[int, msgspec.Meta(ge=1 - 2**63, le=2**63 - 1)]
+Figure = Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)]
+"""Within what arrays hold; its square, which a spread and an axis need, is finite, too."""
+Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Outcome = Literal["passed", "failed"]
+CacheUse = Literal["hit", "miss"]
+Step = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
 
 _DEEPEST = 50
 """Mappings and lists inside each other, of which a record has some four; whatever reads a record need not fear more."""
@@ -37,12 +42,11 @@ _DEEPEST = 50
 _MEASURED = ("dev", "test", "parameter_counts", "train_runtime_seconds", "efficiency")
 """What a passed case has, whatever the phase."""
 
-_ADDED: Mapping[int, Sequence[str]] = {
-    2: ("skipped_steps", "memory_use", "teacher_checkpoint"),
-    3: ("metrics_version", "dev_curve"),
-    4: ("precision", "memory_before_bytes"),
-}
-"""The top-level keys that each version of the schema brought; in records of older ones they are null."""
+_OPEN = ("config", "data", "machine", "commit")
+"""Mappings of values of any kind."""
+
+_read_open = attrgetter(*_OPEN)
+_read_measured = attrgetter(*_MEASURED)
 
 
 class RecordError(ValueError):
@@ -53,26 +57,26 @@ class RecordError(ValueError):
 class SplitMetrics:
     """Quality on one split; fractions, F1 of the positive class, the interval by Wilson's score."""
 
-    accuracy: float
-    f1: float
-    n: int
-    accuracy_ci95: tuple[float, float]
+    accuracy: Fraction
+    f1: Fraction
+    n: Count
+    accuracy_ci95: tuple[Figure, Figure]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParameterCounts:
     """Scalars in the model, and how many of them an optimizer step may change."""
 
-    total: int
-    trainable: int
+    total: Count
+    trainable: Count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Efficiency:
     """Dev accuracy (a fraction) per million trainable parameters and per minute of training; null if nothing trained."""
 
-    accuracy_per_million_params: float | None
-    accuracy_per_minute: float | None
+    accuracy_per_million_params: Figure | None
+    accuracy_per_minute: Figure | None
 
     @classmethod
     def from_costs(cls, *, accuracy: float, trainable: int, seconds: float) -> "Efficiency":
@@ -91,9 +95,9 @@ class TeacherCost:
     ``cache`` is ``hit`` where this case found both on disk; the seconds are those of the first time in either case.
     """
 
-    training_seconds: float
-    logit_seconds: float
-    cache: Literal["hit", "miss"]
+    training_seconds: Figure
+    logit_seconds: Figure
+    cache: CacheUse
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,8 +111,8 @@ class MemoryUse:
         gradient_checkpointing: Whether activations were computed a second time instead of kept.
     """
 
-    examples_at_once: int
-    times_out_of_memory: int = 0
+    examples_at_once: Count
+    times_out_of_memory: Count = 0
     gradient_checkpointing: bool = False
 
 
@@ -151,14 +155,14 @@ class Predictions:
 
     Attributes:
         split_fingerprint: Of the split's ids, texts and labels; only equal ones may be paired.
-        predicted: Base64 of the bits, the first example in the highest bit of the first byte.
+        predicted: The first example in the highest bit of the first byte; base64 in JSON.
         gold: The same for the labels.
     """
 
     split_fingerprint: str
-    n: int
-    predicted: str
-    gold: str
+    n: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+    predicted: bytes
+    gold: bytes
 
     @classmethod
     def from_labels(cls, predicted: Sequence[int], gold: Sequence[int], split_fingerprint: str) -> "Predictions":
@@ -174,7 +178,8 @@ class Predictions:
 
     def masks(self) -> tuple[int, int]:
         """Predicted and gold labels as the n bits of a whole number, the first example in the highest."""
-        return _unpack_bits(self.predicted, self.n), _unpack_bits(self.gold, self.n)
+        fillers = -self.n % 8
+        return int.from_bytes(self.predicted, "big") >> fillers, int.from_bytes(self.gold, "big") >> fillers
 
     def correct(self) -> list[bool]:
         """Whether each example was predicted right, in the split's order."""
@@ -194,35 +199,35 @@ class Record:
     phase: str
     name: str
     scale: str
-    seed: int
-    outcome: Literal["passed", "failed"]
+    seed: Count
+    outcome: Outcome
     fingerprint: str | None
     config: Mapping[str, Any]
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Count = SCHEMA_VERSION
     error: str | None = None
     checkpoint: str | None = None
     teacher_checkpoint: str | None = None
     dev: SplitMetrics | None = None
     test: SplitMetrics | None = None
-    majority_accuracy: float | None = None
-    metrics_version: int | None = None
+    majority_accuracy: Figure | None = None
+    metrics_version: Count | None = None
     parameter_counts: ParameterCounts | None = None
-    train_runtime_seconds: float | None = None
-    evaluation_seconds: float | None = None
+    train_runtime_seconds: Figure | None = None
+    evaluation_seconds: Figure | None = None
     efficiency: Efficiency | None = None
     kd_path: str | None = None
-    samples_per_second: float | None = None
-    tokens_per_second: float | None = None
-    optimizer_steps: int | None = None
-    skipped_steps: int | None = None
+    samples_per_second: Figure | None = None
+    tokens_per_second: Figure | None = None
+    optimizer_steps: Count | None = None
+    skipped_steps: Count | None = None
     memory_use: MemoryUse | None = None
-    learning_curve: tuple[tuple[int, float], ...] = ()
-    dev_curve: tuple[tuple[int, float, float], ...] | None = None
-    peak_memory_bytes: int | None = None
+    learning_curve: tuple[tuple[Step, Figure], ...] = ()
+    dev_curve: tuple[tuple[Step, Figure, Figure], ...] | None = None
+    peak_memory_bytes: Count | None = None
     peak_memory_scope: str | None = None
-    memory_before_bytes: int | None = None
-    artifact_bytes: int | None = None
-    latency_ms: float | None = None
+    memory_before_bytes: Count | None = None
+    artifact_bytes: Count | None = None
+    latency_ms: Figure | None = None
     precision: str | None = None
     batching: str | None = None
     teacher_cost: TeacherCost | None = None
@@ -248,7 +253,7 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values."""
-        text = json.dumps(dataclasses.asdict(self), allow_nan=False, ensure_ascii=False)
+        text = json.dumps(msgspec.to_builtins(self), allow_nan=False, ensure_ascii=False)
         # An error may quote a path that is not UTF-8; half a character in it would keep the record from being read.
         content: dict[str, Any] = json.loads(text.encode("utf-8", "replace"))
         return content
@@ -276,7 +281,7 @@ class Record:
     @classmethod
     def from_json(cls, content: object) -> "Record":
         """
-        Read what `to_json` gave.
+        Read what `to_json` gave; a key that may be null may also be left out, as versions before have not all of them.
 
         Raises:
             RecordError: If it is something else, naming the first key that is wrong.
@@ -286,13 +291,19 @@ class Record:
         version = content["schema_version"]
         if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
             raise RecordError(f"schema_version must be 1 to {SCHEMA_VERSION}, got {version!r}; a newer peftbench may read it")
-        later = {key: None for added, keys in _ADDED.items() if added > version for key in keys}
         try:
-            record: Record = _reader(typing.cast(Any, cls))({**later, **content, "schema_version": SCHEMA_VERSION})
-            _check(record)
-        except _Misfit as misfit:
-            raise RecordError(str(misfit)) from None
-        return record
+            record = msgspec.convert(content, cls)
+        except msgspec.ValidationError as error:
+            raise RecordError(_explain(error, content)) from None
+        except RecursionError as error:
+            raise RecordError("record is nested too deeply") from error
+        except UnicodeEncodeError as error:
+            raise RecordError(f"record must have text that UTF-8 can hold, got {reprlib.repr(error.object)}") from None
+        return _checked(record)
+
+
+_DECODER = msgspec.json.Decoder(Record)
+_SIZES = dict[str, Count]
 
 
 def read_record(path: Path) -> Record:
@@ -303,27 +314,61 @@ def read_record(path: Path) -> Record:
         RecordError: If it cannot be read, is not JSON or not a record; the message names the file.
     """
     try:
-        return Record.from_json(parse_json(path))
+        return decode_record(read_content(path))
     except RecordError as error:
-        raise RecordError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
+        raise RecordError(f"{path}: {error}") from error
 
 
-def parse_json(path: Path) -> object:
+def decode_record(content: bytes) -> Record:
     """
-    Read a JSON file that may be anything.
+    Read the content of a record file.
 
     Raises:
-        RecordError: If it is too large, cannot be read, or is not JSON with finite numbers; the message names the file.
+        RecordError: If it is not JSON or not a record.
     """
     try:
-        if (size := path.stat().st_size) > MAX_RECORD_BYTES:
-            raise ValueError(f"{size} bytes are more than the {MAX_RECORD_BYTES} that a file of records may have")
-        content: object = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_refuse_constant)
+        record = _DECODER.decode(content)
+        if 1 <= record.schema_version <= SCHEMA_VERSION:
+            return _checked(record)
+    except msgspec.ValidationError as error:
+        if "out of range" in str(error):  # no number of Python's, and so no content to look it up in
+            raise RecordError(_explain(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    return Record.from_json(decode_json(content))  # which is slower, and says what was got
+
+
+def decode_json(content: bytes) -> object:
+    """
+    Read JSON that may be anything.
+
+    Raises:
+        RecordError: If it is not JSON with finite numbers.
+    """
+    try:
+        return msgspec.json.decode(content)
     except RecursionError as error:
-        raise RecordError(f"{path}: nested too deeply") from error
-    except (OSError, ValueError) as error:
-        raise RecordError(f"{path}: {error}") from error
-    return content
+        raise RecordError("nested too deeply") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        place = re.search(r"\(byte (\d+)\)", str(error))
+        near = content[int(place[1]) :][:20].decode("utf-8", "replace") if place else ""
+        raise RecordError(f"{error}{near and f': {near!r}'}") from error
+
+
+def read_content(path: Path) -> bytes:
+    """
+    Read a file that should hold records.
+
+    Raises:
+        RecordError: If it is too large or cannot be read.
+    """
+    try:
+        with path.open("rb", buffering=0) as file:
+            if (size := os.fstat(file.fileno()).st_size) > MAX_RECORD_BYTES:
+                raise RecordError(f"{size} bytes are more than the {MAX_RECORD_BYTES} that a file of records may have")
+            return file.readall()
+    except OSError as error:
+        raise RecordError(error.strerror or str(error)) from error
 
 
 def make_run_id() -> str:
@@ -435,215 +480,58 @@ def phase_config(phase: Phase) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in ("at_scale", "id")}
 
 
-def _pack_bits(labels: Sequence[int]) -> str:
+def _pack_bits(labels: Sequence[int]) -> bytes:
     if wrong := sorted({label for label in labels if label not in (0, 1)}):
         raise ValueError(f"labels must be 0 or 1, got {wrong[0]!r}")
     bits = "".join("1" if label else "0" for label in labels)
     padded = bits.ljust(-(-len(bits) // 8) * 8, "0")
-    return base64.b64encode(bytes(int(padded[i : i + 8], 2) for i in range(0, len(padded), 8))).decode()
+    return bytes(int(padded[i : i + 8], 2) for i in range(0, len(padded), 8))
 
 
-def _unpack_bits(packed: str, n: int) -> int:
-    try:
-        content = base64.b64decode(packed, validate=True)
-    except ValueError:
-        content = b""
-    if n < 0 or len(content) != -(-n // 8):
-        raise RecordError(f"{n} predictions must be the bits of {-(-n // 8)} bytes in base64, got {packed[:40]!r}")
-    return int.from_bytes(content, "big") >> (8 * len(content) - n)
+def _checked(record: Record) -> Record:
+    """
+    The record, where all is well that types alone do not say.
 
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
-
-
-class _Misfit(Exception):  # noqa: N818 - an intermediate state of the message
-    """A value that is not of its type: what is wrong with it, and the keys to it, the innermost first."""
-
-    def __init__(self, problem: str, *keys: str | int) -> None:
-        super().__init__(problem)
-        self.problem = problem
-        self.keys = list(keys)
-
-    def __str__(self) -> str:
-        keys = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in reversed(self.keys))
-        return f"record{keys} {self.problem}"
-
-
-Reader = Callable[[Any], Any]
-
-
-def _check(record: Record) -> None:
-    """What types alone do not say."""
-    if record.outcome == "passed" and (missing := [name for name in _MEASURED if getattr(record, name) is None]):
-        raise _Misfit(f"is of a case that passed, and has null for {', '.join(missing)}")
+    Raises:
+        RecordError: Where it is not.
+    """
+    if record.outcome == "passed" and None in _read_measured(record):
+        missing = [name for name in _MEASURED if getattr(record, name) is None]
+        raise RecordError(f"record is of a case that passed, and has null for {', '.join(missing)}")
     for predictions in record.predictions.values():
-        predictions.masks()
-    for name, split in (("dev", record.dev), ("test", record.test)):
-        if split and not (0 <= split.accuracy <= 1 and 0 <= split.f1 <= 1):
-            raise _Misfit(f"must have fractions, got accuracy {split.accuracy!r} and f1 {split.f1!r}", name)
-    if record.learning_curve and min(record.learning_curve)[0] < 1:
-        raise _Misfit(f"must count its steps from 1, got {min(record.learning_curve)[0]}", "learning_curve")
-    _read_parts(["data.sizes"], [_reader(Mapping[str, int])], [record.data.get("sizes", {})])
-
-
-@functools.cache
-def _reader(kind: Any) -> Reader:
-    """What checks a JSON value against a type annotation and builds the dataclasses in it."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return _read_anything
-    if origin is typing.Literal:
-        return _reader_of_choice(args)
-    if origin is types.UnionType:
-        inner = _reader(next(a for a in args if a is not type(None)))
-        return lambda value: None if value is None else inner(value)
-    if dataclasses.is_dataclass(kind):
-        return _reader_of_dataclass(kind)
-    if origin is tuple:
-        return _reader_of_list(args[0]) if args[-1] is Ellipsis else _reader_of_tuple(args)
-    if origin is Mapping:
-        return _reader_of_mapping(args[1])
-    return _reader_of_plain(kind)
-
-
-def _reader_of_choice(choices: Sequence[Any]) -> Reader:
-    def read(value: Any) -> Any:
-        if value not in choices:
-            raise _Misfit(f"must be one of {', '.join(map(str, choices))}, got {reprlib.repr(value)}")
-        return value
-
-    return read
-
-
-def _reader_of_dataclass(kind: Any) -> Reader:
-    readers = {name: _reader(hint) for name, hint in typing.get_type_hints(kind).items()}
-
-    def read(value: Any) -> Any:
-        if not isinstance(value, dict):
-            raise _misfit(kind, value)
-        if missing := [name for name in readers if name not in value]:
-            raise _Misfit(f"has no {', '.join(missing)}")
-        return kind(**_read_parts(readers, readers.values(), map(value.__getitem__, readers)))
-
-    return read
-
-
-def _reader_of_list(kind: Any) -> Reader:
-    reader, kinds = _reader(kind), typing.get_args(kind)
-
-    def read(value: Any) -> Any:
-        if not isinstance(value, list):
-            raise _misfit(tuple, value)
-        rows = _read_rows(value, kinds)
-        return tuple(_read_parts(count(), repeat(reader), value).values()) if rows is None else rows
-
-    return read
-
-
-def _read_rows(rows: list[Any], kinds: Sequence[Any]) -> tuple[Any, ...] | None:
-    """Rows of numbers, column by column, as curves are most of a record; None if anything is not as it should be."""
+        if not len(predictions.predicted) == len(predictions.gold) == -(-predictions.n // 8):
+            raise RecordError(
+                f"{predictions.n} predictions must be the bits of {-(-predictions.n // 8)} bytes, got "
+                f"{len(predictions.predicted)} predicted and {len(predictions.gold)} gold ones"
+            )
+    for name, mapping in zip(_OPEN, _read_open(record), strict=True):
+        if mapping and _is_deep(mapping, _DEEPEST):
+            raise RecordError(f"record.{name} is nested too deeply")
     try:
-        columns = [_read_column(column, kind) for column, kind in zip(zip(*rows, strict=True), kinds, strict=True)]
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return tuple(zip(*columns, strict=True))
+        msgspec.convert(record.data.get("sizes", {}), _SIZES)
+    except msgspec.ValidationError as error:
+        raise RecordError(_explain(error, record.data["sizes"], "data.sizes")) from None
+    return record if record.schema_version == SCHEMA_VERSION else dataclasses.replace(record, schema_version=SCHEMA_VERSION)
 
 
-def _read_column(column: tuple[Any, ...], kind: Any) -> tuple[Any, ...]:
-    found = set(map(type, column))
-    if not found <= ({int, float} if kind is float else {kind}) or not sum(map(abs, column)) <= _LARGEST[kind]:
-        raise ValueError
-    return column if found == {kind} else tuple(map(float, column))
+def _is_deep(value: Any, levels: int) -> bool:
+    """Whether a mapping or list has more of them inside each other."""
+    for item in value.values() if type(value) is dict else value:
+        if type(item) in (dict, list) and (levels == 1 or _is_deep(item, levels - 1)):
+            return True
+    return False
 
 
-def _reader_of_tuple(kinds: Sequence[Any]) -> Reader:
-    readers = [_reader(kind) for kind in kinds]
-
-    def read(value: Any) -> Any:
-        if not isinstance(value, list) or len(value) != len(readers):
-            raise _misfit(tuple, value)
-        return tuple(_read_parts(count(), readers, value).values())
-
-    return read
-
-
-def _reader_of_mapping(kind: Any) -> Reader:
-    reader = _reader(kind)
-
-    def read(value: Any) -> Any:
-        if not isinstance(value, dict):
-            raise _misfit(dict, value)
-        return _read_parts(map(_read_text, value), repeat(reader), value.values())
-
-    return read
-
-
-def _reader_of_plain(kind: Any) -> Reader:
-    def read(value: Any) -> Any:
-        if type(value) is kind:
-            return value
-        raise _misfit(kind, value)
-
-    return {str: _read_text, int: _read_int, float: _read_float}.get(kind, read)
-
-
-def _read_text(value: Any) -> str:
-    if type(value) is not str:
-        raise _misfit(str, value)
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise _Misfit(f"must be text that UTF-8 can hold, got {reprlib.repr(value)}") from None
-    return value
-
-
-def _read_int(value: Any) -> Any:
-    if type(value) is not int:
-        raise _misfit(int, value)
-    return _read_number(value)
-
-
-def _read_float(value: Any) -> float:
-    if type(value) is not float and type(value) is not int:
-        raise _misfit(float, value)
-    return float(_read_number(value))
-
-
-def _read_number(value: Any) -> Any:
-    if not abs(value) <= (largest := _LARGEST[type(value)]):  # and NaN is not, either
-        raise _Misfit(f"must be a number within {largest:g} of zero, got {reprlib.repr(value)}")
-    return value
-
-
-def _read_anything(value: Any, depth: int = 0) -> Any:
-    kind = type(value)
-    if kind is str:
-        return _read_text(value)
-    if kind is int or kind is float:
-        return _read_number(value)
-    if kind is not dict and kind is not list:
-        return value
-    if depth == _DEEPEST:
-        raise _Misfit("is nested too deeply")
-    reader = functools.partial(_read_anything, depth=depth + 1)
-    if kind is dict:
-        return _read_parts(map(_read_text, value), repeat(reader), value.values())
-    return list(_read_parts(count(), repeat(reader), value).values())
-
-
-def _read_parts(keys: Iterable[Any], readers: Iterable[Reader], values: Iterable[Any]) -> dict[Any, Any]:
-    """Each key's value as its reader gives it; a misfit learns which key it stands at."""
-    read = {}
-    for key, reader, value in zip(keys, readers, values, strict=False):  # the count of a list's items has no end
-        try:
-            read[key] = reader(value)
-        except _Misfit as misfit:
-            misfit.keys.append(key)
-            raise
-    return read
-
-
-def _misfit(kind: Any, value: Any) -> _Misfit:
-    return _Misfit(f"must be {kind.__name__}, got {reprlib.repr(value)}")
+def _explain(error: msgspec.ValidationError, content: Any = None, where: str = "") -> str:
+    """What is wrong at which key, and what is there; `msgspec` does not say which key of a mapping with keys of any name."""
+    problem, _, path = str(error).partition(" - at `$")
+    path = path.removesuffix("`")
+    place = f"record{where and '.'}{where}{path}"
+    keys = re.findall(r"\w+|\.\.\.", path)
+    if choices := {"outcome": get_args(Outcome), "cache": get_args(CacheUse)}.get(keys[-1] if keys else ""):
+        problem += f", wanted {' or '.join(choices)}"
+    if content is None or "..." in keys or "missing" in problem:
+        return f"{place}: {problem}"
+    for key in keys:
+        content = content[int(key) if isinstance(content, list) else key]
+    return f"{place} is {reprlib.repr(content)}: {problem}"

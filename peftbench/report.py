@@ -199,7 +199,7 @@ def sparkline(values: Sequence[float | None]) -> str:
 
 def printable(text: str) -> str:
     """The text without what would steer a terminal, on one line."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
 def render_name(summary: Summary) -> str:

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import special, stats
 from scipy.stats import binomtest
 
-from peftbench.intervals import estimate, wilson_interval
+from peftbench.intervals import MOST_FREEDOM, beta_share, estimate, t_limit, t_p, wilson_interval
 
 
 def test_wilsons_interval_matches_the_worked_example():
@@ -28,6 +28,36 @@ def test_wilsons_interval_matches_scipy(n, data):
     low, high = wilson_interval(hits, n)
     assert (pytest.approx(reference.low, abs=1e-9), pytest.approx(reference.high, abs=1e-9)) == (low, high)
     assert 0.0 <= low <= hits / n + 1e-12 and hits / n - 1e-12 <= high <= 1.0
+
+
+FREEDOM = st.floats(0, math.log(MOST_FREEDOM)).map(math.exp)
+
+
+@given(t=st.floats(-50, 50), freedom=FREEDOM)
+@hypothesis_settings(deadline=None, max_examples=300)
+def test_the_p_value_is_that_of_scipys_student(t, freedom):
+    """In the middle and far out, of one degree of freedom and of many."""
+    assert 2 * stats.t.sf(abs(t), freedom) == pytest.approx(t_p(t, freedom), rel=1e-8, abs=1e-300)
+
+
+@given(freedom=FREEDOM)
+@hypothesis_settings(deadline=None, max_examples=100)
+def test_the_limit_is_that_of_scipys_student(freedom):
+    """Of 95%, in either direction."""
+    assert stats.t.ppf(0.975, freedom) == pytest.approx(t_limit(freedom), rel=1e-9)
+
+
+@given(x=st.floats(0, 1), a=st.floats(0.5, 3000), b=st.floats(0.5, 3000))
+@hypothesis_settings(deadline=None, max_examples=300)
+def test_the_share_of_a_beta_distribution_is_that_of_scipy(x, a, b):
+    """From both sides of its middle."""
+    assert special.betainc(a, b, x) == pytest.approx(beta_share(x, a, b), rel=1e-8, abs=1e-14)
+
+
+@pytest.mark.parametrize(("t", "p"), [(0.0, 1.0), (1e-200, 1.0), (1e200, 0.0), (math.inf, 0.0)])
+def test_a_t_beyond_all_numbers_is_certain(t, p):
+    """And one of nothing is nothing."""
+    assert p == t_p(t, 7.0)
 
 
 def test_an_estimate_of_two_sources_is_welchs_t_test():

@@ -13,7 +13,7 @@ from samples import failed, passed
 from peftbench.history import trace
 from peftbench.metrics import METRICS
 from peftbench.page import link_from, render_page
-from peftbench.records import MemoryUse, Record, RecordError, SplitMetrics, Store, TeacherCost
+from peftbench.records import MemoryUse, RecordError, SplitMetrics, Store, TeacherCost, decode_record
 from peftbench.report import COST, QUALITY, render_csv, render_results, render_summary
 
 BROWSER = os.environ.get("PEFTBENCH_BROWSER") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -232,7 +232,7 @@ def test_what_is_read_can_be_shown():
             if path != ("phase",):
                 content["phase"] = f"P{len(read)}"
             try:
-                read.append(Record.from_json(content))
+                read.append(decode_record(json.dumps(content).encode()))
             except RecordError:
                 continue
             for table in ("simple", "github", "latex_booktabs"):
