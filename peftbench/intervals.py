@@ -57,7 +57,9 @@ def estimate(value: float, sources: Sequence[tuple[float, float]], *, p: float |
 def t_p(t: float, freedom: float) -> float:
     """Two-sided p-value of Student's t."""
     square = t * t
-    return beta_share(freedom / (freedom + square), freedom / 2, 0.5) if square else 1.0
+    if square < 1:
+        return 1 - beta_share(square / (freedom + square), 0.5, freedom / 2)
+    return beta_share(freedom / (freedom + square), freedom / 2, 0.5)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -303,11 +303,12 @@ def processor_seconds(command, folder):
 def test_ten_thousand_records_are_quick(long_history, arguments, limit):
     """At most so many times what Python takes to parse the files, about a second, at the best of three tries; without torch."""
     command = [str(Path(sysconfig.get_path("scripts"), "peftbench")), *arguments]
-    ratios = []
-    for _ in range(3):
+
+    def ratio():
         parsing, _ = processor_seconds([sys.executable, "-c", READING], long_history)
         seconds, imported = processor_seconds(command, long_history)
         assert "peftbench.cli" in imported
-        assert not {"torch", "transformers", "datasets", "peft", "numpy"} & imported
-        ratios.append(seconds / parsing)
-    assert min(ratios) < limit, ratios
+        assert not {"torch", "transformers", "datasets", "peft", "scipy"} & imported
+        return seconds / parsing
+
+    assert any(ratio() < limit for _ in range(3))

@@ -1,5 +1,7 @@
 """``--peft-compare`` and ``--peft-fail``: one job runs and judges."""
 
+import base64
+
 import pytest
 
 from peftbench.records import read_record
@@ -36,7 +38,7 @@ def test_worse_fails_the_session(study, pytester):
     [path] = (pytester.path / "outputs/tiny/runs").glob("*/*.json")
     content = path.read_text()
     for predictions in read_record(path).predictions.values():
-        content = content.replace(predictions.predicted, predictions.gold)
+        content = content.replace(*(base64.b64encode(bits).decode() for bits in (predictions.predicted, predictions.gold)))
     path.write_text(content)
     result = study("-k", "small", "--peft-compare", "latest", "--peft-fail", "accuracy:0.5pt")
     result.assert_outcomes(passed=1, deselected=5)
