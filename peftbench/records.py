@@ -28,7 +28,7 @@ _GROUPS = frozenset(
 MAX_RECORD_BYTES = 64 * 2**20
 """Of a file that is read; a record has some ten thousand."""
 
-Count = Annotated[int, msgspec.Meta(ge=1 - 2**63, le=2**63 - 1)]
+Whole = Annotated[int, msgspec.Meta(ge=1 - 2**63, le=2**63 - 1)]
 Figure = Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)]
 """Within what arrays hold; its square, which a spread and an axis need, is finite, too."""
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
@@ -59,7 +59,7 @@ class SplitMetrics:
 
     accuracy: Fraction
     f1: Fraction
-    n: Count
+    n: Whole
     accuracy_ci95: tuple[Figure, Figure]
 
 
@@ -67,8 +67,8 @@ class SplitMetrics:
 class ParameterCounts:
     """Scalars in the model, and how many of them an optimizer step may change."""
 
-    total: Count
-    trainable: Count
+    total: Whole
+    trainable: Whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,8 +111,8 @@ class MemoryUse:
         gradient_checkpointing: Whether activations were computed a second time instead of kept.
     """
 
-    examples_at_once: Count
-    times_out_of_memory: Count = 0
+    examples_at_once: Whole
+    times_out_of_memory: Whole = 0
     gradient_checkpointing: bool = False
 
 
@@ -199,18 +199,18 @@ class Record:
     phase: str
     name: str
     scale: str
-    seed: Count
+    seed: Whole
     outcome: Outcome
     fingerprint: str | None
     config: Mapping[str, Any]
-    schema_version: Count = SCHEMA_VERSION
+    schema_version: Whole = SCHEMA_VERSION
     error: str | None = None
     checkpoint: str | None = None
     teacher_checkpoint: str | None = None
     dev: SplitMetrics | None = None
     test: SplitMetrics | None = None
     majority_accuracy: Figure | None = None
-    metrics_version: Count | None = None
+    metrics_version: Whole | None = None
     parameter_counts: ParameterCounts | None = None
     train_runtime_seconds: Figure | None = None
     evaluation_seconds: Figure | None = None
@@ -218,15 +218,15 @@ class Record:
     kd_path: str | None = None
     samples_per_second: Figure | None = None
     tokens_per_second: Figure | None = None
-    optimizer_steps: Count | None = None
-    skipped_steps: Count | None = None
+    optimizer_steps: Whole | None = None
+    skipped_steps: Whole | None = None
     memory_use: MemoryUse | None = None
     learning_curve: tuple[tuple[Step, Figure], ...] = ()
     dev_curve: tuple[tuple[Step, Figure, Figure], ...] | None = None
-    peak_memory_bytes: Count | None = None
+    peak_memory_bytes: Whole | None = None
     peak_memory_scope: str | None = None
-    memory_before_bytes: Count | None = None
-    artifact_bytes: Count | None = None
+    memory_before_bytes: Whole | None = None
+    artifact_bytes: Whole | None = None
     latency_ms: Figure | None = None
     precision: str | None = None
     batching: str | None = None
@@ -303,7 +303,7 @@ class Record:
 
 
 _DECODER = msgspec.json.Decoder(Record)
-_SIZES = dict[str, Count]
+_SIZES = dict[str, Whole]
 
 
 def read_record(path: Path) -> Record:
