@@ -2,19 +2,17 @@
 
 import argparse
 import dataclasses
-import gc
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftbench.assets import ASSETS, AssetError, asset_path
 from peftbench.metrics import METRICS
 from peftbench.phases import PRECISIONS, SCALES, Phase, check_data_folder
-from peftbench.records import Record, Store
+from peftbench.records import Record, Store, uncollected
 from peftbench.report import printable, render_comparison, render_csv, render_history, render_results
 from peftbench.sealed import CorruptError, write_atomically
 from peftbench.verdicts import Point
@@ -33,26 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 is fine, 2 an error that was explained."""
     options = _parser().parse_args(arguments)
     try:
-        with _uncollected():
-            status: int | None = options.run(options)
+        status: int | None = options.run(options)
     except EXPLAINED as error:
         print(f"peftbench: error: {printable(str(error))}", file=sys.stderr)
         return 2
     return status or 0
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """No search for garbage: among thousands of records, none of which is any, it takes a quarter of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
+@uncollected()
 def compare(options: argparse.Namespace) -> int:
     """Print what got better or worse; 1 if a gate says worse, 2 if it cannot tell."""
     from peftbench.compare import compare, compare_phases, set_up_changes
@@ -89,6 +75,7 @@ def compare(options: argparse.Namespace) -> int:
     return judgement.status
 
 
+@uncollected()
 def history(options: argparse.Namespace) -> int:
     """Print a metric over commits."""
     from peftbench.history import History, commits_in_order, trace

@@ -12,7 +12,7 @@ import msgspec
 
 from peftbench.compare import Sample, judge_quality, judge_runs, other_memory_before
 from peftbench.metrics import Metric
-from peftbench.records import Record, RecordError, decode_json, decode_record, read_content, read_record
+from peftbench.records import Record, RecordError, decode_json, decode_record, read_content, read_record, uncollected
 from peftbench.verdicts import Point
 
 LEVEL = 0.01
@@ -267,14 +267,15 @@ def read_file(path: Path) -> Side:
 
 def _read(label: str, paths: Sequence[Path], where: str) -> Side:
     records, problems, found = [], [], []
-    for path in paths:
-        try:
-            content = read_content(path)
-            files = _files_behind(path, decode_json(content)) if b'"seeds"' in content else []
-            records += [read_record(file) for file in files] or [decode_record(content)]
-            found += files or [path]
-        except RecordError as error:
-            problems.append(f"{path}: {error}")
+    with uncollected():
+        for path in paths:
+            try:
+                content = read_content(path)
+                files = _files_behind(path, decode_json(content)) if b'"seeds"' in content else []
+                records += [read_record(file) for file in files] or [decode_record(content)]
+                found += files or [path]
+            except RecordError as error:
+                problems.append(f"{path}: {error}")
     if not records:
         raise HistoryError(f"no record in {where}" + (f" can be read; the first problem: {problems[0]}" if problems else ""))
     return Side(label, records, problems, found)

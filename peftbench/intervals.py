@@ -9,7 +9,7 @@ NORMAL_LIMIT = 1.959963984540054
 """What 95% of the standard normal distribution lie within, either way of zero."""
 
 MOST_FREEDOM = 1e5
-"""Degrees of freedom; with more, Student's t is the normal distribution to four digits."""
+"""Degrees of freedom; with more, the limits of Student's t are the normal distribution's to four digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def beta_share(x: float, a: float, b: float) -> float:
 
     By the continued fraction of Abramowitz and Stegun (1964, 26.5.8) in the way of Lentz (1976), from the side where it is short.
     """
-    if not 0 < x < 1:
+    if x <= 0 or x >= 1:
         return float(x > 0)
     if x > (a + 1) / (a + b + 2):
         return 1 - beta_share(1 - x, b, a)

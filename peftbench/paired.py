@@ -19,9 +19,8 @@ def mcnemar_exact(lost: int, won: int) -> float:
         won: The other way round.
     """
     fewer, more = sorted((lost, won))
-    return (
-        min(1.0, 2 * beta_share(0.5, more, fewer + 1)) if more else 1.0
-    )  # the binomial's tail, by its tie to the beta distribution
+    # The binomial's tail is a share of a beta distribution.
+    return min(1.0, 2 * beta_share(0.5, more, fewer + 1)) if more else 1.0
 
 
 def holm(p: Sequence[float]) -> list[float]:

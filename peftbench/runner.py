@@ -51,7 +51,7 @@ from peftbench.packing import Batch, Encoded, make_batch, predict, shuffled_rows
 from peftbench.parameters import SeparateParameters, flattened
 from peftbench.phases import DATA_SEED, Phase, Pretrained, Scale, Untrained
 from peftbench.plan import examples_at_once, plan_phase
-from peftbench.records import Efficiency, ParameterCounts, Plan, Record, Store, TeacherCost, phase_config
+from peftbench.records import SCHEMA_VERSION, Efficiency, ParameterCounts, Plan, Record, Store, TeacherCost, phase_config
 from peftbench.sealed import building, fingerprint, lock, unseal
 from peftbench.training import Fit, Progress, fit
 
@@ -279,6 +279,7 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
             quality[split.name], predictions[split.name] = score(predict(model, encoded, bench.device, packed=packed), split)
     peak = memory.read_bytes()
     record = Record(
+        schema_version=SCHEMA_VERSION,
         run_id=settings.run_id,
         phase=phase.letter,
         name=phase.name,
@@ -418,6 +419,7 @@ def failed_record(phase: Phase, scale: Scale, seed: int, settings: Settings, err
     """The record of a case that an error ended."""
     phase = phase.at(scale.name)
     return Record(
+        schema_version=SCHEMA_VERSION,
         run_id=settings.run_id,
         phase=phase.letter,
         name=phase.name,
@@ -427,6 +429,10 @@ def failed_record(phase: Phase, scale: Scale, seed: int, settings: Settings, err
         fingerprint=None,
         error=f"{type(error).__name__}: {error}"[:2000],
         config=phase_config(phase),
+        learning_curve=(),
+        data={},
+        predictions={},
+        machine={},
         versions=describe_versions(),
         commit=settings.commit,
     )

@@ -3,7 +3,18 @@
 import random
 
 from peftbench.intervals import wilson_interval
-from peftbench.records import Efficiency, ParameterCounts, Predictions, Record, SplitMetrics
+from peftbench.records import SCHEMA_VERSION, Efficiency, ParameterCounts, Predictions, Record, SplitMetrics
+
+NOTHING = {
+    "schema_version": SCHEMA_VERSION,
+    "learning_curve": (),
+    "data": {},
+    "predictions": {},
+    "machine": {},
+    "versions": {},
+    "commit": {},
+}
+"""What every record has, with nothing in it."""
 
 
 def predictions(n, wrong, *, split="dev", seed=0):
@@ -21,6 +32,7 @@ def passed(phase_id="B-lora", *, run="20260101T000000Z-aaaaaa", wrong=(), n=900,
     quality = SplitMetrics(accuracy=accuracy, f1=accuracy, n=n, accuracy_ci95=wilson_interval(accuracy * n, n))
     return Record(
         **{
+            **NOTHING,
             "run_id": run,
             "phase": phase,
             "name": name,
@@ -56,4 +68,4 @@ def failed(phase_id="B-lora", *, run="20260101T000000Z-aaaaaa", error="RuntimeEr
     """A failed record."""
     phase, _, name = phase_id.partition("-")
     facts = {"scale": "mini", "seed": 42, "outcome": "failed", "fingerprint": None, "config": {}, "error": error}
-    return Record(run_id=run, phase=phase, name=name, **{**facts, **changes})
+    return Record(run_id=run, phase=phase, name=name, **{**NOTHING, **facts, **changes})

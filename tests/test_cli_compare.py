@@ -301,7 +301,7 @@ def processor_seconds(command, folder):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_ten_thousand_records_are_quick(long_history, arguments, limit):
-    """At most so many times what Python takes to parse the files, about a second, at the best of three tries; without torch."""
+    """So many times what Python takes to parse the files, about a second, at the best of three tries; without torch or scipy."""
     command = [str(Path(sysconfig.get_path("scripts"), "peftbench")), *arguments]
 
     def ratio():

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from samples import NOTHING
 
 from peftbench.phases import LORA, Distillation, Phase
 from peftbench.records import (
@@ -24,6 +25,7 @@ from peftbench.records import (
     SplitMetrics,
     Store,
     TeacherCost,
+    decode_record,
     make_run_id,
     phase_config,
     read_record,
@@ -31,6 +33,7 @@ from peftbench.records import (
 
 QUALITY = SplitMetrics(accuracy=0.9, f1=0.91, n=10, accuracy_ci95=(0.6, 0.98))
 PASSED = Record(
+    schema_version=SCHEMA_VERSION,
     run_id="20250102T030405Z-abcdef",
     phase="D",
     name="hybrid",
@@ -51,9 +54,13 @@ PASSED = Record(
     skipped_steps=1,
     memory_use=MemoryUse(examples_at_once=8, times_out_of_memory=1, gradient_checkpointing=True),
     predictions={"dev": Predictions.from_labels([1, 0, 1], [1, 1, 1], "s" * 64)},
+    data={},
+    machine={},
     versions={"torch": "2.6"},
+    commit={},
 )
 FAILED = Record(
+    **NOTHING,
     run_id="20250102T030405Z-abcdef",
     phase="C1",
     name="full",
@@ -87,6 +94,7 @@ MEASURED = {
     "efficiency": st.builds(Efficiency, accuracy_per_million_params=st.none() | NUMBERS, accuracy_per_minute=st.none() | NUMBERS),
 }
 ANY = {
+    "schema_version": st.just(SCHEMA_VERSION),
     "run_id": st.text(max_size=8),
     "phase": st.text(max_size=8),
     "name": st.text(max_size=8),
@@ -100,6 +108,8 @@ ANY = {
     "teacher_cost": st.none()
     | st.builds(TeacherCost, training_seconds=NUMBERS, logit_seconds=NUMBERS, cache=st.sampled_from(["hit", "miss"])),
     "data": MAPPINGS,
+    "machine": MAPPINGS,
+    "commit": MAPPINGS,
     "predictions": st.dictionaries(st.text(max_size=8), PREDICTIONS, max_size=2),
     "versions": st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=2),
 }
@@ -213,7 +223,7 @@ def without(key):
         ),
         pytest.param(
             json.dumps(changed("data", {"sizes": {"dev": "x"}})),
-            "record.data.sizes[...]: Expected `int`, got `str`",
+            "record.data.sizes.dev is 'x': Expected `int`, got `str`",
             id="sizes-text",
         ),
         pytest.param(json.dumps(changed("parameter_counts", None)), "null for parameter_counts", id="passed-without-counts"),
@@ -230,7 +240,7 @@ def without(key):
         pytest.param(json.dumps(changed("teacher_cost.cache", "maybe")), "teacher_cost.cache", id="unknown-choice"),
         pytest.param(json.dumps(changed("predictions.dev.n", 10**12)), "1000000000000 predictions", id="too-few-predictions"),
         pytest.param(
-            json.dumps(changed("predictions.dev.gold", "é")), "record.predictions[...].gold: Invalid base64", id="not-base64"
+            json.dumps(changed("predictions.dev.gold", "é")), "record.predictions.dev.gold is 'é': Invalid base64", id="not-base64"
         ),
         pytest.param(json.dumps(changed("seed", "42")), "record.seed is '42': Expected `int`", id="seed-text"),
         pytest.param(json.dumps(changed("seed", 42.0)), "record.seed is 42.0: Expected `int`", id="seed-float"),
@@ -246,16 +256,25 @@ def without(key):
         pytest.param(json.dumps(changed("dev.accuracy_ci95", ["a", "b"])), "record.dev.accuracy_ci95[0]", id="interval-texts"),
         pytest.param(json.dumps(changed("dev", [])), "record.dev", id="dev-list"),
         pytest.param(json.dumps(changed("config", [])), "record.config", id="config-list"),
-        pytest.param(json.dumps(changed("versions", {"torch": 2})), "record.versions[...]: Expected `str`", id="version-number"),
+        pytest.param(
+            json.dumps(changed("versions", {"torch": 2})), "record.versions.torch is 2: Expected `str`", id="version-number"
+        ),
         pytest.param(json.dumps(changed("learning_curve", {})), "record.learning_curve", id="curve-mapping"),
         pytest.param(
             json.dumps(changed("predictions.dev", {"n": 3})),
-            "record.predictions[...]: Object missing required",
+            "record.predictions.dev: Object missing required",
             id="predictions-parts",
         ),
         pytest.param(json.dumps(changed("phase", None)), "record.phase is None: Expected `str`", id="phase-null"),
         pytest.param(json.dumps(without("dev")), "null for dev", id="without-dev"),
         pytest.param(json.dumps(without("outcome")), "outcome", id="without-outcome"),
+        pytest.param(json.dumps(without("schema_version")), "no schema_version", id="without-schema"),
+        pytest.param(json.dumps(without("fingerprint")), "missing required field `fingerprint`", id="without-fingerprint"),
+        pytest.param(json.dumps(without("machine")), "missing required field `machine`", id="without-machine"),
+        pytest.param(json.dumps(without("predictions")), "missing required field `predictions`", id="without-predictions"),
+        pytest.param(json.dumps(changed("config.x", [2**64])), "record.config must have numbers within", id="config-beyond"),
+        pytest.param(json.dumps(changed("machine", {"x": {"y": 1e200}})), "record.machine must have numbers", id="machine-beyond"),
+        pytest.param(json.dumps(changed("dev_curve", [[0, 1.0, 0.5]])), "record.dev_curve[0][0] is 0: ", id="dev-step-zero"),
     ],
 )
 def test_a_file_that_is_no_record_is_refused_by_name(tmp_path, text, said):
@@ -305,6 +324,13 @@ def test_a_missing_file_or_a_folder_is_refused_by_name(tmp_path):
     for path in (tmp_path / "missing.json", tmp_path):
         with pytest.raises(RecordError, match=re.escape(str(path))):
             read_record(path)
+
+
+@pytest.mark.parametrize("key", ["precision", "dev_curve", "memory_use"])
+def test_a_key_that_came_with_a_later_schema_is_null_in_older_records(key):
+    """They are read as this version's."""
+    content = {**without(key), "schema_version": 1}
+    assert dataclasses.replace(PASSED, **{key: None}) == decode_record(json.dumps(content).encode()) == Record.from_json(content)
 
 
 def test_a_key_of_a_later_minor_version_is_passed_over():

@@ -7,6 +7,7 @@ import io
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import NOTHING
 from samples import passed as measured
 
 from peftbench.records import Efficiency, ParameterCounts, Plan, Record, SplitMetrics, TeacherCost
@@ -26,6 +27,7 @@ from peftbench.summary import summarize
 from peftbench.verdicts import Row
 
 LORA = Record(
+    **{**NOTHING, "data": {"source": "movie-review snippets", "sizes": {"train": 8241, "dev": 900, "test": 900}}},
     run_id="20250102T030405Z-abcdef",
     phase="B",
     name="lora",
@@ -44,7 +46,6 @@ LORA = Record(
     artifact_bytes=123_456,
     latency_ms=15.46,
     evaluation_seconds=0.5,
-    data={"source": "movie-review snippets", "sizes": {"train": 8241, "dev": 900, "test": 900}},
 )
 TEACHER = dataclasses.replace(
     LORA,
@@ -58,6 +59,7 @@ FULL = dataclasses.replace(
     LORA, phase="C1", name="full", parameter_counts=ParameterCounts(total=12_000, trainable=12_000), train_runtime_seconds=500.0
 )
 FAILED = Record(
+    **NOTHING,
     run_id="20250102T030405Z-abcdef",
     phase="D",
     name="hybrid",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import NOTHING
 from samples import passed as measured
 from scipy import stats
 
@@ -24,6 +25,7 @@ def passed(phase_id="B-lora", *, seed=42, accuracy=0.9, test_accuracy=0.8, train
     phase, _, name = phase_id.partition("-")
     return Record(
         **{
+            **NOTHING,
             "run_id": "20250102T030405Z-abcdef",
             "phase": phase,
             "name": name,
@@ -46,6 +48,7 @@ def passed(phase_id="B-lora", *, seed=42, accuracy=0.9, test_accuracy=0.8, train
 def failed(phase_id="B-lora", *, seed=42, scale="mini"):
     phase, _, name = phase_id.partition("-")
     return Record(
+        **NOTHING,
         run_id="20250102T030405Z-abcdef",
         phase=phase,
         name=name,
