@@ -13,7 +13,7 @@ from peftbench.assets import ASSETS, AssetError, asset_path
 from peftbench.metrics import METRICS
 from peftbench.phases import PRECISIONS, SCALES, Phase, check_data_folder
 from peftbench.records import Record, Store, uncollected
-from peftbench.report import printable, render_comparison, render_csv, render_history, render_results
+from peftbench.report import printable, render_comparison, render_csv, render_history, render_notes, render_results
 from peftbench.sealed import CorruptError, write_atomically
 from peftbench.verdicts import Point
 
@@ -146,7 +146,8 @@ def report(options: argparse.Namespace) -> None:
         rows = [record.to_row() for record in side.records]
         text = json.dumps(rows, indent=1) + "\n" if options.format == "json" else render_csv(rows)
     else:
-        text = render_results(side.latest, table=TABLES[options.format], reach=options.reach) + "\n"
+        table = TABLES[options.format]
+        text = f"{render_results(side.latest, table=table, reach=options.reach)}\n\n{render_notes(side.latest, table=table)}\n"
     _write(options.to, text)
 
 

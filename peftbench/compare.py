@@ -145,11 +145,14 @@ def compare_phases(records: Iterable[Record], base: str, head: str) -> list[Row]
         if len(fits) != 1:
             known = ", ".join(sorted(labels.values())) or "none, as there are no records"
             raise ValueError(
-                f"a phase must be one of {known}; got {name!r}; give another run as BASE, or the latest of each, outputs/reports"
+                f"a phase must be one of {known}; got {name!r}; "
+                "give another run as BASE, or the folder of reports, which has the latest of each"
             )
         return fits[0]
 
     first, second = find(base), find(head)
+    if first == second:
+        raise ValueError(f"{base!r} and {head!r} are the same phase; name two of {', '.join(sorted(labels.values()))}")
     label = f"{labels[first]} → {labels[second]}"
     for case in (first, second):
         if error := by_case[case].error:

@@ -84,7 +84,7 @@ class Judgement:
 
     Attributes:
         status: 0 fine, 1 worse, 2 cannot tell.
-        lines: Why, one a finding.
+        lines: Why, one a finding, and which gates are kept.
     """
 
     status: Status
@@ -104,7 +104,7 @@ def judge(rows: Sequence[Row], gates: Sequence[Gate], *, strict: bool = False, d
         strict: Whether differences that may be noise count.
         doubts: What else leaves all gates open.
     """
-    worse, unclear, notes = [], list(doubts), []
+    worse, unclear, notes, kept = [], list(doubts), [], []
     for row in rows:
         of_metric = [gate for gate in gates if gate.metric.name == row.metric]
         broken = [gate for gate in of_metric if gate.breaks(row, strict=strict)]
@@ -120,4 +120,8 @@ def judge(rows: Sequence[Row], gates: Sequence[Gate], *, strict: bool = False, d
             unclear.append(f"{name}:{gate.written}: compared in no phase")
         elif not strict and any(gate.hides(row) for row in compared):
             notes.append(f"{name}:{gate.written}: single runs cannot show less than {gate.metric.relative:.0%}")
-    return Judgement(1 if worse else 2 if unclear else 0, [*worse, *unclear, *notes])
+        else:
+            kept.append(f"{name}:{gate.written}: kept in {len(compared)} phase{'s' if len(compared) > 1 else ''}")
+    if worse or unclear:
+        return Judgement(1 if worse else 2, [*worse, *unclear, *notes])
+    return Judgement(0, [*notes, *kept])

@@ -138,7 +138,9 @@ class History:
             count = f", {len(clean or at_commit)} runs" if len(clean or at_commit) > 1 else ""
             return self._runs(f"commit {wanted[:12]}{note}{count}", clean or at_commit)
         if wanted:
-            raise HistoryError(f"no run in {self.folder} is of commit {wanted[:12]} ({text!r}); runs are of {_few(ids)}")
+            raise HistoryError(
+                f"no run in {self.folder} is of commit {wanted[:12]} ({text!r}); runs are of {_few(one[:12] for one in ids)}"
+            )
         raise HistoryError(
             f"{text!r} is no file, no folder, not 'latest', no run in {self.folder}, and no commit that git or a record knows; "
             f"runs are {_few(reversed(runs))}" + self._describe_depth()
@@ -422,5 +424,5 @@ def _completed(text: str, ids: Iterable[str]) -> str:
 
 
 def _few(names: Iterable[str]) -> str:
-    listed = [name[:24] for name in names]
+    listed = list(names)
     return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "") if listed else "of no commit"

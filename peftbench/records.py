@@ -353,7 +353,7 @@ def decode_json(content: bytes) -> object:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         place = re.search(r"\(byte (\d+)\)", str(error))
         near = content[int(place[1]) :][:20].decode("utf-8", "replace") if place else ""
-        raise RecordError(f"{error}{near and f': {near!r}'}") from error
+        raise RecordError(f"not whole JSON, which a run writes: {error}{near and f': {near!r}'}") from error
 
 
 def read_content(path: Path) -> bytes:

@@ -120,6 +120,13 @@ def render_results(records: Sequence[Record], *, table: str, reach: float | None
     return "\n\n".join(blocks)
 
 
+def render_notes(records: Sequence[Record], *, table: str) -> str:
+    """What the tables are of and what their columns mean, as text of that format; in LaTeX as comments."""
+    scales = sorted({record.scale for record in records})
+    lines = [line for scale in scales for line in _notes(summarize(record for record in records if record.scale == scale))]
+    return "\n".join(f"% {printable(line)}" if table == "latex_booktabs" else _escape(line, table) for line in lines)
+
+
 def render_csv(rows: Sequence[Mapping[str, object]]) -> str:
     """Rows as CSV, RFC 4180, with every column that any of them has; lists as JSON."""
     columns = list(dict.fromkeys(name for row in rows for name in row))

@@ -286,3 +286,9 @@ def test_long_settings_are_compared_whole():
     before, after = ("a-model-in-a-folder/" + "0" * 80 + end for end in ("one", "two" + "2" * 80))
     [line] = set_up_changes([passed(checkpoint=before)], [passed(checkpoint=after)])
     assert f"B-lora: checkpoint …{'0' * 20}one → …{'0' * 20}two{'2' * 37}…" == line
+
+
+def test_a_phase_is_not_compared_with_itself():
+    """However it is named."""
+    with pytest.raises(ValueError, match="'B' and 'lora' are the same phase; name two of B-lora, C1-full"):
+        compare_phases([passed(), passed("C1-full")], "B", "lora")

@@ -99,7 +99,7 @@ def test_without_git_a_record_tells_its_commit(store, tmp_path):
         ("HEAD", "no run in .* is of commit"),
         (
             "no-such",
-            "'no-such' is no file, no folder, not 'latest', no run in .*, and no commit .*; runs are 20260101T000000Z-aaaaa",
+            "'no-such' is no file, no folder, not 'latest', no run in .*, and no commit .*; runs are 20260101T000000Z-aaaaaaa",
         ),
         ("--all", "is no file"),
     ],

@@ -31,6 +31,15 @@ def test_cases_run_and_leave_records_without_pytest_benchmark(study, records, ar
     assert ["S-small-tiny-s42.json"] == list(records())
 
 
+def test_a_test_that_fails_before_it_trains_is_told_of_its_own_error_alone(study, pytester):
+    """Not of a clock that was never started, where warnings are errors."""
+    text = "from peftbench.phases import Phase\ndef test_x(run_phase):\n    run_phase(Phase(id='E-x', role='studnt'))\n"
+    (pytester.path / "test_own.py").write_text(text)
+    result = study("test_own.py", "-W", "error")
+    result.assert_outcomes(failed=1, deselected=1)
+    result.stdout.fnmatch_lines(["*E-x: role must be one of teacher, backbone, student, got 'studnt'*"])
+
+
 def test_workers_of_xdist_write_one_run(study, records, pytester, data_folder):
     """Cases in two processes share run, teacher and machine, the table shows them all, and a gate judges them at the end."""
     study("--collect-only", "-q")
