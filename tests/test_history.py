@@ -10,7 +10,7 @@ from samples import failed, passed
 from peftbench import load_records
 from peftbench.history import Commit, History, HistoryError, commits_in_order, read_side, trace
 from peftbench.metrics import METRICS
-from peftbench.records import Predictions, Store
+from peftbench.records import Predictions, Store, make_run_id
 from peftbench.summary import Summary, phase_report
 
 LOST = range(45)
@@ -99,7 +99,7 @@ def test_without_git_a_record_tells_its_commit(store, tmp_path):
         ("HEAD", "no run in .* is of commit"),
         (
             "no-such",
-            "'no-such' is no file, no folder, not 'latest', no run in .*, and no commit .*; runs are 20260101T000000Z-aaaaaaa",
+            "'no-such' is no file, no folder, not 'latest', no run in .*, and no commit .*; runs are 20260101T000000Z-aaaaaa",
         ),
         ("--all", "is no file"),
     ],
@@ -110,6 +110,16 @@ def test_what_names_nothing_is_said(repository, store, text, message):
     keep(store, ids[0])
     with pytest.raises(HistoryError, match=message):
         History.from_outputs(store.outputs, folder).select(text)
+
+
+def test_a_run_that_is_named_can_be_given(store, tmp_path):
+    """A message has the whole id."""
+    run = make_run_id()
+    store.save(passed(run=run))
+    history = History.from_outputs(store.outputs, tmp_path)
+    with pytest.raises(HistoryError) as caught:
+        history.select("no-such")
+    assert [run] == [record.run_id for record in history.select(str(caught.value).rpartition("runs are ")[2]).records]
 
 
 def test_a_shallow_clone_is_told(repository, store, tmp_path):
