@@ -94,7 +94,7 @@ class Sample:
         for record in self.passed:
             parts.setdefault(identity(metric, record), []).append(record)
         if len(parts) == 1 and len(self.passed) == len(self.records):
-            return dict.fromkeys(parts, self)
+            return dict.fromkeys(parts, self)  # with what has been looked up of it
         return {one: Sample(records) for one, records in parts.items()}
 
     def facts(self, metric: Metric) -> dict[str, set[str]]:

@@ -31,13 +31,19 @@ _GROUPS = frozenset(
 MAX_RECORD_BYTES = 64 * 2**20
 """Of a file that is read; a record has some ten thousand."""
 
-Whole = Annotated[int, msgspec.Meta(ge=1 - 2**63, le=2**63 - 1)]
-Figure = Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)]
-"""Within what arrays hold; its square, which a spread and an axis need, is finite, too."""
-Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Outcome = Literal["passed", "failed"]
 CacheUse = Literal["hit", "miss"]
+
+Whole = Annotated[int, msgspec.Meta(ge=1 - 2**63, le=2**63 - 1)]
+"""Within what arrays hold."""
+
 Step = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+"""Of the optimizer, counted from 1."""
+
+Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+Figure = Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)]
+"""One whose square, which a spread and an axis need, is finite, too."""
 
 _DEEPEST = 50
 """Mappings and lists inside each other, of which a record has some four; whatever reads a record need not fear more."""
@@ -284,7 +290,9 @@ class Record:
     @classmethod
     def from_json(cls, content: object) -> "Record":
         """
-        Read what `to_json` gave, as `decode_json` gives it; keys that came with a later schema than the record's may be left out.
+        Read what `to_json` gave, as `decode_json` gives it.
+
+        A key that is null unless told may be left out, as older schemas have not all of them.
 
         Raises:
             RecordError: If it is something else, naming the first key that is wrong.
@@ -353,7 +361,7 @@ def decode_json(content: bytes) -> object:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         place = re.search(r"\(byte (\d+)\)", str(error))
         near = content[int(place[1]) :][:20].decode("utf-8", "replace") if place else ""
-        raise RecordError(f"not whole JSON, which a run writes: {error}{near and f': {near!r}'}") from error
+        raise RecordError(f"not JSON as a run writes it: {error}{near and f': {near!r}'}") from error
 
 
 def read_content(path: Path) -> bytes:

@@ -298,7 +298,7 @@ def processor_seconds(command, folder):
             (["history", metric], 3)
             for metric in ("accuracy", "f1", "train_runtime_seconds", "peak_memory_bytes", "artifact_bytes")
         ),
-        (["report", "--format", "html", "--to", "report.html"], 10),
+        (["report", "--format", "html", "--to", "report.html"], 7),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
