@@ -19,6 +19,7 @@ from samples import failed, passed
 
 import peftbench
 from peftbench.cli import main
+from peftbench.metrics import METRICS
 from peftbench.records import Store
 
 FIRST, SECOND = "20260101T000000Z-aaaaaa", "20260102T000000Z-bbbbbb"
@@ -294,10 +295,7 @@ def processor_seconds(command, folder):
     [
         (["compare", "HEAD~1000"], 3),
         (["compare", "outputs", "latest"], 3),
-        *(
-            (["history", metric], 3)
-            for metric in ("accuracy", "f1", "train_runtime_seconds", "peak_memory_bytes", "artifact_bytes")
-        ),
+        *((["history", metric], 3) for metric in METRICS),
         (["report", "--format", "html", "--to", "report.html"], 7),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
