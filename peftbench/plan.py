@@ -18,7 +18,7 @@ from peftbench.packing import Encoded, make_batch, shuffled_rows
 from peftbench.phases import DATA_SEED, Phase
 from peftbench.records import Plan
 
-SAMPLED_STEPS = 8
+SAMPLED_STEPS = 2
 """Steps of an epoch whose arithmetic is counted; the rest is taken to cost the same a token."""
 
 MATRIX_SHARE = 0.4
