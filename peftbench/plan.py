@@ -18,8 +18,8 @@ from peftbench.packing import Encoded, make_batch, shuffled_rows
 from peftbench.phases import DATA_SEED, Phase
 from peftbench.records import Plan
 
-SAMPLED_STEPS = 2
-"""Steps of an epoch whose arithmetic is counted; the rest is taken to cost the same a token."""
+SAMPLED_STEPS = {"packed": 2, "padded": 8}
+"""Steps of an epoch whose arithmetic is counted; the rest is taken to cost the same a token, which padding makes less true."""
 
 MATRIX_SHARE = 0.4
 """
@@ -125,10 +125,11 @@ def _shapes(weights: Weights, phase: Phase) -> tuple[nn.Module, bool]:
 
 
 def _flops_per_token(model: nn.Module, encoded: Encoded, phase: Phase, *, packed: bool, training: bool) -> float:
+    steps = SAMPLED_STEPS["packed" if packed else "padded"]
     generator = torch.Generator().manual_seed(DATA_SEED)
     tokens = 0
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
-        for rows in itertools.islice(shuffled_rows(len(encoded), phase.batch_size, generator), SAMPLED_STEPS):
+        for rows in itertools.islice(shuffled_rows(len(encoded), phase.batch_size, generator), steps):
             batch = make_batch(encoded, rows, "meta", packed=packed)
             inputs = {name: value for name, value in batch.inputs.items() if name != "attention_mask"}  # its values are asked for
             loss = F.cross_entropy(model(**inputs).logits, batch.labels)
