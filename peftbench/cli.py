@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib.util
+import io
 import json
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -30,6 +31,9 @@ TABLES = {"md": "github", "latex": "latex_booktabs"}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 is fine, 2 an error that was explained."""
     options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # that may have an encoding without arrows and the like
+            stream.reconfigure(errors="replace")
     try:
         status: int | None = options.run(options)
     except EXPLAINED as error:
@@ -59,6 +63,11 @@ def compare(options: argparse.Namespace) -> int:
         head = _select(options, options.head or "latest", quietly=True)
         base = _select(options, options.base, without={record.run_id for record in head.records})
         _tell(head)
+        scales = {record.scale for record in head.records}
+        if left := [record for record in base.records if record.scale not in scales]:
+            others = ", ".join(sorted({record.scale for record in left}))
+            print(f"peftbench: left out: the base's {len(left)} of scale {others}, which the head has none of", file=sys.stderr)
+            base = dataclasses.replace(base, records=[record for record in base.records if record.scale in scales], paths=())
         rows, changes = compare(base.records, head.records), set_up_changes(base.records, head.records)
         doubtful = doubts(head, base)
     if options.format == "json":
@@ -165,6 +174,8 @@ def export(options: argparse.Namespace) -> None:
         "customSmallerIsBetter": lambda records: to_github_action(records, "lower"),
         "pytest-benchmark": to_pytest_benchmark,
     }
+    if all(record.outcome == "failed" for record in side.latest):
+        raise ValueError(f"nothing to export: {side.label} has no record that passed")
     _write(options.to, json.dumps(formats[options.format](side.latest), indent=1, allow_nan=False) + "\n")
 
 
@@ -173,14 +184,17 @@ def _accuracy_over_commits(options: argparse.Namespace, side: "Side") -> Mapping
     from peftbench.history import History, commits_in_order, trace
 
     records = side.records if Path(options.side).exists() else History.from_outputs(options.outputs).everything().records
-    return trace(records, METRICS["accuracy"], commits_in_order(Path()))
+    scales = {record.scale for record in side.records}
+    return trace([record for record in records if record.scale in scales], METRICS["accuracy"], commits_in_order(Path()))
 
 
 def _write(path: Path | None, text: str) -> None:
     if path is None:
         sys.stdout.write(text)
+    elif path.exists() and not path.is_file():  # such as /dev/stdout, which must stay what it is
+        path.write_text(text, "utf-8")
     else:
-        write_atomically(path, text)
+        write_atomically(path.resolve(), text)
         print(f"peftbench: wrote {path}", file=sys.stderr)
 
 

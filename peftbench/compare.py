@@ -8,14 +8,12 @@ from dataclasses import dataclass
 
 from peftbench.intervals import Estimate
 from peftbench.metrics import METRICS, Metric
-from peftbench.paired import holm, paired_difference, ratio_difference
+from peftbench.paired import SHOWN, holm, paired_difference, ratio_difference
 from peftbench.records import Record
 from peftbench.verdicts import Row, Verdict
 
 Case = tuple[str, str, str]  # scale, letter, name
 Identity = tuple[tuple[str, str], ...]
-
-LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -264,6 +262,8 @@ def _judge(pairs: Sequence[tuple[str, Sample, Sample]]) -> list[Row]:
         asked = []
         for phase, *sides in measured:
             base, head, left_out = _matching(metric, *sides)
+            if metric.kind == "quality" and sides[0].error:
+                left_out += f"; the base failed, too: {sides[0].error}"[:200]
             row = Row(
                 phase=phase, metric=metric.name, base=base.mean(metric), head=head.mean(metric), verdict="not comparable", reason=""
             )
@@ -328,11 +328,11 @@ def _judge_outcome(phase: str, base: Sample, head: Sample) -> Row | None:
     verdict: Verdict
     if not base.records or not head.records:
         verdict, reason = "missing", f"no record in the {'head' if base.records else 'base'}"
-    elif base.error and head.error:
-        verdict, reason = "not comparable", f"fails on both sides: {head.error}"
     elif head.error:
-        verdict, reason = "newly failing", head.error
-    elif base.error:
+        failing = {seed for seed, record in head.latest.items() if record.outcome == "failed"}
+        always = failing <= {*base.latest} - {*base.by_seed} or not base.passed
+        verdict, reason = ("not comparable", f"fails on both sides: {head.error}") if always else ("newly failing", head.error)
+    elif base.error and not base.passed:
         verdict, reason = "fixed", f"failed in the base: {base.error}"
     else:
         return None
@@ -343,7 +343,7 @@ def _judge_difference(metric: Metric, row: Row, found: Estimate, p: float, famil
     """By the p-value, adjusted for the phases compared."""
     how = f"p = {found.p:.2g}" + (f", {p:.2g} adjusted for {family} phases" if family > 1 else "")
     row = dataclasses.replace(row, difference=found.value, ci95=found.ci95, reason=how)
-    if p >= LEVEL:
+    if p >= SHOWN:
         return dataclasses.replace(row, verdict="no difference shown")
     if abs(found.value) < metric.absolute:
         return dataclasses.replace(row, verdict="no difference shown", reason=f"{how}, but less than matters")

@@ -103,10 +103,7 @@ def _measured(records: Sequence[Record]) -> list[Summary]:
 
 
 def _named(records: Sequence[Record]) -> list[tuple[str, Summary]]:
-    summaries = _measured(records)
-    several = len({summary.first.scale for summary in summaries}) > 1
-    names = [s.first.phase_id + (f"-{s.first.scale}" if several else "") for s in summaries]
-    return list(zip(names, summaries, strict=True))
+    return [(f"{summary.first.phase_id}-{summary.first.scale}", summary) for summary in _measured(records)]
 
 
 def _values(metric: str, summary: Summary) -> list[float]:

@@ -12,7 +12,7 @@ import msgspec
 
 from peftbench.compare import Sample, judge_quality, judge_runs, other_memory_before
 from peftbench.metrics import Metric
-from peftbench.records import Record, RecordError, decode_json, decode_record, read_content, read_record, uncollected
+from peftbench.records import RESUMED, Record, RecordError, decode_json, decode_record, read_content, read_record, uncollected
 from peftbench.verdicts import Point
 
 LEVEL = 0.01
@@ -102,9 +102,9 @@ class History:
         """
         for folder in (outputs / "runs", outputs / "tiny" / "runs"):
             files: dict[str, list[Path]] = {}
-            for path in sorted(folder.glob("*/*.json"), key=str):
-                if path.parent.name != without:
-                    files.setdefault(path.parent.name, []).append(path)
+            for path in sorted(folder.glob("*/*.*"), key=str):
+                if path.suffix in (".json", RESUMED) and path.parent.name != without:
+                    files.setdefault(path.parent.name, []).append(path if path.suffix == ".json" else _measured_in(path))
             if files:
                 return cls(folder, files, repository)
         raise HistoryError(f"no records in {outputs / 'runs'}; run pytest benchmarks first, or name the outputs folder")
@@ -160,7 +160,8 @@ class History:
         return self._runs(f"all {len(self.files)} runs in {self.folder}", list(self.files))
 
     def _runs(self, label: str, runs: Iterable[str]) -> Side:
-        return _read(label, [path for run in runs for path in self.files[run]], str(self.folder))
+        paths = dict.fromkeys(path for run in runs for path in self.files[run])  # two runs share what one has resumed
+        return _read(label, list(paths), str(self.folder))
 
     def _describe_depth(self) -> str:
         shallow = (_git(self.repository, "rev-parse", "--is-shallow-repository") or "").strip() == "true"
@@ -191,9 +192,10 @@ def trace(records: Iterable[Record], metric: Metric, commits: Sequence[Commit]) 
     """
     A metric over commits, by phase.
 
-    Levels go along the line that leads to HEAD; commits off it are shown and take no part. A commit shifts the level if it differs
-    from the first of the level (quality) or from all of it (the rest), so that slow drifts show, too. Commits that git does not
-    know, and changes that were never committed, stand where their time puts them.
+    Levels go along the line that leads to HEAD. A commit shifts the level if it differs from the first of the level (quality) or
+    from all of it (the rest), so that slow drifts show, too. Commits off the line are shown and take no part, and neither do
+    commits that git does not know, or changes that were never committed, where there is anything else; they stand where their time
+    puts them.
     """
     place = {commit.id: i for i, commit in enumerate(commits)}
     by_phase: dict[tuple[str, str], dict[tuple[str, str], list[Record]]] = {}
@@ -203,6 +205,7 @@ def trace(records: Iterable[Record], metric: Metric, commits: Sequence[Commit]) 
     several = len({scale for scale, _ in by_phase}) > 1
     traced = {}
     for (scale, phase), groups in sorted(by_phase.items()):
+        taking_part = _taking_part(groups, commits, place)
         line, points = _Line(metric), []
         for (commit, changes), group in _in_order(groups, place):
             known = commits[place[commit]] if commit in place else None
@@ -210,10 +213,9 @@ def trace(records: Iterable[Record], metric: Metric, commits: Sequence[Commit]) 
             marks = ["dirty"] if changes else []
             marks += [] if known else ["unknown"]
             marks += ["failed"] if sample.error else []
+            marks += ["other branch"] if known and not known.on_line else []
             shift = None
-            if known and not known.on_line:
-                marks.append("other branch")
-            elif sample.passed:
+            if sample.passed and (commit, changes) in taking_part:
                 shift, other = line.take(sample)
                 marks += [f"other {other}"] if other else []
             subject, value = known.subject if known else "", sample.mean(metric)
@@ -267,6 +269,15 @@ def read_file(path: Path) -> Side:
     return Side(f"file {path}", records, problems)
 
 
+def _measured_in(resumed: Path) -> Path:
+    """Where the record is that a resumed case stands for."""
+    try:
+        run_id = resumed.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        run_id = ""
+    return resumed.parent.parent / (Path(run_id).name or "unknown run") / f"{resumed.stem}.json"
+
+
 def _read(label: str, paths: Sequence[Path], where: str) -> Side:
     records, problems, found = [], [], []
     with uncollected():
@@ -304,6 +315,15 @@ def _files_behind(path: Path, content: object) -> list[Path]:
     return files
 
 
+def _taking_part(
+    groups: Mapping[tuple[str, str], list[Record]], commits: Sequence[Commit], place: Mapping[str, int]
+) -> set[tuple[str, str]]:
+    """What levels are made of: what was committed on the line to HEAD; where that is nothing, all that is not of another branch."""
+    known = {key: commits[place[key[0]]].on_line for key in groups if key[0] in place}
+    committed = {key for key, on_line in known.items() if on_line and not key[1]}
+    return committed or {key for key in groups if known.get(key, True)}
+
+
 def _in_order(
     groups: Mapping[tuple[str, str], list[Record]], place: Mapping[str, int]
 ) -> Iterator[tuple[tuple[str, str], list[Record]]]:
@@ -323,8 +343,8 @@ class _Level:
     What a commit is compared with, of one machine, data and whatever else must be the same.
 
     Attributes:
-        first: Of its commits, which quality is compared with.
-        values: Of all its runs, or of quality the first commit's.
+        first: Of each seed its first record, which quality is compared with.
+        values: Of all its runs.
         mean: Of the values.
         memory_before: Of all its cases.
         last: Place of its last commit along the line.
@@ -336,11 +356,20 @@ class _Level:
     memory_before: list[int]
     last: int
 
-    def add(self, values: Sequence[float], memory_before: Sequence[int]) -> None:
+    def add(self, sample: Sample, values: Sequence[float]) -> None:
         """Take what another commit measured for more of the same."""
         self.values += values
         self.mean += sum(value - self.mean for value in values) / len(self.values)
-        self.memory_before += memory_before
+        self.memory_before += sample.memory_before
+        if new := [record for seed, record in sample.by_seed.items() if seed not in self.first.by_seed]:
+            self.first = Sample([*self.first.by_seed.values(), *new])
+
+    def of_seeds(self, sample: Sample) -> tuple[Sample, Sample]:
+        """The first records and a sample, both of the seeds that they share alone."""
+        shared = self.first.by_seed.keys() & sample.by_seed.keys()
+        sides = (self.first, sample)
+        base, head = (side if side.by_seed.keys() == shared else side.of_seeds(shared) for side in sides)
+        return base, head
 
 
 class _Line:
@@ -361,31 +390,29 @@ class _Line:
         self._facts = facts
         shifts = []
         for one, part in sample.by_identity(self._metric).items():
-            seeds = frozenset(part.by_seed) if self._metric.kind == "quality" else None
-            shift, other = self._take((one, seeds), part)
+            shift, other = self._take(one, part)
             shifts += [shift] if shift else []
             changed += [other] if other else []
         return next(iter(shifts), None), next(iter(changed), None)
 
     def _take(self, key: object, sample: Sample) -> tuple[str | None, str | None]:
         """The same for the part of a commit that one level is for."""
-        metric, values, before = self._metric, sample.values(self._metric), sample.memory_before
+        metric, values = self._metric, sample.values(self._metric)
         level, other = self._levels.get(key), None
         if level and metric.kind == "memory":
-            other = other_memory_before(metric, level.values, level.memory_before, before)
+            other = other_memory_before(metric, level.values, level.memory_before, sample.memory_before)
         if level is None or other or not level.values:
             self._levels[key] = self._begin(sample, values)
             return None, other.partition(":")[0].removeprefix("other ") if other else None
         shift = _shift(metric, level, sample, values) if values else None
         if shift is None:
-            if metric.kind != "quality":
-                level.add(values, before)
+            level.add(sample, values)
             level.last = self._place
             return None, None
         self._levels[key] = self._begin(sample, values)
         if self._told.get(shift, 0) > level.last:  # another machine has shown it since this one measured
             return None, None
-        self._told[shift] = self._place
+        self._told = {shift: self._place}
         return shift, None
 
     def _begin(self, sample: Sample, values: Sequence[float]) -> _Level:
@@ -394,11 +421,16 @@ class _Line:
 
 def _shift(metric: Metric, level: _Level, sample: Sample, values: Sequence[float]) -> str | None:
     """Whether a sample is better or worse than a level."""
-    difference = statistics.fmean(values) - level.mean
+    if metric.kind == "quality":
+        base, head = level.of_seeds(sample)
+        if not head.passed:
+            return None
+        difference = statistics.fmean(head.values(metric)) - statistics.fmean(base.values(metric))
+    else:
+        difference = statistics.fmean(values) - level.mean
     if abs(difference) < metric.absolute:
         return None
-    quality = metric.kind == "quality"
-    found = judge_quality(metric, level.first, sample) if quality else judge_runs(metric, level.values, values)
+    found = judge_quality(metric, base, head) if metric.kind == "quality" else judge_runs(metric, level.values, values)
     if isinstance(found, str):
         return None
     if found is not None:

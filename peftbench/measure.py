@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -125,15 +126,22 @@ def describe_commit(folder: Path) -> dict[str, Any]:
     Returns:
         ``id`` (null without git), ``dirty``, and ``changes``: a fingerprint of what differs
         in tracked files and of untracked Python modules; the latter two null where git does not say.
+        ``problem`` where there is a repository that git will not read, such as one of another user.
     """
+    unknown = {"id": None, "dirty": None, "changes": None}
+    top = _git(folder, "rev-parse", "--show-toplevel")
+    if top is None:
+        there = shutil.which("git") and any((parent / ".git").exists() for parent in (folder, *folder.parents))
+        return {**unknown, "problem": "git does not read the repository here; ask it by git status"} if there else unknown
+    folder = Path(top.rstrip("\n"))
     commit = _git(folder, "rev-parse", "HEAD")
     if not commit:
-        return {"id": None, "dirty": None, "changes": None}
-    changes = _git(folder, "diff", "HEAD", "--", ":/", ":(top,exclude)*.ipynb")  # notebooks save what they print
-    modules = _git(folder, "ls-files", "--others", "--exclude-standard", "--", "*.py")
+        return unknown
+    changes = _git(folder, "diff", "HEAD", "--", ".", ":(exclude)*.ipynb")  # notebooks save what they print
+    modules = _git(folder, "ls-files", "--others", "--exclude-standard", "-z", "--", "*.py")
     if changes is None or modules is None:
         return {"id": commit.strip(), "dirty": None, "changes": None}
-    sums = {name: file_sha256(folder / name) for name in modules.splitlines() if (folder / name).is_file()}
+    sums = {name: file_sha256(folder / name) for name in modules.split("\0") if (folder / name).is_file() and name}
     dirty = bool(changes or sums)
     return {"id": commit.strip(), "dirty": dirty, "changes": fingerprint([changes, sums])[:16] if dirty else None}
 

@@ -421,12 +421,15 @@ def _text(name: str) -> str:
 
 
 def _facts(records: Sequence[Record]) -> str:
-    one = next((record for record in records if record.outcome == "passed"), records[0])
-    dirty = one.commit.get("dirty")
-    changed = "yes" if dirty is True else "no" if dirty is False else None
-    facts = {**one.machine, **one.versions, "commit": one.commit.get("id"), "uncommitted changes": changed}
-    known = {name: value for name, value in facts.items() if value is not None}
-    rows = "".join(f"<tr><th scope='row'>{escape(str(k))}</th><td>{escape(str(v))}</td></tr>" for k, v in known.items())
+    facts: dict[str, dict[str, None]] = {}
+    for one in [record for record in records if record.outcome == "passed"] or records[:1]:
+        dirty = one.commit.get("dirty")
+        changed = "yes" if dirty is True else "no" if dirty is False else None
+        for name, value in {**one.machine, **one.versions, "commit": one.commit.get("id"), "uncommitted changes": changed}.items():
+            if value is not None:
+                facts.setdefault(name, {})[str(value)] = None
+    known = {name: "; ".join(values) for name, values in facts.items()}
+    rows = "".join(f"<tr><th scope='row'>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in known.items())
     return f'<div class="scroll"><table class="facts">{rows}</table></div>'
 
 

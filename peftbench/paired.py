@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 from peftbench.intervals import Estimate, beta_share, estimate
 
+SHOWN = 0.05
+"""A p-value below which a difference is more than noise, as the intervals have it, which are of 95%."""
+
 
 @functools.lru_cache(maxsize=4096)  # a history asks for the same counts again and again
 def mcnemar_exact(lost: int, won: int) -> float:
@@ -37,7 +40,9 @@ def paired_difference(name: str, n: int, gold: int, base: Sequence[int], head: S
 
     The variance is the sum of two paired bootstraps', in closed form: over examples, the same for both sides and all seeds, and
     over seeds, with their few degrees of freedom (Satterthwaite 1946). What examples and seeds share counts twice, which errs on
-    the side of showing nothing; where seeds differ by several points, three are too few for that to suffice.
+    the side of showing nothing; where seeds differ by several points, three are too few for that to suffice. Where few examples
+    differ, so does the bootstrap itself; as if one more were lost and one more won, it is wide enough (Bonett and Price 2012).
+    Accuracy with one seed is judged by McNemar's exact test, whose interval has zero in it where that shows nothing.
 
     Args:
         name: ``accuracy`` or ``f1``.
@@ -47,12 +52,13 @@ def paired_difference(name: str, n: int, gold: int, base: Sequence[int], head: S
         head: The same.
     """
     before, after = ([_score(name, n, gold, predicted) for predicted in side] for side in (base, head))
-    differences = [score - other for (score, _), (other, _) in zip(after, before, strict=True)]
-    effects = [(sign * effect, mask) for sign, side in ((-1, before), (1, after)) for _, parts in side for effect, mask in parts]
+    differences = [score - other for (score, _, _), (other, _, _) in zip(after, before, strict=True)]
+    effects = [(sign * effect, mask) for sign, side in ((-1, before), (1, after)) for _, _, parts in side for effect, mask in parts]
     squares = math.fsum([e * other * (mask & also).bit_count() for e, mask in effects for other, also in effects])
     mean = math.fsum([effect * mask.bit_count() for effect, mask in effects])
     seeds = len(base)
-    sources = [(max(0.0, squares - mean**2 / n) / (n * seeds) ** 2, n - 1.0)]
+    one_example = statistics.fmean([step for _, step, _ in (*before, *after)])
+    sources = [(max(0.0, squares - mean**2 / n) / (n * seeds) ** 2 + 2 * one_example**2 / seeds, max(n - 1.0, 1.0))]
     if seeds > 1:
         sources.append((statistics.variance(differences) / seeds, seeds - 1.0))
     exact = None
@@ -60,7 +66,10 @@ def paired_difference(name: str, n: int, gold: int, base: Sequence[int], head: S
         wrong, later = gold ^ base[0], gold ^ head[0]
         exact = mcnemar_exact((later & ~wrong).bit_count(), (wrong & ~later).bit_count())
     found = estimate(statistics.fmean(differences), sources, p=exact)
-    return dataclasses.replace(found, ci95=(max(-1.0, found.ci95[0]), min(1.0, found.ci95[1])))
+    low, high = found.ci95
+    if exact is not None and exact >= SHOWN:
+        low, high = min(low, 0.0), max(high, 0.0)
+    return dataclasses.replace(found, ci95=(max(-1.0, low), min(1.0, high)))
 
 
 def ratio_difference(base: Sequence[float], head: Sequence[float]) -> Estimate | None:
@@ -86,19 +95,20 @@ def ratio_difference(base: Sequence[float], head: Sequence[float]) -> Estimate |
     return Estimate(difference, (low, high), ratio.p)
 
 
-def _score(name: str, n: int, gold: int, predicted: int) -> tuple[float, list[tuple[float, int]]]:
+def _score(name: str, n: int, gold: int, predicted: int) -> tuple[float, float, list[tuple[float, int]]]:
     """
-    Accuracy or F1, and what an example does to it, up to a constant: the sum of the parts whose bit it has.
+    Accuracy or F1, by how much about one example moves it, and what each does to it, up to a constant: the sum of the parts whose
+    bit it has.
 
     The variance of that, over n, is the variance of a bootstrap over examples: of accuracy, which is a mean, that of all its draws;
     of F1 to first order (the infinitesimal jackknife, Efron 1982).
     """
     wrong = gold ^ predicted
     if name == "accuracy":
-        return 1 - wrong.bit_count() / n, [(-1.0, wrong)]
+        return 1 - wrong.bit_count() / n, 1 / n, [(-1.0, wrong)]
     hits = gold & predicted
     size = 2 * hits.bit_count() + wrong.bit_count()
     if not size:
-        return 0.0, []
+        return 0.0, 0.0, []
     score = 2 * hits.bit_count() / size
-    return score, [(2 * (1 - score) * n / size, hits), (-score * n / size, wrong)]
+    return score, 1 / size, [(2 * (1 - score) * n / size, hits), (-score * n / size, wrong)]

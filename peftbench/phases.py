@@ -124,7 +124,7 @@ class Phase:
         if self.peft is not None and not (isinstance(self.peft, Mapping) and isinstance(self.peft.get("peft_type"), str)):
             raise ValueError(f"{self.id}: peft must be a mapping that names its peft_type, such as 'LORA', got {self.peft!r}")
         try:
-            json.dumps(self.peft)
+            json.dumps(self.peft, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{self.id}: peft must be plain data that JSON can hold, got {self.peft!r}: {error}") from None
         if self.distillation is not None and not isinstance(self.distillation, Distillation):

@@ -70,6 +70,12 @@ class Options:
             pytest.UsageError: Naming the option, what was got and what is allowed.
         """
         given = {name: str(config.getoption(f"peft_{name}") or config.getini(f"peft_{name}")) for name in OPTIONS}
+
+        def folder(name: str) -> Path:
+            """On the command line seen from where pytest was started, else from the ini file, or the root where there is none."""
+            root = config.inipath.parent if config.inipath else config.rootpath
+            return (Path.cwd() if config.getoption(f"peft_{name}") else root) / given[name]
+
         for name, allowed in (("scale", ("auto", *SCALES)), ("precision", PRECISIONS)):
             if given[name] not in allowed:
                 raise pytest.UsageError(f"--peft-{name} must be one of {', '.join(allowed)}, got {given[name]!r}")
@@ -81,7 +87,7 @@ class Options:
             )
         if given["data"]:
             try:
-                check_data_folder(Path(given["data"]), "--peft-data")
+                check_data_folder(folder("data"), "--peft-data")
             except ValueError as error:
                 raise pytest.UsageError(str(error)) from None
         if not (given["evaluations"].isascii() and given["evaluations"].isdigit() and int(given["evaluations"]) <= 1000):
@@ -94,8 +100,8 @@ class Options:
         return cls(
             scale=given["scale"],
             seeds=tuple(map(int, seeds)),
-            outputs=Path(given["outputs"]).absolute(),
-            data=Path(given["data"]).absolute() if given["data"] else None,
+            outputs=folder("outputs"),
+            data=folder("data") if given["data"] else None,
             device=given["device"],
             precision=given["precision"],
             evaluations=int(given["evaluations"]),
@@ -118,8 +124,8 @@ class Session:
         self.workers = int(worker.get("workercount", 1))
         self.trained_seconds = 0.0
         self.record_paths: list[Path] = []
-        self.resumed: list[Record] = []
         self.unreadable: set[str] = set()
+        self.unpublished: list[str] = []
         self.bases: list[Side] = []
         self.comparison: list[Row] = []
         self.changes: list[str] = []
@@ -138,8 +144,13 @@ class Session:
 
     @property
     def asked_for(self) -> list[str]:
-        """What selects cases by name."""
-        return [self.config.option.keyword, *(argument for argument in self.config.args if "::" in argument)]
+        """What selects cases by name, in small letters."""
+        return [text.lower() for text in (self.config.option.keyword, *(a.partition("::")[2] for a in self.config.args))]
+
+    @property
+    def is_worker(self) -> bool:
+        """Whether this process runs cases for another one, under pytest-xdist, and tells it what came of them."""
+        return hasattr(self.config, "workerinput")
 
     @cached_property
     def device(self) -> Device:
@@ -198,6 +209,10 @@ class Session:
 
     def find_passed(self, store: Store, fingerprint: str, seed: int) -> Record | None:
         """The newest passed record of the same case at the same commit and changes, on the same device."""
+        from peftbench.measure import describe_machine
+
+        if self.settings.commit.get("problem"):
+            return None  # as nobody knows what code it was
         if store.runs not in self._history:
             readable = self._history.setdefault(store.runs, [])
             for record in store.records():
@@ -205,54 +220,45 @@ class Session:
                     self.unreadable.add(str(record))
                 else:
                     readable.append(record)
-        wanted = ("passed", fingerprint, seed, self.settings.commit, self.device.name)
+        machine = describe_machine(self.device)
+        same = ("device", "accelerator") if self.device.kind == "cuda" else ("device", "processor", "cores")
+        wanted = ("passed", fingerprint, seed, self.settings.commit, [machine[fact] for fact in same])
         for record in reversed(self._history[store.runs]):
-            if (record.outcome, record.fingerprint, record.seed, record.commit, record.machine.get("device")) == wanted:
+            there = [record.machine.get(fact) for fact in same]
+            if (record.outcome, record.fingerprint, record.seed, record.commit, there) == wanted and (
+                record.dev_curve or not self.options.evaluations
+            ):
                 return record
         return None
 
-    def keep(self, record: Record) -> Path:
-        """Write a record and, if it passed, its phase's report."""
-        store = Store(self.options.outputs, record.scale)
-        path = store.save(record)
-        if record.outcome == "passed":
-            self.publish(record)
-        return path
-
     def publish(self, record: Record) -> None:
-        """Write the report of a record's phase over the seeds that this run has measured or resumed."""
-        store = Store(self.options.outputs, record.scale)
-        case = (record.phase, record.name, record.scale)
-
-        def report() -> dict[str, Any]:
-            of_run = [r for r in store.records(self.run_id) if isinstance(r, Record)]
-            [summary] = summarize(r for r in (*self.resumed, *of_run) if (r.phase, r.name, r.scale) == case)
-            return phase_report(summary)
-
-        store.publish(record.phase, report)
+        """Write the report of a record's phase over the seeds that this session has measured or resumed."""
+        of_session = [one for one in map(read_record, dict.fromkeys(self.record_paths)) if one.scale == record.scale]
+        of_letter = [one for one in of_session if one.phase.lower() == record.phase.lower()]
+        if others := sorted({one.phase_id for one in of_letter} - {record.phase_id}):  # each alone in a worker of pytest-xdist
+            raise RecordError(f"phases {record.phase_id} and {', '.join(others)} would share it; rename one")
+        [summary] = summarize(of_letter)
+        Store(self.options.outputs, record.scale).publish(record.phase, phase_report(summary))
 
     def choose_bases(self, scales: Collection[str]) -> None:
         """
         Find what this run is to be compared with, before hours are spent.
 
         Raises:
-            ValueError: If there is no such thing.
+            ValueError: If there is no such thing at one of the scales.
         """
-        if self.options.compare and scales:
-            from peftbench.history import History, read_side
+        from peftbench.history import History, read_side
 
-            def history_of(scale: str) -> History:
-                root = Store(self.options.outputs, scale).root
-                return History.from_outputs(root, self.config.rootpath, without=self.run_id)
-
-            bases = []
-            for scale in scales:
-                side = read_side(self.options.compare, functools.partial(history_of, scale))
-                records = [record for record in side.records if record.scale == scale]
-                if not records:
-                    raise ValueError(f"--peft-compare {self.options.compare}: {side.label} has no record of the {scale} scale")
-                bases.append(dataclasses.replace(side, records=records, paths=()))
-            self.bases = bases
+        for scale in scales:
+            root = Store(self.options.outputs, scale).root
+            side = read_side(
+                self.options.compare,
+                functools.partial(History.from_outputs, root, self.config.rootpath, without=self.run_id),
+            )
+            records = [record for record in side.records if record.scale == scale]
+            if not records:
+                raise ValueError(f"--peft-compare {self.options.compare}: {side.label} has no record of the {scale} scale")
+            self.bases.append(dataclasses.replace(side, records=records, paths=()))
 
     def judge(self) -> int:
         """
@@ -267,8 +273,7 @@ class Session:
 
         records = [read_record(path) for path in dict.fromkeys(self.record_paths)]
         scales = {record.scale for record in records}
-        if not self.bases:
-            self.choose_bases(scales)
+        self.choose_bases(scales - {record.scale for side in self.bases for record in side.records})
         base = [record for side in self.bases for record in side.records if record.scale in scales]
         if any(self.asked_for):  # the other phases are not missing then
             measured = {(record.scale, record.phase_id) for record in records}
@@ -281,9 +286,16 @@ class Session:
         return self.judgement.status if self.options.gates else 0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Learn of records, also from the workers of pytest-xdist."""
-        if report.when == "call":
-            self.record_paths += [Path(str(value)) for name, value in report.user_properties if name == "peftbench_record"]
+        """Learn of records, also from the workers of pytest-xdist, and publish what passed."""
+        if report.when != "call" or self.is_worker:
+            return
+        for path in [Path(str(value)) for name, value in report.user_properties if name == "peftbench_record"]:
+            self.record_paths.append(path)
+            try:
+                if (record := read_record(path)).outcome == "passed":
+                    self.publish(record)
+            except (OSError, RecordError) as error:
+                self.unpublished.append(f"the report of {path.stem} was not written: {error}")
 
 
 class Progress:
@@ -414,14 +426,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Before hours are spent: can the device be used, can the outputs be written?"""
     own = session.config.stash[SESSION]
-    if not hasattr(session.config, "workerinput"):  # there the case itself fails, with the same message
+    if not own.is_worker:  # there the case itself fails, with the same message
         try:
-            for scale in _scales(session.config, session.items):
+            scales = _scales(session.config, session.items)
+            for scale in scales:
                 Store(own.options.outputs, scale).check_writable()
                 assert own.device
-            own.choose_bases(_scales(session.config, session.items))
+            if own.options.compare:
+                own.choose_bases(scales)
         except (ValueError, OSError) as error:
             raise pytest.UsageError(f"peftbench: {error}") from error
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Where workers of pytest-xdist collect, what to compare with is chosen before they do, at whichever scales there is some."""
+    own = session.config.stash[SESSION]
+    if not (session.config.pluginmanager.hasplugin("dsession") and session.config.getoption("peft_compare")):
+        return
+    problems = []
+    for scale in sorted({own.main_scale, "tiny"}):
+        try:
+            own.choose_bases([scale])
+        except ValueError as error:
+            problems.append(error)
+    if not own.bases:
+        raise pytest.UsageError(f"peftbench: {problems[0]}") from problems[0]
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
@@ -432,7 +462,9 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
     auto = " (auto: CUDA is available)" if own.main_scale == "thesis" else " (auto: no CUDA here)"
     scale = ", ".join(scales) + (auto if own.options.scale == "auto" and own.main_scale in scales else "")
     device = f"device {own.device.name}, precision {own.device.precision} ({own.device.why})"
-    return [f"peftbench: scale {scale}; {device}; run {own.run_id}"]
+    problem = own.settings.commit.get("problem")
+    unknown = f"peftbench: the records will not say of which commit they are, and nothing is resumed: {problem}"
+    return [f"peftbench: scale {scale}; {device}; run {own.run_id}", *([unknown] if problem else [])]
 
 
 def _parse_gates(limits: list[str]) -> tuple[Gate, ...]:
@@ -455,40 +487,59 @@ def _scales(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
     return sorted({"tiny" if item.get_closest_marker("tiny") else main for item in cases})
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Write the record the moment its case ends; what the test made of it decides the outcome."""
-    report = yield
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Write the record the moment its test ends, however that ends; what the test made of the case decides the outcome."""
+    try:
+        result = yield
+    except BaseException as error:
+        if problem := _keep(item, error):
+            item.add_report_section("call", "peftbench", problem)
+        raise
+    if problem := _keep(item):
+        raise pytest.fail.Exception(problem, pytrace=False)
+    return result
+
+
+def _keep(item: pytest.Item, error: BaseException | None = None) -> str | None:
+    """Write the test's record, if it has one; what is wrong if that cannot be done."""
     record = item.stash.get(RECORD, None)
-    if call.when == "call" and record is not None:
-        if call.excinfo is not None and record.outcome == "passed":
-            record = dataclasses.replace(record, outcome="failed", error=call.excinfo.exconly()[:2000])
-        try:
-            path = item.config.stash[SESSION].keep(record)
-        except (OSError, RecordError) as error:
-            report.outcome, report.longrepr = "failed", f"peftbench could not write the record: {error}"
-            return report
-        report.user_properties.append(("peftbench_record", str(path)))
-        benchmark: Any = getattr(item, "funcargs", {}).get("benchmark")
+    if record is None:
+        return None
+    del item.stash[RECORD]
+    session = item.config.stash[SESSION]
+    if error and record.outcome == "passed" and not isinstance(error, pytest.skip.Exception):
+        record = dataclasses.replace(record, outcome="failed", error=pytest.ExceptionInfo.from_exception(error).exconly()[:2000])
+    benchmark: Any = getattr(item, "funcargs", {}).get("benchmark")
+    try:
+        path = Store(session.options.outputs, record.scale).save(record)
         if benchmark is not None:
             benchmark.extra_info["peftbench"] = record.to_json()
-    return report
+    except (OSError, ValueError) as problem:
+        return f"peftbench could not write the record: {problem}"
+    session.record_paths.append(path)
+    item.user_properties.append(("peftbench_record", str(path)))
+    return None
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Let a gate that does not hold fail the session."""
+    """Let a gate that does not hold fail the session, and a report that could not be written."""
     own = session.config.stash.get(SESSION, None)
-    if own is None or not own.options.compare or not own.record_paths or hasattr(session.config, "workerinput"):
+    if own is None or own.is_worker:
         return
-    try:
-        status = own.judge()
-    except ValueError as error:
+    status = 1 if own.unpublished else 0
+    asked = session.config.getoption("peft_fail") or _scales(session.config, session.items)
+    if own.options.compare and (own.record_paths or (own.options.gates and asked)):
         from peftbench.gates import Judgement
 
-        own.judgement = Judgement(status := 2, [str(error)])
+        try:
+            if not own.record_paths:
+                raise ValueError("nothing to compare: no case has left a record")
+            status = own.judge() or status
+        except ValueError as error:
+            own.judgement = Judgement(2, [str(error)])
+            status = 2
     if session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = status
 
@@ -502,18 +553,18 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             records.append(read_record(path))
         except RecordError as error:
             session.unreadable.add(str(error))
-    if not records and not session.unreadable:
+    if not (records or session.unreadable or session.unpublished or session.judgement):
         return
     terminalreporter.section("peftbench")
     if records:
         terminalreporter.write_line(render_summary(records))
     if session.judgement is not None:
-        if session.bases:
+        if session.comparison:
             terminalreporter.write_line(f"\ncompared with {', '.join(printable(side.label) for side in session.bases)}:")
             terminalreporter.write_line(render_comparison(session.comparison))
             for line in session.changes:
                 terminalreporter.write_line(f"changed: {printable(line)}")
-        for line in session.judgement.lines if session.options.gates or not session.bases else ():
+        for line in session.judgement.lines if session.options.gates or not session.comparison else ():
             terminalreporter.write_line(printable(line), red=True)
     for line in session.describe_times(records):
         terminalreporter.write_line(line)
@@ -521,6 +572,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for record in resumed:
         case = f"{record.phase}-{record.name} at {record.scale} scale, seed {record.seed}"
         terminalreporter.write_line(printable(f"resumed, not run again: {case}, passed in run {record.run_id}"))
+    for problem in session.unpublished:
+        terminalreporter.write_line(printable(problem), red=True)
     for problem in sorted(session.unreadable):
         terminalreporter.write_line(printable(f"left out of the history: {problem}"), yellow=True)
     for folder in dict.fromkeys(path.parent for path in paths):
@@ -581,21 +634,23 @@ def run_phase(
     The record is written when the test ends. pytest-benchmark reports the time of the training loop.
     """
     session, node = request.config.stash[SESSION], request.node
+    called = False
 
     def run(phase: Phase) -> Record:
         from peftbench.runner import case_fingerprint, failed_record, run_phase
 
-        if RECORD in node.stash:
+        nonlocal called
+        if called:
             raise RuntimeError("run_phase can be called once in a test; parametrize the test over phases")
-        scale, settings = peft_workbench.scale, session.settings
+        called = True
+        scale, settings, store = peft_workbench.scale, session.settings, peft_workbench.store
         try:
             if session.options.resume:
                 fingerprint = case_fingerprint(phase, peft_workbench)
-                if found := session.find_passed(peft_workbench.store, fingerprint, peft_seed):
+                if found := session.find_passed(store, fingerprint, peft_seed):
                     session.check_phase(phase)
-                    session.resumed.append(found)
-                    session.publish(found)
-                    node.user_properties.append(("peftbench_record", str(peft_workbench.store.record_path(found))))
+                    store.link(found, session.run_id)
+                    node.user_properties.append(("peftbench_record", str(store.record_path(found))))
                     pytest.skip(f"resumed: passed with this fingerprint at this commit in run {found.run_id}")
 
             def train() -> Record:
@@ -607,20 +662,17 @@ def run_phase(
             if benchmark is not None and not phase.at(scale.name).epochs:
                 benchmark.group = "no training"  # whose 0 s would make all others infinitely slow in one table
             record: Record = train() if benchmark is None else benchmark.pedantic(train, rounds=1, iterations=1)
-            node.stash[RECORD] = record
-            return record
         except pytest.skip.Exception:
             raise
         except BaseException as error:
             node.stash[RECORD] = failed_record(phase, scale, peft_seed, settings, error)
-            if not isinstance(error, Exception):  # Ctrl-C: no report will be made of this test
-                session.record_paths.append(session.keep(node.stash[RECORD]))
-                raise
             with explained():
                 raise
+        node.stash[RECORD] = record
+        return record
 
     yield run
-    if benchmark is not None and RECORD not in node.stash:
+    if benchmark is not None and not called:
         benchmark.skipped = True  # a test that failed before it got so far is told of its own error alone
 
 

@@ -9,7 +9,7 @@ import re
 import reprlib
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import msgspec
 
 from peftbench.phases import KD_MAX_LENGTH, Phase
-from peftbench.sealed import lock, write_atomically
+from peftbench.sealed import write_atomically
 
 SCHEMA_VERSION = 4
 
@@ -27,6 +27,9 @@ _GROUPS = frozenset(
     ("dev", "test", "parameter_counts", "efficiency", "memory_use", "teacher_cost", "config.peft", "config.distillation")
 )
 """Keys that hold keys of their own, unless they are null."""
+
+RESUMED = ".resumed"
+"""Ending of a file in a run's folder that stands for a case's record in an earlier run, whose id it holds."""
 
 MAX_RECORD_BYTES = 64 * 2**20
 """Of a file that is read; a record has some ten thousand."""
@@ -449,15 +452,17 @@ class Store:
         Raises:
             OSError: If the folder cannot be made or written, naming it and the option.
         """
-        try:
-            probe = self.root / f".writable-{secrets.token_hex(4)}"
-            write_atomically(probe, "")
-            probe.unlink()
-        except OSError as error:
-            raise OSError(
-                f"cannot write to the outputs folder {self.root}: {error.strerror or error}; "
-                "give a folder that can be written with --peft-outputs DIR"
-            ) from error
+        parts = [folder for name in ("runs", "reports", "kd", "cache") if (folder := self.root / name).exists()]
+        for folder in (self.root, *parts):
+            try:
+                probe = folder / f".writable-{secrets.token_hex(4)}"
+                write_atomically(probe, "")
+                probe.unlink()
+            except OSError as error:
+                raise OSError(
+                    f"cannot write to the outputs folder {folder}: {error.strerror or error}; "
+                    "give a folder that can be written with --peft-outputs DIR"
+                ) from error
 
     def record_path(self, record: Record) -> Path:
         """A case of a run."""
@@ -468,22 +473,27 @@ class Store:
         Add a record to the history, whole or not at all.
 
         Raises:
-            RecordError: If the run has a record of that case already; history is never replaced.
+            RecordError: If it could not be read again, or the run has a record of that case already; history is never replaced.
         """
         path = self.record_path(record)
+        content = json.dumps(record.to_json(), indent=1) + "\n"
+        decode_record(content.encode())
         if path.exists():
             raise RecordError(
                 f"{path} exists: {record.phase_id} with seed {record.seed} has run already in this run; "
                 "if that was another phase, give one of them another id"
             )
-        write_atomically(path, json.dumps(record.to_json(), indent=1) + "\n")
+        write_atomically(path, content)
         return path
 
-    def publish(self, letter: str, report: Callable[[], Mapping[str, Any]]) -> Path:
-        """Replace the latest result of a phase; the report is made while no other process can publish an older one."""
+    def link(self, record: Record, run_id: str) -> None:
+        """Let another run have a record, too, instead of measuring it again: a file there names the run that did."""
+        write_atomically(self.runs / run_id / f"{record.case}{RESUMED}", record.run_id + "\n")
+
+    def publish(self, letter: str, report: Mapping[str, Any]) -> Path:
+        """Replace the latest result of a phase."""
         path = self.report_path(letter)
-        with lock(path):
-            write_atomically(path, json.dumps(report(), indent=1, allow_nan=False) + "\n")
+        write_atomically(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
         return path
 
     def records(self, run_id: str = "*") -> Iterator[Record | RecordError]:

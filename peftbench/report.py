@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from peftbench.metrics import METRICS, Metric
 from peftbench.records import ParameterCounts, Plan, Record
-from peftbench.summary import Summary, pareto_front, summarize
+from peftbench.summary import Summary, differing, pareto_front, summarize
 from peftbench.verdicts import Point, Row, Verdict
 
 Cell = tuple[float | None, str]
@@ -115,7 +115,9 @@ def render_results(records: Sequence[Record], *, table: str, reach: float | None
         reach: A dev accuracy; adds the updates and the training time after which each phase was first seen to have it.
     """
     blocks = []
-    for scale in sorted({record.scale for record in records}):
+    scales = sorted({record.scale for record in records})
+    for scale in scales:
+        blocks += [f"{'% ' if table == 'latex_booktabs' else ''}scale {scale}"] if len(scales) > 1 else []
         blocks += _tables(summarize(record for record in records if record.scale == scale), table, reach)
     return "\n\n".join(blocks)
 
@@ -176,7 +178,7 @@ def render_history(traced: Mapping[str, Sequence[Point]], metric: Metric) -> str
         rows = [
             [
                 point.commit[:12],
-                point.subject[:50],
+                point.subject if len(point.subject) <= 50 else f"{point.subject[:49]}…",
                 render_value(metric, point.value),
                 point.records,
                 ", ".join(point.marks),
@@ -190,7 +192,9 @@ def render_history(traced: Mapping[str, Sequence[Point]], metric: Metric) -> str
     blocks.append(
         f"{metric.name}: {metric.better} is better{f'; {POOLED}' if metric.kind == 'quality' else ''}\n"
         "level: where it got better or worse than all since the shift before, "
-        "by more than noise\nmarks: dirty, changes that were not committed; unknown, to git here; failed; other ..., not compared"
+        "by more than noise; what is dirty, unknown or of another branch takes no part\n"
+        "marks: dirty, changes that were not committed; unknown, to git here; failed; other ..., not compared; "
+        "other seed set, compared over the seeds of both"
     )
     return "\n\n".join(blocks)
 
@@ -374,11 +378,11 @@ def _cell(value: float | None, render: Callable[[float], str]) -> Cell:
 def _notes(summaries: Sequence[Summary]) -> list[str]:
     records = [record for summary in summaries for record in summary.records]
     passed = [record for record in records if record.outcome == "passed"]
-    lines = []
+    scale = f"scale {records[0].scale}"
+    lines = [f"{scale}: {data}" for data in dict.fromkeys(map(render_data, passed))] or [f"{scale}: nothing passed"]
     if passed:
-        one = passed[0]
-        lines.append(f"scale {one.scale}: {render_data(one)}")
         lines += LEGEND
+        lines += [f"warning: phases of other {what} in one table, which do not compare; no front" for what in differing(summaries)]
     for record in passed[:1]:
         overlaps = {name: record.data.get(f"{name}_sentences_in_train", 0) for name in ("dev", "test")}
         lines += [f"warning: {count} {name} sentences also stand in train" for name, count in overlaps.items() if count]

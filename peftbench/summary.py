@@ -113,13 +113,25 @@ def phase_report(summary: Summary) -> dict[str, Any]:
     return report
 
 
-def pareto_front(summaries: Iterable[Summary]) -> set[str]:
+def differing(summaries: Iterable[Summary]) -> list[str]:
+    """Of what the records that passed are of several, so that they do not compare: ``data``, ``machines``."""
+    passed = [record for summary in summaries for record in summary.passed]
+    facts = {
+        "data": {str(record.data.get("fingerprint")) for record in passed},
+        "machines": {str(record.machine.get("id")) for record in passed},
+    }
+    return [name for name, values in facts.items() if len(values) > 1]
+
+
+def pareto_front(summaries: Sequence[Summary]) -> set[str]:
     """
     Ids of the trained phases that no other beats on dev accuracy, trainable parameters and training time at once.
 
     Left out are a phase that trains nothing, which would be on every front for free, one no better than the majority class, and one
-    of which a seed failed: the mean of those that did not is no figure of it.
+    of which a seed failed: the mean of those that did not is no figure of it. Of several machines or data there is no front.
     """
+    if differing(summaries):
+        return set()
     points = {}
     for summary in summaries:
         if len(summary.passed) < len(summary.records):

@@ -54,6 +54,46 @@ def test_compare_prints_rows_and_says_what_it_read(outputs, capsys):
     assert f"peftbench: read run {FIRST}: 2 records\npeftbench: read latest run {SECOND}: 2 records\n" == err
 
 
+def test_records_of_a_scale_that_the_head_lacks_are_left_out(outputs, capsys):
+    """A run at another scale that the base has, too, leaves no gate open."""
+    store = Store(outputs, "thesis")
+    store.save(passed("B-lora", run="20260101T100000Z-cccccc", scale="thesis", commit={"id": FIRST[:8] * 5}))
+    status, out, err = run(capsys, "compare", FIRST[:8] * 5, SECOND, "--fail", "artifact_bytes:1%")
+    assert 0 == status
+    assert "left out: the base's 1 of scale thesis, which the head has none of" in err
+    assert "thesis" not in out
+
+
+def test_nothing_to_export_is_said(outputs, capsys):
+    """Where all have failed; an empty file would look like a result."""
+    third = "20260103T000000Z-cccccc"
+    Store(outputs, "mini").save(failed(run=third))
+    status, out, err = run(capsys, "export", "--format", "bencher")
+    assert (2, "") == (status, out)
+    assert f"nothing to export: latest run {third} has no record that passed" in err
+
+
+def test_a_device_is_written_to_and_stays_one(outputs, capsys, tmp_path):
+    """And so does a link, whose file gets the text."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    link.symlink_to("target")
+    for path in (pipe, link):
+        assert 0 == run(capsys, "report", "--to", str(path))[0]
+    assert os.read(reader, 10**6).decode() == (tmp_path / "target").read_text()
+    os.close(reader)
+    assert (True, True) == (pipe.is_fifo(), link.is_symlink())
+
+
+def test_an_encoding_without_arrows_is_no_error(outputs):
+    """As where Windows redirects the output to a file."""
+    program = "import sys; from peftbench.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "compare", "--phases", "B", "D"]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"}, check=False)
+    assert (0, True) == (done.returncode, b"B-lora ? D-hybrid" in done.stdout)
+
+
 def test_a_run_is_not_in_its_own_base(outputs, capsys):
     """The commit's other run is; without one, the commit is compared with itself."""
     store = Store(outputs, "mini")

@@ -80,6 +80,27 @@ def test_the_last_run_of_a_seed_counts():
     assert "worse" == verdicts([passed()], [later, passed()])["B-lora", "accuracy"]
 
 
+def test_a_rerun_of_the_base_that_failed_hides_no_loss():
+    """What has passed is compared, whatever came after it; only what never passed is fixed."""
+    broken = failed(run="20260102T000000Z-bbbbbb", error="KeyboardInterrupt")
+    broken = dataclasses.replace(broken, phase="B", name="lora")
+    row = row_of([passed(), broken], [passed(wrong=LOST)], "accuracy")
+    assert "worse" == row.verdict
+    assert "p = 5.7e-14; the base failed, too: KeyboardInterrupt" == row.reason
+    other_seed = dataclasses.replace(broken, seed=43)
+    head = [passed(wrong=LOST), passed(seed=43, wrong=LOST)]
+    assert "worse" == row_of([passed(), other_seed], head, "accuracy").verdict
+    assert {("B-lora", "outcome"): "fixed"} == verdicts([broken], [passed()])
+
+
+def test_what_fails_in_the_head_is_new_where_the_base_has_passed():
+    """With that seed, or without a record of it; a seed that has always failed is no news."""
+    broken = dataclasses.replace(failed(error="ValueError"), phase="B", name="lora", seed=43)
+    assert {("B-lora", "outcome"): "newly failing"} == verdicts([passed(), passed(seed=43)], [passed(), broken])
+    assert {("B-lora", "outcome"): "newly failing"} == verdicts([passed()], [passed(), broken])
+    assert {("B-lora", "outcome"): "not comparable"} == verdicts([passed(), broken], [passed(), broken])
+
+
 @pytest.mark.parametrize(
     ("changes", "metric", "why"),
     [

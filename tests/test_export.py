@@ -36,10 +36,10 @@ def test_bencher_metric_format():
     """By the schema that Bencher publishes; measures with names of at most 64 characters; a failed phase has no values."""
     exported = to_bencher(RECORDS)
     jsonschema.validate(exported, BENCHER_SCHEMA)
-    assert ["B-lora", "C1-full"] == list(exported)
+    assert ["B-lora-mini", "C1-full-mini"] == list(exported)
     assert all(len(measure) <= 64 for measures in exported.values() for measure in measures)
-    assert {"value": 63.0, "lower_value": 60.0, "upper_value": 66.0} == exported["B-lora"]["train_runtime_seconds"]
-    accuracy = exported["C1-full"]["accuracy"]
+    assert {"value": 63.0, "lower_value": 60.0, "upper_value": 66.0} == exported["B-lora-mini"]["train_runtime_seconds"]
+    accuracy = exported["C1-full-mini"]["accuracy"]
     assert accuracy["lower_value"] < accuracy["value"] <= accuracy["upper_value"]
 
 
@@ -53,7 +53,7 @@ def test_github_action_benchmark(better, metric):
         assert {"name", "unit", "value"} <= set(entry) <= {"name", "unit", "value", "range", "extra"}
     names = [entry["name"] for entry in entries]
     assert len(names) == len(set(names))
-    assert f"C1-full {metric}" in names
+    assert f"C1-full-mini {metric}" in names
     other = {entry["name"] for entry in to_github_action(RECORDS, "lower" if better == "higher" else "higher")}
     assert not other & set(names)
 

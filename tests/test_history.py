@@ -193,7 +193,7 @@ def test_a_file_of_pytest_benchmark_gives_our_records(tmp_path):
 def report(store):
     """The report of a phase over three seeds, of which the last is much better; returns its path and the records."""
     records = [keep(store, "c" * 40, seed=seed, wrong=range(wrong)) for seed, wrong in ((42, 100), (43, 100), (44, 10))]
-    return store.publish("B", lambda: phase_report(Summary(records))), records
+    return store.publish("B", phase_report(Summary(records))), records
 
 
 def test_a_report_over_several_seeds_is_read_as_its_records(store, report):
@@ -302,13 +302,48 @@ def test_a_commit_measured_on_two_machines_is_judged_on_each():
 
 
 def test_seeds_alternate_like_machines():
-    """A nightly run of three seeds between runs of one: quality has a level for each set of them."""
+    """A nightly run of three seeds between runs of one: those that a commit shares with the level are compared."""
     records = []
     for day, commit in enumerate(COMMITS, start=1):
         records += [at(commit.id, day, seed=seed, wrong=LOST if day > 2 else ()) for seed in ((42, 43, 44) if day % 2 else (42,))]
     points = points_of(records, "accuracy", COMMITS)
     assert [None, None, "worse", None, None] == [point.shift for point in points]
     assert [[], *[["other seed set"]] * 4] == [point.marks for point in points]
+
+
+def test_seeds_that_are_added_hide_no_loss():
+    """One seed before, three from the commit on that loses; the second one failed once in between."""
+    records = [at("a" * 40, 1), at("b" * 40, 2), *(at("c" * 40, 3, seed=seed, wrong=LOST) for seed in (42, 43, 44))]
+    assert [None, None, "worse"] == [point.shift for point in points_of(records, "accuracy", COMMITS)]
+    records = [at("a" * 40, 1, seed=seed) for seed in (42, 43, 44)]
+    records += [at("b" * 40, 2, seed=seed, wrong=LOST) for seed in (42, 44)]
+    records += [at("c" * 40, 3, seed=seed, wrong=LOST) for seed in (42, 43, 44)]
+    assert [None, "worse", None] == [point.shift for point in points_of(records, "accuracy", COMMITS)]
+
+
+def test_what_was_not_committed_moves_no_level():
+    """A loss in an experiment, or at a commit that git does not know, and the next commit has it no more: nothing shifted."""
+    experiment = dataclasses.replace(at("a" * 40, 2, wrong=LOST), commit={"id": "a" * 40, "dirty": True, "changes": "abc"})
+    for odd, mark in ((experiment, "dirty"), (at("f" * 40, 2, wrong=LOST), "unknown")):
+        points = points_of([at("a" * 40, 1), odd, at("b" * 40, 3), at("c" * 40, 4, wrong=LOST)], "accuracy", COMMITS)
+        assert [None, None, None, "worse"] == [point.shift for point in points]
+        assert [[], [mark], [], []] == [point.marks for point in points]
+
+
+def test_where_nothing_is_committed_the_runs_have_levels():
+    """Without git, and in a tree that is never clean, they are all there is."""
+    records = [dataclasses.replace(at("x", day, wrong=LOST if day > 1 else ()), commit={"id": None}) for day in (1, 2, 3)]
+    assert [None, "worse", None] == [point.shift for point in points_of(records, "accuracy", [])]
+    records = [dataclasses.replace(one, commit={"id": "a" * 40, "changes": one.run_id}) for one in records]
+    assert [None, "worse", None] == [point.shift for point in points_of(records, "accuracy", COMMITS)]
+
+
+def test_a_loss_after_a_recovery_is_told_though_another_machine_told_the_one_before():
+    """One machine got worse and better again before the other, which last measured before both, gets worse at the fifth commit."""
+    days = [("a", "n", 60), ("b", "m", 60), ("c", "m", 90), ("d", "m", 60), ("e", "n", 90)]
+    records = [at(c * 40, day, machine={"id": m}, seconds=s) for day, (c, m, s) in enumerate(days, start=1)]
+    points = points_of(records, "train_runtime_seconds", COMMITS)
+    assert [None, None, "worse", "better", "worse"] == [point.shift for point in points]
 
 
 def test_repeats_of_a_commit_are_its_runs():

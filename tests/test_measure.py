@@ -193,6 +193,24 @@ def test_without_a_commit_all_is_null(git, kind):
     assert {"id": None, "dirty": None, "changes": None} == describe_commit(folder)
 
 
+def test_a_repository_that_git_refuses_is_told_from_none(git):
+    """So that nobody takes other code for the same: here its HEAD is broken, elsewhere another user owns it."""
+    commit_a_file(git)
+    (git.folder / ".git/HEAD").write_text("?")
+    assert "git does not read the repository here" in describe_commit(git.folder)["problem"]
+
+
+def test_untracked_modules_count_wherever_they_are(git):
+    """In a folder beside, and with a name that git would quote."""
+    commit_a_file(git)
+    (git.folder / "inner").mkdir()
+    for name in ("hälfte.py", "beside it.py"):
+        (git.folder / name).write_text("x = 5\n")
+        assert describe_commit(git.folder / "inner")["dirty"] is True
+        assert describe_commit(git.folder / "inner") == describe_commit(git.folder)
+        (git.folder / name).unlink()
+
+
 def test_without_git_all_is_null(git, monkeypatch):
     """A machine without git still measures."""
     commit_a_file(git)

@@ -107,10 +107,39 @@ def test_f1_without_positives_is_zero():
 
 
 def test_the_same_predictions_differ_by_nothing():
-    """No variance, no difference, p of 1."""
-    gold, base, _ = simulate(np.random.default_rng(0), n=50, seeds=2)
+    """No difference, p of 1, and an interval, as others might have differed."""
+    gold, base, _ = simulate(np.random.default_rng(0), n=1800)
     found = differ("accuracy", gold, base, base)
-    assert (0.0, (0.0, 0.0), 1.0) == (found.value, found.ci95, found.p)
+    assert (0.0, 1.0) == (found.value, found.p)
+    assert (-1.96 * 2**0.5 / 1800, 1.96 * 2**0.5 / 1800) == pytest.approx(found.ci95, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["accuracy", "f1"])
+def test_intervals_hold_the_truth_where_few_examples_differ(name):
+    """Of 1,000 each, where the head loses one to twelve of 1,800 examples and wins none: at least 95%, up to chance."""
+    rng = np.random.default_rng(7)
+    for lost in (1, 3, 5, 8, 12):
+        truth = -lost / 1800
+        held = []
+        for _ in range(1000):
+            gold, base, head = simulate(rng, n=1800, discordance=lost / 1800, effect=truth)
+            if name == "f1":  # whose truth is that of the labels drawn, with as many hits and misses as are to be expected
+                hits, wrong = ((gold == 1) & (base[0] == 1)).sum(), (gold != base[0]).sum()
+                share = 2 * hits / (2 * hits + wrong)
+                truth = 2 * (hits - lost / 2) / (2 * hits - lost + wrong + lost) - share
+            low, high = differ(name, gold, base, head).ci95
+            held.append(low <= truth <= high)
+        assert is_rare(~np.array(held)), lost
+
+
+def test_an_interval_and_mcnemars_test_agree():
+    """Zero lies in the interval if and only if the exact test shows nothing, whatever the counts."""
+    for lost in range(80):
+        for won in range(lost, 120):
+            gold = (1 << 1800) - 1
+            base, head = gold ^ ((1 << won) - 1), gold ^ (((1 << lost) - 1) << 200)
+            found = paired_difference("accuracy", 1800, gold, [base], [head])
+            assert (found.ci95[0] <= 0 <= found.ci95[1]) == (found.p >= 0.05), (lost, won)
 
 
 def test_the_variances_over_examples_and_seeds_add_up():
@@ -142,11 +171,15 @@ def test_false_alarms_are_rare(name, seeds, seed_effect, shared):
 
 
 def test_false_alarms_are_rare_where_few_examples_differ():
-    """Of 2,000 comparisons of F1 each, from three to twelve examples in which the sides differ."""
+    """Of 2,000 comparisons of F1 each, three to twelve examples in which the sides differ, no more and no fewer."""
     rng = np.random.default_rng(7)
-    for differing in (3, 4, 6, 8, 12):
-        simulations = (simulate(rng, n=1800, discordance=differing / 1800) for _ in range(2000))
-        assert is_rare([differ("f1", *one).p < 0.05 for one in simulations]), differing
+    for differing in (3, 4, 5, 6, 8, 12):
+        alarms = []
+        while len(alarms) < 2000:
+            gold, base, head = simulate(rng, n=1800, discordance=differing / 1800)
+            if (base != head).sum() == differing:
+                alarms.append(differ("f1", gold, base, head).p < 0.05)
+        assert is_rare(alarms), differing
 
 
 @pytest.mark.parametrize("runs", [2, 3, 5])

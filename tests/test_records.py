@@ -438,17 +438,17 @@ def test_a_file_that_is_no_record_does_not_hide_the_others(store):
 
 def test_a_report_replaces_the_one_before(store):
     """The latest result alone lies under `reports`, as JSON that ends in a line break."""
-    store.publish("C1", lambda: {"accuracy": 0.1, "only": "old"})
-    path = store.publish("C1", lambda: {"accuracy": 0.2})
+    store.publish("C1", {"accuracy": 0.1, "only": "old"})
+    path = store.publish("C1", {"accuracy": 0.2})
     assert {"accuracy": 0.2} == json.loads(path.read_text())
     assert path.read_text().endswith("\n")
 
 
 def test_a_report_with_nan_leaves_the_one_before(store):
     """NaN is refused and the old report stays."""
-    path = store.publish("A", lambda: {"accuracy": 0.1})
+    path = store.publish("A", {"accuracy": 0.1})
     with pytest.raises(ValueError):
-        store.publish("A", lambda: {"accuracy": float("nan")})
+        store.publish("A", {"accuracy": float("nan")})
     assert {"accuracy": 0.1} == json.loads(path.read_text())
 
 

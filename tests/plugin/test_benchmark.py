@@ -40,19 +40,58 @@ def test_a_test_that_fails_before_it_trains_is_told_of_its_own_error_alone(study
     result.stdout.fnmatch_lines(["*E-x: role must be one of teacher, backbone, student, got 'studnt'*"])
 
 
+def in_two_workers(pytester, data_folder, *arguments):
+    command = [sys.executable, "-m", "pytest", "-m", "tiny", "-n", "2", f"--peft-data={data_folder}", *arguments]
+    return subprocess.run(command, cwd=pytester.path, capture_output=True, text=True, check=False)
+
+
 def test_workers_of_xdist_write_one_run(study, records, pytester, data_folder):
-    """Cases in two processes share run, teacher and machine, the table shows them all, and a gate judges them at the end."""
+    """Cases in two processes share run, teacher and machine, and the table shows them all."""
     study("--collect-only", "-q")
-    gate = ["--peft-compare", "no-such", "--peft-fail", "accuracy:1pt"]
-    command = [sys.executable, "-m", "pytest", "-m", "tiny", "-n", "2", f"--peft-data={data_folder}", *gate]
-    done = subprocess.run(command, cwd=pytester.path, capture_output=True, text=True, check=False)
-    assert 2 == done.returncode, done.stdout + done.stderr
-    assert "no records in" in done.stdout
+    done = in_two_workers(pytester, data_folder)
+    assert 0 == done.returncode, done.stdout + done.stderr
     assert ["A-teacher-tiny-s42.json", "K-kd-tiny-s42.json", "S-small-tiny-s42.json"] == sorted(records())
     assert 1 == len({record["run_id"] for record in records().values()})
     assert {2} == {record["machine"]["workers"] for record in records().values()}
     assert 1 == len(list((pytester.path / "outputs/tiny/cache/teachers").glob("[!.]*")))
     assert all(phase in done.stdout for phase in ("A-teacher", "S-small", "K-kd"))
+
+
+def test_a_gate_judges_what_workers_of_xdist_measured(study, pytester, data_folder):
+    """By what the base was before they began; a base that is none is said before they do."""
+    gate = ["-k", "small", "--peft-fail", "accuracy:1pt", "--peft-compare"]
+    assert 0 == study("-k", "small").ret
+    done = in_two_workers(pytester, data_folder, *gate, "outputs/tiny/reports")
+    assert 0 == done.returncode, done.stdout + done.stderr
+    assert "accuracy:1pt: kept in 1 phase" in done.stdout
+    done = in_two_workers(pytester, data_folder, *gate, "no-such")
+    assert pytest.ExitCode.USAGE_ERROR == done.returncode
+    assert "'no-such' is no file, no folder" in done.stderr
+    assert 2 == len(list((pytester.path / "outputs/tiny/runs").glob("*/*.json")))
+
+
+def test_a_report_covers_the_seeds_of_all_workers(study, pytester, data_folder):
+    """Resumed and measured ones, whichever worker had them."""
+    assert 0 == study("-k", "small", "--peft-seeds", "7,8").ret
+    done = in_two_workers(pytester, data_folder, "-k", "small", "--peft-seeds", "7,8,9,11", "--peft-resume")
+    assert 0 == done.returncode, done.stdout + done.stderr
+    report = json.loads((pytester.path / "outputs/tiny/reports/phase_s_metrics.json").read_text())
+    assert [7, 8, 9, 11] == report["seeds"]
+
+
+def test_phases_of_one_letter_in_two_workers_fail_the_session(pytester, data_folder):
+    """Neither worker knows of the other's; the session does."""
+    pytester.makepyfile("""
+        import pytest
+        from peftbench.phases import Phase
+
+        @pytest.mark.parametrize("name", ["S-one", "S-two"])
+        def test_phase(run_phase, name):
+            run_phase(Phase(id=name, role="student", subset=16, epochs=1))
+    """)
+    done = in_two_workers(pytester, data_folder)
+    assert pytest.ExitCode.TESTS_FAILED == done.returncode
+    assert "was not written: phases S-" in done.stdout
 
 
 def test_a_marker_of_the_test_keeps_the_clock_of_the_loop(pytester, data_folder, records):

@@ -102,3 +102,11 @@ def test_a_resumed_case_is_not_compared_with_itself(study):
     result = study("-k", "small", "--peft-resume", "--peft-compare", "latest", "--peft-fail", "accuracy:0.5pt")
     assert 2 == result.ret
     result.stdout.fnmatch_lines(["compared with themselves, as they are in the base, too: 1 of 1 records of the head"])
+
+
+def test_a_gate_over_no_record_is_open(study):
+    """All cases were skipped: nothing was compared."""
+    study("-k", "small")
+    result = study("-k", "small", "--benchmark-skip", "--peft-compare", "latest", "--peft-fail", "accuracy:1pt")
+    assert 2 == result.ret
+    result.stdout.fnmatch_lines(["nothing to compare: no case has left a record"])

@@ -95,3 +95,59 @@ def test_reports_survive_as_json(pytester, data_folder, study):
     reports = list((pytester.path / "outputs/tiny/reports").glob("*.json"))
     assert 3 == len([json.loads(report.read_text()) for report in reports])
     assert 6 == len(list((pytester.path / "outputs/tiny/runs").glob("*/*.json")))
+
+
+@pytest.mark.parametrize(
+    ("ending", "outcome", "error"),
+    [
+        ("raise KeyboardInterrupt", "failed", "KeyboardInterrupt"),
+        ("pytest.exit('enough')", "failed", "Exit: enough"),
+        ("pytest.fail('too slow')", "failed", "Failed: too slow"),
+        ("raise SystemExit(3)", "failed", "SystemExit: 3"),
+        ("pytest.skip('no matter')", "passed", None),
+    ],
+)
+@pytest.mark.parametrize("when", ["in training", "afterwards"])
+def test_however_a_test_ends_there_is_one_record(pytester, data_folder, records, when, ending, outcome, error):
+    """Whether training is left by it or the test after that; the figures of a phase that was measured stay."""
+    if (when, outcome) == ("in training", "passed"):
+        pytest.skip("a phase that was skipped has measured nothing")
+    pytester.makepyfile(
+        f"""
+        import pytest
+        from peftbench.phases import Phase
+        import peftbench.runner
+
+        def end():
+            {ending}
+
+        def test_phase(run_phase, monkeypatch):
+            if {when == "in training"}:
+                monkeypatch.setattr(peftbench.runner, "train", lambda *_, **__: end())
+            run_phase(Phase(id="S-small", role="student", subset=16, epochs=1))
+            end()
+        """
+    )
+    result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={data_folder}", no_reraise_ctrlc=True)
+    assert "could not write" not in result.stdout.str()
+    [record] = records().values()
+    assert (outcome, error) == (record["outcome"], record["error"])
+    assert (when == "in training") == (record["dev"] is None)
+    assert "S-small" in result.stdout.str().partition("= peftbench =")[2]
+
+
+def test_what_cannot_be_written_fails_its_test_alone(pytester, data_folder, records):
+    """A number that no reader takes: the message says so, and the next case runs."""
+    pytester.makepyfile("""
+        import pytest
+        from peftbench.phases import Phase
+
+        @pytest.mark.parametrize("name, alpha", [("S-large", 2**70), ("T-fine", 8)])
+        def test_phase(run_phase, name, alpha):
+            peft = {"peft_type": "LORA", "lora_alpha": alpha}
+            run_phase(Phase(id=name, role="student", subset=16, epochs=1, peft=peft))
+    """)
+    result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={data_folder}")
+    result.assert_outcomes(passed=1, failed=1, deselected=2)
+    result.stdout.fnmatch_lines(["*could not write the record: record.config must have numbers within 2^63*"])
+    assert ["T-fine-tiny-s42.json"] == list(records())

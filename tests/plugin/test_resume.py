@@ -3,6 +3,8 @@
 import json
 import subprocess
 
+from peftbench.cli import main
+
 
 def commit(folder):
     for arguments in (["init", "-q"], ["add", "test_study.py"], ["commit", "-q", "-m", "study"]):
@@ -51,3 +53,41 @@ def test_a_resumed_seed_stands_in_the_report(study, pytester, records):
     report = json.loads((pytester.path / "outputs/tiny/reports/phase_s_metrics.json").read_text())
     assert [7, 8] == report["seeds"]
     assert 2 == len(records())
+
+
+def test_after_a_resume_the_latest_run_has_all_of_it(study, pytester, capsys):
+    """What the session showed, the commands show."""
+    study("-k", "small")
+    study("-k", "small or kd", "--peft-resume").assert_outcomes(passed=1, skipped=1, deselected=4)
+    outputs = str(pytester.path / "outputs/tiny")
+    assert 0 == main(["report", "--outputs", outputs, "--format", "json"])
+    assert ["K-kd", "S-small"] == sorted(row["id"] for row in json.loads(capsys.readouterr().out))
+    assert 0 == main(["history", "--outputs", outputs, "--format", "json"])
+    assert {1} == {point["records"] for point in json.loads(capsys.readouterr().out)}
+
+
+def test_a_record_without_a_curve_is_not_resumed_where_one_is_asked_for(study, records):
+    """Evaluated while it trained, which the first run was not."""
+    study("-k", "small")
+    study("-k", "small", "--peft-resume", "--peft-evaluations", "2").assert_outcomes(passed=1, deselected=5)
+    study("-k", "small", "--peft-resume", "--peft-evaluations", "2").assert_outcomes(skipped=1, deselected=5)
+
+
+def test_another_processor_is_another_device(study, pytester):
+    """Records that were brought along from another machine are run again; the device's number makes no other one."""
+    study("-k", "small")
+    study("-k", "small", "--peft-resume", "--peft-device", "cpu:0").assert_outcomes(skipped=1, deselected=5)
+    [path] = (pytester.path / "outputs/tiny/runs").glob("*/*.json")
+    content = json.loads(path.read_text())
+    content["machine"]["processor"] = "another"
+    path.write_text(json.dumps(content))
+    study("-k", "small", "--peft-resume").assert_outcomes(passed=1, deselected=5)
+
+
+def test_where_git_does_not_answer_nothing_is_resumed(study, pytester):
+    """A repository that is there and cannot be read: nobody knows whether the code is the same."""
+    (pytester.path / ".git").mkdir()
+    study("-k", "small")
+    result = study("-k", "small", "--peft-resume")
+    result.assert_outcomes(passed=1, deselected=5)
+    result.stdout.fnmatch_lines(["peftbench: the records will not say of which commit they are*git does not read the repository*"])
