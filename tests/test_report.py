@@ -325,6 +325,23 @@ def test_scales_have_a_table_each():
     assert ("scale tiny:" in first, "scale mini:" in second) == (False, False)
 
 
+def test_what_does_not_compare_is_said_below_the_table_and_has_no_front():
+    """Phases of other data, or measured on other machines, in one folder."""
+    one = measured("B-lora")
+    for changes, what in (({"data": {**one.data, "fingerprint": "e" * 64}}, "data"), ({"machine": {"id": "m2"}}, "machines")):
+        text = render_summary([one, measured("C1-full", **changes)])
+        assert f"warning: phases of other {what} in one table, which do not compare; no front" in text.splitlines()
+        assert not [line for line in text.splitlines() if " * " in line and line.startswith(("B-lora", "C1-full"))]
+    assert "warning" not in render_summary([one, measured("C1-full")])
+
+
+def test_the_data_of_each_phase_is_told():
+    """A line for each, where they are several."""
+    other = {"source": "elsewhere", "sizes": {"dev": 1}, "fingerprint": "e" * 64}
+    lines = render_summary([measured("B-lora"), measured("C1-full", data=other)]).splitlines()
+    assert 2 == len([line for line in lines if line.startswith("scale mini: ")])
+
+
 def test_no_records_are_no_table():
     """A session without cases prints nothing."""
     assert "" == render_summary([])

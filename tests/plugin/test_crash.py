@@ -131,7 +131,8 @@ def test_however_a_test_ends_there_is_one_record(pytester, data_folder, records,
     result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={data_folder}", no_reraise_ctrlc=True)
     assert "could not write" not in result.stdout.str()
     [record] = records().values()
-    assert (outcome, error) == (record["outcome"], record["error"])
+    assert outcome == record["outcome"]
+    assert (error or "") in (record["error"] or "")
     assert (when == "in training") == (record["dev"] is None)
     assert "S-small" in result.stdout.str().partition("= peftbench =")[2]
 
@@ -144,7 +145,7 @@ def test_what_cannot_be_written_fails_its_test_alone(pytester, data_folder, reco
 
         @pytest.mark.parametrize("name, alpha", [("S-large", 2**70), ("T-fine", 8)])
         def test_phase(run_phase, name, alpha):
-            peft = {"peft_type": "LORA", "lora_alpha": alpha}
+            peft = {"peft_type": "LORA", "lora_alpha": alpha, "target_modules": ["q_lin"]}
             run_phase(Phase(id=name, role="student", subset=16, epochs=1, peft=peft))
     """)
     result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={data_folder}")

@@ -1,5 +1,6 @@
 """--peft-outputs: records, reports and what happens to them."""
 
+import functools
 import json
 import re
 import time
@@ -58,6 +59,26 @@ def test_outputs_that_cannot_be_written_are_a_usage_error(study, pytester):
     result = study("--peft-outputs", "occupied")
     assert pytest.ExitCode.USAGE_ERROR == result.ret
     result.stderr.fnmatch_lines(["*cannot write to the outputs folder *occupied*--peft-outputs DIR"])
+
+
+def test_a_part_that_cannot_be_written_is_a_usage_error(study, pytester):
+    """Such as the runs of another user, in a folder that is our own."""
+    (pytester.path / "outputs/tiny/runs").write_text("")
+    result = study("-k", "small")
+    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    result.stderr.fnmatch_lines(["*cannot write to the outputs folder *outputs/tiny/runs*--peft-outputs DIR"])
+
+
+def test_folders_of_the_ini_file_are_seen_from_it(study, pytester, data_folder, monkeypatch):
+    """Wherever pytest was started; those of the command line are seen from there."""
+    study("--collect-only", "-q")
+    pytester.makeini("[pytest]\npeft_data = ../glue\npeft_outputs = results")
+    (pytester.path.parent / "glue").symlink_to(data_folder)
+    (pytester.path / "sub").mkdir()
+    monkeypatch.chdir(pytester.path / "sub")
+    run = functools.partial(pytester.runpytest_inprocess, "-m", "tiny", "-k", "small", "..")
+    assert [0, 0] == [run().ret, run("--peft-outputs", "own").ret]
+    assert [1, 1] == [len(list((pytester.path / at / "tiny/runs").glob("*/*.json"))) for at in ("results", "sub/own")]
 
 
 def test_a_failed_assertion_makes_a_failed_record(pytester, data_folder, records):

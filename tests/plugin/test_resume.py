@@ -60,6 +60,7 @@ def test_after_a_resume_the_latest_run_has_all_of_it(study, pytester, capsys):
     study("-k", "small")
     study("-k", "small or kd", "--peft-resume").assert_outcomes(passed=1, skipped=1, deselected=4)
     outputs = str(pytester.path / "outputs/tiny")
+    capsys.readouterr()
     assert 0 == main(["report", "--outputs", outputs, "--format", "json"])
     assert ["K-kd", "S-small"] == sorted(row["id"] for row in json.loads(capsys.readouterr().out))
     assert 0 == main(["history", "--outputs", outputs, "--format", "json"])

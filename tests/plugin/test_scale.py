@@ -31,7 +31,7 @@ def test_tiny_cases_run_only_when_asked_for(pytester, study):
     assert ["test_phase[A-teacher]", "test_phase[S-small]", "test_phase[K-kd]"] == collected(plain)
 
 
-@pytest.mark.parametrize("arguments", [["-m", "tiny"], ["--peft-scale", "tiny"], ["-k", "tiny"]])
+@pytest.mark.parametrize("arguments", [["-m", "tiny"], ["--peft-scale", "tiny"], ["-k", "tiny"], ["-k", "TINY"]])
 def test_tiny_cases_carry_the_suffix(pytester, study, arguments):
     """However they are asked for, the smoke versions end in -tiny and come alone."""
     study("--collect-only", "-q")
@@ -54,6 +54,15 @@ def test_comparisons_with_peers_run_only_when_asked_for(pytester):
     for arguments, expected in (((), ["test_phase"]), (("-m", "peer"), ["test_race"]), (("-m", "tiny"), ["test_phase[tiny]"])):
         assert expected == collected(pytester.runpytest_inprocess("--collect-only", "-q", *arguments))
     assert ["test_race[tiny]"] == collected(pytester.runpytest_inprocess("--collect-only", "-q", "-m", "peer and tiny"))
+
+
+def test_a_folder_whose_name_has_tiny_in_it_asks_for_nothing(pytester, study):
+    """Only what stands behind the file in a node id, in -k or in -m does."""
+    study("--collect-only", "-q")
+    (pytester.path / "destiny").mkdir()
+    (pytester.path / "test_study.py").rename(pytester.path / "destiny/test_study.py")
+    result = pytester.runpytest_inprocess("--collect-only", "-q", "destiny/test_study.py::test_phase")
+    assert ["test_phase[A-teacher]", "test_phase[S-small]", "test_phase[K-kd]"] == collected(result)
 
 
 def test_a_tiny_case_can_be_named(pytester, study):
