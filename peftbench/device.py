@@ -14,8 +14,9 @@ class DoesNotFit(RuntimeError):  # noqa: N818 - a state, not a mistake
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device ran out of memory: torch's own error, or that of cuBLAS without room for its workspace."""
-    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+    """Whether a device ran out of memory: torch's own error, or one of cuBLAS, of the driver or of the CPU's allocator."""
+    texts = ("ALLOC_FAILED", "CUDA error: out of memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,8 +52,8 @@ class Device:
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
             raise ValueError(f"device must be one torch can use here, such as cpu or cuda, got {device!r}: {reason}") from error
-        if kind == "meta":
-            raise ValueError("device must be one that computes, such as cpu or cuda, got 'meta'")
+        if kind not in ("cpu", "cuda"):  # on others nothing was tried; fused AdamW does not clip gradients on all of them
+            raise ValueError(f"device must be cpu, cuda or one of several such as cuda:1, got {device!r}")
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         if precision == "fp16" and kind != "cuda":
@@ -71,6 +72,11 @@ class Device:
     def dtype(self) -> torch.dtype:
         """Of the products."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
+
+    @property
+    def casts_frozen(self) -> bool:
+        """Whether layers that do not train are kept in the type of the products; CPU's layers convert theirs themselves."""
+        return self.kind != "cpu" and self.precision != "fp32"
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context in which a forward pass runs."""

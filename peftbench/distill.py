@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -18,8 +19,11 @@ _MODULES = (
     *("attention", "device", "distill", "dropout", "kernels", "layers"),
     *("models", "packing", "parameters", "plan", "runner", "training"),
 )
-CODE_VERSION = fingerprint([file_sha256(Path(__file__).with_name(f"{name}.py")) for name in _MODULES])
-"""Of the modules that decide what a teacher learns and says: a part of every cache key, so that a change of them shows."""
+_PACKAGES = ("torch", "transformers", "tokenizers")
+CODE_VERSION = fingerprint(
+    [*(file_sha256(Path(__file__).with_name(f"{name}.py")) for name in _MODULES), *(version(name) for name in _PACKAGES)]
+)
+"""Of the code that decides what a teacher learns and says: a part of every cache key, so that a change of it shows."""
 
 LOGIT_BLOCK = 500
 """

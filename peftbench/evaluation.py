@@ -61,7 +61,10 @@ def score(logits: Tensor, split: Split) -> tuple[SplitMetrics, Predictions]:
     if logits.shape != (len(split), 2):
         raise ValueError(f"split {split.name!r} of {len(split)} needs logits of shape (n, 2), got {tuple(logits.shape)}")
     if broken := int((~torch.isfinite(logits)).any(dim=1).sum()):
-        raise ValueError(f"{broken} of {len(split)} logits of split {split.name!r} are not finite; lower the learning rate")
+        raise ValueError(
+            f"{broken} of {len(split)} logits of split {split.name!r} are not finite; "
+            "lower the learning rate or, if nothing was trained, take another precision, such as fp32"
+        )
     predicted = logits.argmax(dim=1).tolist()
     with tempfile.TemporaryDirectory() as scratch:  # nothing is written there, but evaluate makes its folders
         metrics = evaluate.combine([kind(keep_in_memory=True, cache_dir=scratch, seed=0) for kind in (Accuracy, F1)])

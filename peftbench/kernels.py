@@ -14,6 +14,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from peft.tuners import ia3, lora
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -173,11 +175,20 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """
     Keep the linear layers that do not train in the type that autocast would convert them to in every step, in place.
 
-    The numbers are the same; for a GPU, where BERT-large under an adapter would be read and written anew for each few examples.
+    For a GPU, where BERT-large under an adapter would be read and written anew for each few examples. The numbers are the same:
+    layers whose adapter does arithmetic with their weights stay as they are, as it would be done in fewer digits.
     """
+    reads_weights = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer) and not _adds_only(layer)]
+    left = {id(module) for layer in reads_weights for module in layer.modules()}
     for module in model.modules():
-        if type(module) is nn.Linear and not any(p.requires_grad for p in module.parameters(recurse=False)):
+        trains = any(p.requires_grad for p in module.parameters(recurse=False))
+        if type(module) is nn.Linear and not trains and id(module) not in left:
             module.to(dtype)
+
+
+def _adds_only(layer: nn.Module) -> bool:
+    """Whether an adapter takes its layer's result and nothing else of it, as LoRA and IA3 do and LoRA's variants do not."""
+    return type(layer) is ia3.Linear or (type(layer) is lora.Linear and not layer.lora_variant)
 
 
 @contextmanager

@@ -194,6 +194,18 @@ def encoder_layers(model: nn.Module) -> nn.ModuleList:
     return layers
 
 
+def check_positions(model: nn.Module, max_length: int, what: str) -> None:
+    """
+    See that texts have no more tokens than the model has positions, before one of them asks for a position that there is not.
+
+    Raises:
+        ModelError: If they may have.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise ModelError(f"{what}: max_length must be at most the model's {positions} positions, got {max_length}")
+
+
 def prepare(model: nn.Module, phase: Phase) -> tuple[nn.Module, list[dict[str, Any]]]:
     """
     Attach the phase's adapter, set its dropout and decide what trains: everything, or adapter, head and the top layers asked for.
@@ -205,9 +217,7 @@ def prepare(model: nn.Module, phase: Phase) -> tuple[nn.Module, list[dict[str, A
         ModelError: If the PEFT configuration is not valid, matches no module, more layers are to be unfrozen than exist, or texts
             may have more tokens than the model has positions.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and phase.max_length > positions:
-        raise ModelError(f"{phase.id}: max_length must be at most the model's {positions} positions, got {phase.max_length}")
+    check_positions(model, phase.max_length, phase.id)
     if phase.dropout is not None:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -239,6 +249,11 @@ def _adapt(model: nn.Module, phase: Phase) -> nn.Module:
             )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{phase.id}: peft cannot apply {peft}: {type(error).__name__}: {error}") from error
+    if hasattr(adapted.base_model, "update_and_allocate"):
+        raise ModelError(
+            f"{phase.id}: {phase.peft['peft_type']} chooses its ranks while it trains, for which it must be told of each step, "
+            "which the loop does not do; it would train as something else. Take another method, such as LORA"
+        )
     return adapted
 
 

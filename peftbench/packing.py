@@ -47,10 +47,6 @@ class Encoded:
         ids = tokenizer(list(split.sentences), truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
         return cls(split, [torch.tensor(i) for i in ids], torch.tensor(split.labels))
 
-    def take(self, rows: Sequence[int]) -> "Encoded":
-        """The examples at these positions, in that order."""
-        return Encoded(self.split.take(rows), [self.tokens[i] for i in rows], self.labels[list(rows)])
-
 
 class Cells:
     """

@@ -129,6 +129,8 @@ class Phase:
             raise ValueError(f"{self.id}: peft must be plain data that JSON can hold, got {self.peft!r}: {error}") from None
         if self.distillation is not None and not isinstance(self.distillation, Distillation):
             raise ValueError(f"{self.id}: distillation must be a Distillation, got {self.distillation!r}")
+        if self.unfrozen_learning_rate is not None and not self.unfreeze_top_layers:
+            raise ValueError(f"{self.id}: unfrozen_learning_rate is of unfreeze_top_layers, which is 0")
         if self.unfreeze_top_layers and self.peft is None:
             raise ValueError(f"{self.id}: unfreeze_top_layers needs peft; without it all layers train already")
         fields = {f.name for f in dataclasses.fields(self)} - {"id", "role", "at_scale"}
@@ -170,6 +172,14 @@ class Pretrained:
     layers: tuple[int, ...] = ()
     revision: str | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, str) or not self.source:
+            raise ValueError(f"source must name a folder, an asset or a repository of the Hub, got {self.source!r}")
+        if not isinstance(self.layers, tuple):
+            raise ValueError(f"{self.source}: layers must be a tuple of numbers, such as (2, 4, 6), got {self.layers!r}")
+        for layer in self.layers:
+            _check_count(f"{self.source}: a layer", layer, at_least=1)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Untrained:
@@ -179,6 +189,10 @@ class Untrained:
     layers: int
     hidden_size: int
     attention_heads: int
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden_size", "attention_heads"):
+            _check_count(f"random weights: {name}", getattr(self, name), at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,6 +213,26 @@ class Scale:
     teacher: Pretrained | Phase
     threads: int | None = None
     data_revisions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name not in SCALE_NAMES:
+            raise ValueError(f"a scale's name must be one of {', '.join(SCALE_NAMES)}, got {self.name!r}")
+        for role, kinds in (
+            ("backbone", (Pretrained, Untrained)),
+            ("student", (Pretrained, Untrained)),
+            ("teacher", (Pretrained, Phase)),
+        ):
+            if not isinstance(getattr(self, role), kinds):
+                names = " or ".join(kind.__name__ for kind in kinds)
+                raise ValueError(f"scale {self.name}: {role} must be a {names}, got {getattr(self, role)!r}")
+        if isinstance(self.teacher, Phase):
+            recipe = self.teacher
+            whole = (recipe.role, recipe.subset, recipe.peft, recipe.distillation, dict(recipe.at_scale), recipe.kd_subsets)
+            if whole != ("backbone", None, None, None, {}, ()) or not recipe.epochs:
+                raise ValueError(
+                    f"scale {self.name}: the teacher is the backbone with all parameters tuned on all of train, for one epoch or "
+                    f"more; its phase can have no subset, peft, distillation, at_scale or kd_subsets, got {recipe}"
+                )
 
 
 def check_data_folder(folder: Path, option: str) -> None:

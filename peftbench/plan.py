@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from peftbench.device import Device
+from peftbench.kernels import cast_frozen
 from peftbench.layers import make_packable
 from peftbench.measure import Stopwatch
-from peftbench.models import Weights, count_parameters, load_classifier, prepare
+from peftbench.models import ModelError, Weights, count_parameters, load_classifier, prepare
 from peftbench.packing import Encoded, make_batch, shuffled_rows
 from peftbench.phases import DATA_SEED, Phase
 from peftbench.records import Plan
@@ -45,6 +46,7 @@ def plan_phase(
     device: Device,
     *,
     teacher: Weights | None = None,
+    taught: Sequence[Tensor] = (),
     memory_bytes: int | None = None,
 ) -> Plan:
     """
@@ -55,8 +57,12 @@ def plan_phase(
         weights: Of the role that it trains.
         train: What it learns from.
         held_out: What it is evaluated on.
-        teacher: Whose logits it learns from.
+        teacher: Whose logits it asks for.
+        taught: Token ids of the texts that it asks them for first.
         memory_bytes: Free on the device; None asks the device.
+
+    Raises:
+        ModelError: If the phase's adapter cannot be made, or run, without numbers.
     """
     model, packed = _shapes(weights, phase)
     total, trainable = count_parameters(model)
@@ -64,11 +70,14 @@ def plan_phase(
     forward = _flops_per_token(model, train, phase, packed=packed, training=False)
     tokens = sum(map(len, train.tokens)) if phase.epochs else 0
     other = forward * sum(len(t) for encoded in held_out for t in encoded.tokens)
-    if teacher is not None:
+    if teacher is not None and taught:
         teaching, teacher_packed = _shapes(teacher, Phase(id=phase.id, role="teacher"))
-        other += _flops_per_token(teaching, train, phase, packed=teacher_packed, training=False) * tokens
+        other += _flops_per_token(teaching, train, phase, packed=teacher_packed, training=False) * sum(map(len, taught))
+    training = _flops_per_token(model, train, phase, packed=packed, training=True) * phase.epochs * tokens if phase.epochs else 0
     free = device.free_memory() if memory_bytes is None else memory_bytes
-    weight_bytes = _weight_bytes(total, trainable, device)
+    if device.casts_frozen:
+        cast_frozen(model, device.dtype)
+    weight_bytes = _weight_bytes(model, trainable, device)
     at_once = _fitting(model, train, phase.batch_size, device, None if free is None else free - weight_bytes)
     return Plan(
         phase=phase.id,
@@ -77,9 +86,7 @@ def plan_phase(
         examples=len(train) if phase.epochs else 0,
         steps=phase.epochs * -(-len(train) // phase.batch_size),
         tokens=phase.epochs * tokens,
-        training_flops=_flops_per_token(model, train, phase, packed=packed, training=True) * phase.epochs * tokens
-        if phase.epochs
-        else 0,
+        training_flops=training,
         other_flops=other,
         examples_at_once=at_once,
         weight_bytes=weight_bytes,
@@ -90,8 +97,8 @@ def plan_phase(
 def examples_at_once(model: nn.Module, encoded: Encoded, batch_size: int, device: Device) -> int:
     """How many examples of a step fit the free memory together, the longest ones at that; halved from the batch size."""
     free = device.free_memory()
-    total, trainable = count_parameters(model)
-    room = None if free is None else free - _weight_bytes(total, trainable, device) + 4 * total  # the weights are there already
+    _, trainable = count_parameters(model)
+    room = None if free is None else free - _weight_bytes(model, trainable, device) + _held_bytes(model)  # which are there already
     return _fitting(model, encoded, batch_size, device, room)
 
 
@@ -119,9 +126,13 @@ def measure_matrix_rate(device: Device, *, tokens: int = 512, width: int = 1024,
 
 
 def _shapes(weights: Weights, phase: Phase) -> tuple[nn.Module, bool]:
-    with torch.device("meta"):
+    try:
+        with torch.device("meta"):
+            model, _ = prepare(load_classifier(weights, shapes_only=True), phase)
+    except (NotImplementedError, RuntimeError, AssertionError, AttributeError, TypeError):  # an adapter that looks at numbers
         model, _ = prepare(load_classifier(weights, shapes_only=True), phase)
-        return model.train(), make_packable(model)
+        model = model.to("meta")
+    return model.train(), make_packable(model)
 
 
 def _flops_per_token(model: nn.Module, encoded: Encoded, phase: Phase, *, packed: bool, training: bool) -> float:
@@ -132,9 +143,15 @@ def _flops_per_token(model: nn.Module, encoded: Encoded, phase: Phase, *, packed
         for rows in itertools.islice(shuffled_rows(len(encoded), phase.batch_size, generator), steps):
             batch = make_batch(encoded, rows, "meta", packed=packed)
             inputs = {name: value for name, value in batch.inputs.items() if name != "attention_mask"}  # its values are asked for
-            loss = F.cross_entropy(model(**inputs).logits, batch.labels)
-            if training:
-                loss.backward()  # type: ignore[no-untyped-call]
+            try:
+                loss = F.cross_entropy(model(**inputs).logits, batch.labels)
+                if training:
+                    loss.backward()  # type: ignore[no-untyped-call]
+            except (NotImplementedError, RuntimeError, AssertionError, AttributeError, TypeError) as error:
+                why = next(iter(str(error).splitlines()), type(error).__name__)[:160]
+                raise ModelError(
+                    f"{phase.id} cannot be planned, as its model asks for numbers where it has shapes: {why}"
+                ) from error
             tokens += batch.tokens
     return float(counter.get_total_flops()) / tokens
 
@@ -150,9 +167,19 @@ def _longest(encoded: Encoded, n: int) -> list[int]:
     return sorted(map(len, encoded.tokens))[-n:]
 
 
-def _weight_bytes(total: int, trainable: int, device: Device) -> int:
-    copies = 0 if device.precision == "fp32" else 2 * total
-    return 4 * total + copies + 12 * trainable
+def _weight_bytes(model: nn.Module, trainable: int, device: Device) -> int:
+    """Of weights, with the copies that autocast makes of those in fp32, and of gradient and two moments of what trains."""
+    in_fp32 = sum(parameter.numel() for parameter in _held(model) if parameter.dtype == torch.float32)
+    copies = 0 if device.precision == "fp32" else 2 * in_fp32
+    return _held_bytes(model) + copies + 12 * trainable
+
+
+def _held_bytes(model: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in _held(model))
+
+
+def _held(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for name, parameter in model.named_parameters() if ".original_module." not in name]
 
 
 def _activation_bytes(model: nn.Module, lengths: Sequence[int], device: Device) -> int:

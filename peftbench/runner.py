@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from peftbench.assets import REVIEWS, Asset, asset_path, say
 from peftbench.data import Split, Splits, draw, load_splits
-from peftbench.device import Device
+from peftbench.device import Device, DoesNotFit, is_out_of_memory
 from peftbench.distill import (
     CODE_VERSION,
     LOGIT_BLOCK,
@@ -39,6 +39,7 @@ from peftbench.models import (
     ModelError,
     Weights,
     artifact_bytes,
+    check_positions,
     count_parameters,
     load_classifier,
     load_tokenizer,
@@ -190,10 +191,15 @@ class Workbench:
             torch.set_num_threads(self.scale.threads or _THREADS)
             retain_memory()
             economize(model)
-        elif self.device.precision != "fp32":
+        elif self.device.casts_frozen:
             cast_frozen(model, self.device.dtype)
         self.device.set_up()
-        return model.to(self.device.name), packed
+        try:
+            return model.to(self.device.name), packed
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DoesNotFit(f"the weights alone do not fit {self.device.name}; take a smaller model or a larger device") from None
 
     def _fetch(self, asset: Asset) -> Path:
         return asset_path(asset, self.store.assets, notify=self.notify)
@@ -201,12 +207,20 @@ class Workbench:
     def _teach(self, weights: Weights, max_length: int) -> Callable[[Split], Tensor]:
         @functools.cache
         def load() -> tuple[nn.Module, bool]:
-            return self.place(load_classifier(weights, tuned=True))
+            model = load_classifier(weights, tuned=True)
+            check_positions(model, max_length, "the teacher")
+            return self.place(model)
 
         def compute(examples: Split) -> Tensor:
             model, packed = load()
             encoded = Encoded.from_split(examples, load_tokenizer(weights), max_length=max_length)
-            return predict(model, encoded, self.device, packed=packed)
+            logits = predict(model, encoded, self.device, packed=packed)
+            if broken := int((~torch.isfinite(logits)).any(dim=1).sum()):
+                raise ModelError(
+                    f"the teacher's logits of {broken} of {len(examples)} texts are not finite in {self.device.precision}; "
+                    "take another precision, such as fp32, or another teacher"
+                )
+            return logits
 
         return compute
 
@@ -246,7 +260,7 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
         raise ValueError(f"the workbench is of scale {bench.scale.name} or of other settings than the case at scale {scale.name}")
     phase = phase.at(scale.name)
     asks_to_train = phase.subset is not None or phase.peft is not None or phase.distillation is not None
-    if asks_to_train and not phase.epochs and phase.role != "teacher":
+    if asks_to_train and not phase.epochs:
         raise ModelError(f"{phase.id}: with 0 epochs its subset, peft or distillation would train nothing; say how many epochs")
     identity = case_fingerprint(phase, bench)
     misses = bench.misses
@@ -392,15 +406,23 @@ def train(
 
 
 def plan_phases(phases: Sequence[Phase], bench: Workbench, *, memory_bytes: int | None = None) -> list[Plan]:
-    """What each phase will cost on the bench's device, that of tuning the teacher first where the scale has none published."""
-    scale, device = bench.scale, bench.device
+    """
+    What each phase will cost on the bench's device, that of tuning the teacher first where the scale has none published.
+
+    The teacher's logits are planned where they are asked for first, in the order of the phases.
+    """
+    scale, device, splits = bench.scale, bench.device, bench.splits
     recipe = scale.teacher
     teacher = bench.weights(recipe if isinstance(recipe, Pretrained) else scale.backbone)
     plans = []
+    known: dict[int, int] = {}  # how many texts there are logits of, by their length
     for phase in (*([recipe] if isinstance(recipe, Phase) else []), *(phase.at(scale.name) for phase in phases)):
         weights = teacher if phase.role == "teacher" else bench.weights(_source(phase, scale))
-        splits = bench.splits
         train = splits.train if phase.subset is None else draw(splits.train, phase.subset)
+        asked = max([*phase.kd_subsets, len(train) if phase.distillation is not None else 0])
+        there = known.get(phase.max_length, 0)
+        known[phase.max_length] = max(asked, there)
+        taught = bench.encoded(draw(splits.train, asked), teacher, phase.max_length) if asked > there else None
         plans.append(
             plan_phase(
                 phase,
@@ -408,7 +430,8 @@ def plan_phases(phases: Sequence[Phase], bench: Workbench, *, memory_bytes: int 
                 bench.encoded(train, weights, phase.max_length),
                 [] if phase is recipe else [bench.encoded(split, weights, phase.max_length) for split in (splits.dev, splits.test)],
                 device,
-                teacher=teacher if phase.distillation is not None else None,
+                teacher=teacher,
+                taught=taught.tokens[there:] if taught else (),
                 memory_bytes=memory_bytes,
             )
         )

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from peftbench.device import Device
+from peftbench.device import Device, is_out_of_memory
 from peftbench.phases import PRECISIONS
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where CUDA is absent")
@@ -31,7 +31,7 @@ def test_absent_cuda_is_refused(name):
 
 def test_device_that_does_not_compute_is_refused():
     """torch's meta device has shapes but no numbers."""
-    with pytest.raises(ValueError, match="one that computes, such as cpu or cuda, got 'meta'"):
+    with pytest.raises(ValueError, match="device must be cpu, cuda or one of several such as cuda:1, got 'meta'"):
         Device.choose("meta", "fp32")
 
 
@@ -109,3 +109,13 @@ def test_device_survives_pickling():
     device = Device.choose("cpu", "bf16")
     device.synchronize()
     assert device == pickle.loads(pickle.dumps(device))
+
+
+def test_running_out_of_memory_is_told_by_its_errors():
+    """torch's own, cuBLAS's, the driver's and that of the CPU's allocator, which is a RuntimeError like any other."""
+    texts = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "DefaultCPUAllocator: can't allocate memory: you tried")
+    assert all(is_out_of_memory(error) for error in (torch.OutOfMemoryError("x"), *map(RuntimeError, texts)))
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(refused.value)
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access"))

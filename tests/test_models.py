@@ -303,7 +303,6 @@ def test_shared_parameter_counts_once():
 PEFT_METHODS = {
     "LORA": {},
     "IA3": {"feedforward_modules": []},
-    "ADALORA": {"total_step": 10, "init_r": 4, "target_r": 2},
     "LOHA": {"r": 2},
     "VERA": {"r": 2},
 }
@@ -318,6 +317,14 @@ def test_head_always_trains_under_peft(architecture, method):
     head = [name for name, _ in model.named_children() if name in HEAD]
     adapted, _ = prepare(model, phase_with(peft))
     assert head == [part for part in head if any(f"{part}.modules_to_save" in name for name in trainable_names(adapted))]
+
+
+@architectures
+def test_a_method_that_must_be_told_of_each_step_is_refused(architecture):
+    """AdaLoRA without its updates is no AdaLoRA: all ranks would stay."""
+    peft = {"peft_type": "ADALORA", "target_modules": [QUERY[architecture]], "total_step": 10, "init_r": 4, "target_r": 2}
+    with pytest.raises(ModelError, match=r"ADALORA chooses its ranks while it trains.*Take another method, such as LORA"):
+        prepare(classifier(architecture), phase_with(peft))
 
 
 @architectures

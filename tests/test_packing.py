@@ -168,12 +168,6 @@ def test_texts_are_encoded_without_padding_and_truncated():
     assert (2, [0, 1]) == (len(encoded), encoded.labels.tolist())
 
 
-def test_taking_rows_keeps_tokens_labels_and_split_together():
-    """Rows may come in any order."""
-    taken = encoded_of([1, 2, 3]).take([2, 0])
-    assert ((2, 0), [3, 1], [0, 0]) == (taken.split.ids, [len(tokens) for tokens in taken.tokens], taken.labels.tolist())
-
-
 def test_predicting_halves_the_batch_where_memory_runs_out():
     """The same logits in the same order, whichever error says so; one text that does not fit is an error of ours."""
     model, encoded = classifier("bert").eval(), encoded_of([5, 3, 8, 2, 6, 4, 7])

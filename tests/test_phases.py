@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftbench.phases import LORA, SCALES, Distillation, Phase, Pretrained
+from peftbench.phases import LORA, SCALES, Distillation, Phase, Pretrained, Untrained
 
 COUNTS = st.integers(min_value=1, max_value=10**6)
 RATES = st.floats(min_value=1e-9, max_value=10.0)
@@ -195,3 +196,44 @@ def test_facts_do_not_load_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "[]\n" == done.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "huge"}, "a scale's name must be one of tiny, mini, thesis, got 'huge'"),
+        ({"student": "my-student"}, "scale tiny: student must be a Pretrained or a Untrained, got 'my-student'"),
+        ({"teacher": Phase(id="T-x", role="student", epochs=1)}, "the teacher is the backbone with all parameters tuned"),
+        ({"teacher": Phase(id="T-x", role="backbone", epochs=1, subset=9)}, "can have no subset"),
+        ({"teacher": Phase(id="T-x", role="backbone", epochs=1, peft={"peft_type": "IA3"})}, "can have no subset, peft"),
+        ({"teacher": Phase(id="T-x", role="backbone")}, "for one epoch or more"),
+    ],
+)
+def test_a_scale_that_cannot_be_is_refused(changes, message):
+    """Whatever its recipe says would be done otherwise, in silence."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dataclasses.replace(SCALES["tiny"], **changes)
+
+
+def test_sources_are_checked():
+    """Where they are written, not where they are loaded."""
+    for layers in ([2, 4], (0, 2), ("2",)):
+        with pytest.raises(ValueError, match="layer"):
+            Pretrained(source="x", layers=layers)
+    with pytest.raises(ValueError, match="source must name"):
+        Pretrained(source="")
+    with pytest.raises(ValueError, match="hidden_size must be a whole number of at least 1, got 0"):
+        Untrained(architecture="bert", layers=1, hidden_size=0, attention_heads=1)
+
+
+def test_a_rate_for_layers_that_are_not_unfrozen_is_refused():
+    """It would be ignored."""
+    with pytest.raises(ValueError, match="unfrozen_learning_rate is of unfreeze_top_layers, which is 0"):
+        Phase(id="X-x", role="backbone", peft={"peft_type": "IA3"}, unfrozen_learning_rate=1e-4)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_json_has_not_are_refused(number):
+    """As a record could not hold them."""
+    with pytest.raises(ValueError, match="peft must be plain data that JSON can hold"):
+        Phase(id="X-x", role="backbone", peft={"peft_type": "LORA", "lora_alpha": number})

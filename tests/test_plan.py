@@ -1,5 +1,6 @@
 """A plan counts what the loop then does: arithmetic against torch's counter on real steps, memory by hand."""
 
+import re
 import timeit
 
 import pytest
@@ -12,7 +13,7 @@ from peftbench import plan as planning
 from peftbench.data import Split
 from peftbench.device import Device
 from peftbench.layers import make_packable
-from peftbench.models import Weights, load_classifier, locate, prepare
+from peftbench.models import ModelError, Weights, load_classifier, locate, prepare
 from peftbench.packing import Encoded, make_batch, shuffled_rows
 from peftbench.phases import LORA, Phase, Untrained
 from peftbench.plan import estimate_seconds, examples_at_once, measure_matrix_rate, plan_phase
@@ -80,7 +81,7 @@ def test_what_is_evaluated_and_what_the_teacher_sees_is_counted():
     alone = plan_phase(phase, weights, train, [], CPU)
     assert 0 == alone.other_flops
     evaluated = plan_phase(phase, weights, train, held_out, CPU).other_flops
-    taught = plan_phase(phase, weights, train, held_out, CPU, teacher=weights).other_flops - evaluated
+    taught = plan_phase(phase, weights, train, held_out, CPU, teacher=weights, taught=train.tokens).other_flops - evaluated
     forward = alone.training_flops / 3 / 3  # forward and twice as much backward, three epochs
     assert evaluated == pytest.approx(
         forward * sum(len(t) for e in held_out for t in e.tokens) / sum(map(len, train.tokens)), rel=0.1
@@ -103,6 +104,27 @@ def test_memory_of_weights_by_hand():
     assert 4 * full.parameters + 12 * full.trainable == full.weight_bytes
     assert full.weight_bytes + 2 * full.parameters == half.weight_bytes
     assert full.activation_bytes == 2 * half.activation_bytes
+
+
+def test_memory_of_weights_on_a_gpu_by_hand():
+    """In 16 bits frozen layers are kept in them; what else there is has fp32 and a copy."""
+    phase = Phase(id="X-test", role="backbone", epochs=1, peft=LORA)
+    gpu = Device(name="cuda", precision="fp16", why="test")
+    planned = plan_phase(phase, located(), encoded_of(32), [], gpu, memory_bytes=2**40)
+    frozen = 3 * (4 * (32 * 32 + 32) + 2 * 32 * 128 + 32 + 128) + 32 * 32 + 32  # three layers, and the pooler
+    assert 2 * frozen + 6 * (planned.parameters - frozen) + 12 * planned.trainable == planned.weight_bytes
+
+
+@pytest.mark.parametrize("method", ["SHIRA", "BOFT", "VBLORA"])
+def test_adapters_that_look_at_numbers_are_planned_too(method):
+    """Their weights cannot be made of shapes alone."""
+    peft = {"peft_type": method, "target_modules": ["query"], **({"vector_length": 32} if method == "VBLORA" else {})}
+    try:
+        planned = plan_phase(Phase(id="X-test", role="backbone", epochs=1, peft=peft), located(), encoded_of(32), [], CPU)
+    except ModelError as error:
+        assert re.match(r"X-test cannot be planned, as its model asks for numbers", str(error))
+    else:
+        assert planned.training_flops > 0
 
 
 def test_activations_by_hand():

@@ -27,7 +27,7 @@ from peftbench.layers import make_packable
 from peftbench.packing import Batch, Encoded, make_batch, shuffled_rows
 from peftbench.parameters import FlatParameters, SeparateParameters, flattened
 from peftbench.records import MemoryUse
-from peftbench.training import CURVE_POINTS, TrainingDiverged, fit, rate_factor
+from peftbench.training import CURVE_POINTS, TrainingDiverged, _relieve, fit, rate_factor
 
 CPU = Device(name="cpu", precision="fp32", why="test")
 DEFAULTS = {
@@ -366,6 +366,7 @@ class Memory:
     def __init__(self, model, x, labels, room):
         self.model, self.x, self.labels, self.room = model, x, labels, room
         self.sizes = []
+        self.failing = ()
         self.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     def collate(self, rows):
@@ -374,17 +375,17 @@ class Memory:
 
     def loss(self, batch):
         self.sizes.append(len(batch.rows))
-        if len(batch.rows) > self.room:
+        if len(batch.rows) > self.room or len(self.sizes) in self.failing:
             raise self.error
         return F.cross_entropy(self.model(**batch.inputs), batch.labels)
 
 
-def train_within(room, *, at_once=16, model=None, error=None, parameters=SeparateParameters):
+def train_within(room, *, at_once=16, model=None, error=None, parameters=SeparateParameters, failing=()):
     generator = torch.Generator().manual_seed(0)
     x, labels = torch.randn(40, 3, generator=generator), torch.randint(0, 2, (40,), generator=generator)
     model = model or perceptron()
     memory = Memory(model, x, labels, room)
-    memory.error = error or memory.error
+    memory.error, memory.failing = error or memory.error, failing
     groups = [{"params": list(model.parameters()), "lr": 1e-2}]
     rows = list(range(40))
     epoch = lambda: iter([rows[:16], rows[16:32], rows[32:]])  # noqa: E731
@@ -404,6 +405,28 @@ def test_running_out_of_memory_changes_the_portions_and_not_the_mathematics(room
     assert (6, 80, 80) == (run.steps, run.examples, run.tokens)
     assert MemoryUse(examples_at_once=at_once, times_out_of_memory=times) == run.memory
     assert times == sum(size > room for size in sizes)
+
+
+@pytest.mark.parametrize("parameters", [SeparateParameters, FlatParameters])
+def test_what_a_step_had_of_its_gradients_when_memory_ran_out_is_dropped(parameters):
+    """The third of four portions fails, in the first step and in a later one: the weights are those of whole batches."""
+    run, sizes, weights = train_within(1000, at_once=4, parameters=parameters, failing=(3, 14))
+    assert [4, 4, 4, 2] == sizes[:4]
+    assert MemoryUse(examples_at_once=1, times_out_of_memory=2) == run.memory
+    torch.testing.assert_close(weights, train_within(1000)[2], rtol=1e-5, atol=1e-7)
+
+
+def test_activations_are_computed_twice_on_a_gpu_that_takes_no_single_example():
+    """After that there is nothing left to try."""
+    model = AutoModelForSequenceClassification.from_config(
+        BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    )
+    gpu = Device(name="cuda", precision="fp16", why="test")
+    memory = _relieve(MemoryUse(examples_at_once=1), model, gpu, "X-test")
+    assert MemoryUse(examples_at_once=1, times_out_of_memory=1, gradient_checkpointing=True) == memory
+    assert [True] == [layer.gradient_checkpointing for layer in model.bert.encoder.layer]
+    with pytest.raises(DoesNotFit, match="X-test: out of memory with one example at a time"):
+        _relieve(memory, model, gpu, "X-test")
 
 
 def test_cublas_without_room_is_out_of_memory_and_other_errors_are_not():
@@ -442,14 +465,14 @@ def test_optimizer_state_that_does_not_fit_is_an_error(monkeypatch):
 FP16 = Device(name="cpu", precision="fp16", why="test")
 
 
-def train_scaled(losses):
+def train_scaled(losses, *, clip_norm=1e9):
     """One weight at 1.0 whose loss at step i is losses[i](weight)."""
     model = nn.Linear(1, 1, bias=False)
     nn.init.ones_(model.weight)
     steps = iter(losses)
     batch = Batch(rows=torch.arange(1), labels=torch.zeros(1), inputs={}, tokens=1)
     groups = [{"params": list(model.parameters()), "lr": 0.25}]
-    options = {**DEFAULTS, "device": FP16, "clip_norm": 1e9, "steps_per_epoch": len(losses)}
+    options = {**DEFAULTS, "device": FP16, "clip_norm": clip_norm, "steps_per_epoch": len(losses)}
     run = fit_batches(model, lambda _: next(steps)(model.weight.sum()), [batch] * len(losses), groups, **options, progress=silent)
     return run, model.weight.item()
 
@@ -465,6 +488,18 @@ def test_steps_that_overflow_fp16_are_skipped_and_counted():
         plain.grad = torch.ones(1)
         optimizer.step()
     assert plain.item() == pytest.approx(weight, rel=1e-6)
+
+
+def test_clipping_in_fp16_goes_by_the_gradient_and_not_by_its_scale():
+    """Gradients of 0.25, 4 and 0.125 at a limit of 0.5: the second one alone is clipped."""
+    _, weight = train_scaled([lambda w: 0.25 * w, lambda w: 4 * w, lambda w: 0.125 * w], clip_norm=0.5)
+    plain = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([plain], weight_decay=0.0)
+    for rate, gradient in zip((0.25, 0.25 * 2 / 3, 0.25 / 3), (0.25, 0.5, 0.125), strict=True):
+        optimizer.param_groups[0]["lr"] = rate
+        plain.grad = torch.full((1,), gradient)
+        optimizer.step()
+    assert plain.item() == pytest.approx(weight, rel=1e-5)
 
 
 def test_gradients_that_overflow_at_any_scale_stop_training():
