@@ -249,9 +249,10 @@ def _adapt(model: nn.Module, phase: Phase) -> nn.Module:
             )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{phase.id}: peft cannot apply {peft}: {type(error).__name__}: {error}") from error
-    if hasattr(adapted.base_model, "update_and_allocate"):
+    config: Any = adapted.active_peft_config
+    if config.peft_type == "ADALORA" or getattr(config, "use_asa", False):
         raise ModelError(
-            f"{phase.id}: {phase.peft['peft_type']} chooses its ranks while it trains, for which it must be told of each step, "
+            f"{phase.id}: {config.peft_type.value} chooses its ranks while it trains, for which it must be told of each step, "
             "which the loop does not do; it would train as something else. Take another method, such as LORA"
         )
     return adapted

@@ -215,16 +215,11 @@ class Scale:
     data_revisions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.name not in SCALE_NAMES:
-            raise ValueError(f"a scale's name must be one of {', '.join(SCALE_NAMES)}, got {self.name!r}")
-        for role, kinds in (
-            ("backbone", (Pretrained, Untrained)),
-            ("student", (Pretrained, Untrained)),
-            ("teacher", (Pretrained, Phase)),
-        ):
-            if not isinstance(getattr(self, role), kinds):
-                names = " or ".join(kind.__name__ for kind in kinds)
-                raise ValueError(f"scale {self.name}: {role} must be a {names}, got {getattr(self, role)!r}")
+        if not re.fullmatch(r"[A-Za-z0-9_]+", self.name):  # it stands in file names
+            raise ValueError(f"a scale's name must be of letters, digits and underscores, got {self.name!r}")
+        for role, other in (("backbone", Untrained), ("student", Untrained), ("teacher", Phase)):
+            if not isinstance(source := getattr(self, role), (Pretrained, other)):
+                raise ValueError(f"scale {self.name}: {role} must be Pretrained or {other.__name__}, got {source!r}")
         if isinstance(self.teacher, Phase):
             recipe = self.teacher
             whole = (recipe.role, recipe.subset, recipe.peft, recipe.distillation, dict(recipe.at_scale), recipe.kd_subsets)

@@ -129,7 +129,7 @@ def _shapes(weights: Weights, phase: Phase) -> tuple[nn.Module, bool]:
     try:
         with torch.device("meta"):
             model, _ = prepare(load_classifier(weights, shapes_only=True), phase)
-    except (NotImplementedError, RuntimeError, AssertionError, AttributeError, TypeError):  # an adapter that looks at numbers
+    except (NotImplementedError, RuntimeError, AssertionError, AttributeError, TypeError, OSError):  # it looks at numbers
         model, _ = prepare(load_classifier(weights, shapes_only=True), phase)
         model = model.to("meta")
     return model.train(), make_packable(model)

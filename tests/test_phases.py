@@ -201,8 +201,8 @@ def test_facts_do_not_load_torch():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "huge"}, "a scale's name must be one of tiny, mini, thesis, got 'huge'"),
-        ({"student": "my-student"}, "scale tiny: student must be a Pretrained or a Untrained, got 'my-student'"),
+        ({"name": "a/b"}, "a scale's name must be of letters, digits and underscores, got 'a/b'"),
+        ({"student": "my-student"}, "scale tiny: student must be Pretrained or Untrained, got 'my-student'"),
         ({"teacher": Phase(id="T-x", role="student", epochs=1)}, "the teacher is the backbone with all parameters tuned"),
         ({"teacher": Phase(id="T-x", role="backbone", epochs=1, subset=9)}, "can have no subset"),
         ({"teacher": Phase(id="T-x", role="backbone", epochs=1, peft={"peft_type": "IA3"})}, "can have no subset, peft"),
