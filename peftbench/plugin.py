@@ -33,7 +33,7 @@ OPTIONS = {
     "seeds": ("42", "Seeds, separated by commas; each case runs once with each of them."),
     "outputs": ("outputs", "Folder for records, reports, KD subsets and caches."),
     "data": ("", "Folder with train.tsv and dev.tsv (and a labelled test.tsv) in GLUE's format, in place of the scale's data."),
-    "device": ("auto", "Device as torch writes it: cpu, cuda, cuda:1; auto takes CUDA where it is available."),
+    "device": ("auto", "Device: cpu, cuda, or one of several, such as cuda:1; auto takes CUDA where it is available."),
     "precision": ("auto", f"One of {', '.join(PRECISIONS)}; auto takes what the device does natively."),
     "evaluations": ("0", "How often each phase is evaluated on dev while it trains; not part of the training time."),
     "compare": (

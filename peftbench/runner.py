@@ -67,7 +67,7 @@ class Settings:
     Attributes:
         outputs: Where results and caches go.
         data: A folder of GLUE-style files in place of the scale's data.
-        device: ``auto`` or a device as torch writes it.
+        device: ``auto``, ``cpu``, ``cuda`` or one of several, such as ``cuda:1``.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         run_id: The run that the records belong to.
         commit: What `peftbench.measure.describe_commit` said when the session began.

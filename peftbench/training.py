@@ -150,7 +150,7 @@ def fit(
                 # The fused AdamW divides by this as it reads the gradients; clipping them first would be a pass more over all.
                 norm = parameters.gradient_norm()
                 optimizer.grad_scale = (norm / (scale * clip_norm)).clamp(min=1.0)  # type: ignore[attr-defined]
-                number, length = torch.stack([mean, norm.to(mean.device)]).tolist()  # a GPU is waited for here alone
+                number, length = torch.stack([mean, norm.to(mean.device)]).tolist()  # here a GPU is waited for
                 if not math.isfinite(number):
                     raise diverged(f"loss is {number}")
                 if not math.isfinite(length) and not scaler.is_enabled():  # which skips such a step

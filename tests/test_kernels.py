@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from encoders import FixedDropout
+from encoders import FixedDropout, classifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -12,6 +12,8 @@ from torch import nn
 from peftbench import kernels
 from peftbench.dropout import Dropout
 from peftbench.kernels import LayerNorm, Linear, RowEmbedding, cast_frozen, economize, only_words, project
+from peftbench.models import prepare
+from peftbench.phases import Phase
 
 
 @pytest.fixture(autouse=True)
@@ -401,3 +403,22 @@ def test_frozen_linear_layers_cast_once_give_the_numbers_of_autocast():
         results.append([out, model[2].weight.grad])
     for expected, actual in zip(*results, strict=True):
         assert torch.equal(expected, actual)
+
+
+@pytest.mark.parametrize(
+    ("peft", "cast"),
+    [
+        ({"peft_type": "LORA"}, True),
+        ({"peft_type": "IA3", "feedforward_modules": []}, True),
+        ({"peft_type": "LORA", "use_dora": True}, False),
+        ({"peft_type": "GLORA"}, False),
+    ],
+)
+def test_frozen_layers_whose_adapter_reads_their_weights_are_left(peft, cast):
+    """It would do its own arithmetic in fewer digits; those beside it, which no adapter has, are cast in any case."""
+    phase = Phase(id="X-test", role="backbone", max_length=32, peft={**peft, "target_modules": ["query"]})
+    model, _ = prepare(classifier("bert"), phase)
+    cast_frozen(model, torch.bfloat16)
+    attention = model.get_base_model().bert.encoder.layer[0].attention.self
+    types = [layer.weight.dtype for layer in (attention.query.base_layer, attention.key)]
+    assert [torch.bfloat16 if cast else torch.float32, torch.bfloat16] == types
