@@ -103,8 +103,8 @@ class History:
         for folder in (outputs / "runs", outputs / "tiny" / "runs"):
             files: dict[str, list[Path]] = {}
             for path in sorted(folder.glob("*/*.*"), key=str):
-                if path.suffix in (".json", RESUMED) and path.parent.name != without:
-                    files.setdefault(path.parent.name, []).append(path if path.suffix == ".json" else _measured_in(path))
+                if path.parent.name != without and (file := _record_file(path)):
+                    files.setdefault(path.parent.name, []).append(file)
             if files:
                 return cls(folder, files, repository)
         raise HistoryError(f"no records in {outputs / 'runs'}; run pytest benchmarks first, or name the outputs folder")
@@ -125,18 +125,18 @@ class History:
         if text in runs:
             return self._runs(f"run {text}", [text])
         if re.fullmatch(r"[0-9TZ]+-[0-9a-f]+", text) and (tiny := self.folder.parent / "tiny" / "runs" / text).is_dir():
-            return _read(f"run {text} of the tiny scale", sorted(tiny.glob("*.json")), str(tiny))
+            return _read(f"run {text} of the tiny scale", _record_files(tiny.iterdir()), str(tiny))
         known = {run: facts for run in runs if (facts := self.commit_of(run)).get("id")}
         ids = {str(facts["id"]) for facts in known.values()}
         commit = _git(self.repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{text}^{{commit}}")
         wanted = commit.strip() if commit else _completed(text, ids)
         at_commit = [run for run, facts in known.items() if facts["id"] == wanted]
-        at_commit = [run for run in at_commit if run not in without] or at_commit
+        at_commit = [run for run in at_commit if {path.parent.name for path in self.files[run]} - {*without}] or at_commit
         clean = [run for run in at_commit if not known[run].get("dirty")]
         if at_commit:
             note = "" if clean else ", with uncommitted changes"
             count = f", {len(clean or at_commit)} runs" if len(clean or at_commit) > 1 else ""
-            return self._runs(f"commit {wanted[:12]}{note}{count}", clean or at_commit)
+            return self._runs(f"commit {wanted[:12]}{note}{count}", clean or at_commit, without)
         if wanted:
             raise HistoryError(
                 f"no run in {self.folder} is of commit {wanted[:12]} ({text!r}); runs are of {_few(one[:12] for one in ids)}"
@@ -159,9 +159,10 @@ class History:
         """All runs."""
         return self._runs(f"all {len(self.files)} runs in {self.folder}", list(self.files))
 
-    def _runs(self, label: str, runs: Iterable[str]) -> Side:
+    def _runs(self, label: str, runs: Iterable[str], without: Collection[str] = ()) -> Side:
         paths = dict.fromkeys(path for run in runs for path in self.files[run])  # two runs share what one has resumed
-        return _read(label, list(paths), str(self.folder))
+        left = [path for path in paths if path.parent.name not in without] or list(paths)
+        return _read(label, left, str(self.folder))
 
     def _describe_depth(self) -> str:
         shallow = (_git(self.repository, "rev-parse", "--is-shallow-repository") or "").strip() == "true"
@@ -236,8 +237,8 @@ def read_side(text: str, history: Callable[[], History], *, without: Collection[
     if path.is_file():
         return read_file(path)
     if path.is_dir():
-        places = ("phase_*_metrics.json", "*.json", "runs/*/*.json", "*/*.json")
-        found = next((files for place in places if (files := sorted(path.glob(place), key=str))), [])
+        places = ("phase_*_metrics.json", "*.*", "runs/*/*.json", "*/*.json")
+        found = next((files for place in places if (files := _record_files(path.glob(place)))), [])
         return _read(f"folder {text}", found, text)
     return history().select(text, without=without)
 
@@ -269,13 +270,19 @@ def read_file(path: Path) -> Side:
     return Side(f"file {path}", records, problems)
 
 
-def _measured_in(resumed: Path) -> Path:
-    """Where the record is that a resumed case stands for."""
+def _record_files(paths: Iterable[Path]) -> list[Path]:
+    return list(dict.fromkeys(file for path in sorted(paths, key=str) if (file := _record_file(path))))
+
+
+def _record_file(path: Path) -> Path | None:
+    """A file of a run's folder, or where the record is that a resumed case stands for; None for what is neither."""
+    if path.suffix != RESUMED:
+        return path if path.suffix == ".json" else None
     try:
-        run_id = resumed.read_text("utf-8").strip()
+        run_id = path.read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError):
         run_id = ""
-    return resumed.parent.parent / (Path(run_id).name or "unknown run") / f"{resumed.stem}.json"
+    return path.parent.parent / (Path(run_id).name or "unknown run") / f"{path.stem}.json"
 
 
 def _read(label: str, paths: Sequence[Path], where: str) -> Side:

@@ -130,9 +130,11 @@ def describe_commit(folder: Path) -> dict[str, Any]:
     """
     unknown = {"id": None, "dirty": None, "changes": None}
     top = _git(folder, "rev-parse", "--show-toplevel")
+    nearest = next((parent for parent in (folder, *folder.parents) if (parent / ".git").exists()), None)
+    if shutil.which("git") and nearest and (top is None or Path(top.rstrip("\n")).resolve() != nearest.resolve()):
+        return {**unknown, "problem": f"git does not read the repository in {nearest.name or nearest}; ask it by git status"}
     if top is None:
-        there = shutil.which("git") and any((parent / ".git").exists() for parent in (folder, *folder.parents))
-        return {**unknown, "problem": "git does not read the repository here; ask it by git status"} if there else unknown
+        return unknown
     folder = Path(top.rstrip("\n"))
     commit = _git(folder, "rev-parse", "HEAD")
     if not commit:

@@ -126,6 +126,8 @@ class Session:
         self.record_paths: list[Path] = []
         self.unreadable: set[str] = set()
         self.unpublished: list[str] = []
+        self.passed: list[Record] = []
+        self.reported: set[str] = set()  # of what there were reports: scales of cases, none for another test
         self.bases: list[Side] = []
         self.comparison: list[Row] = []
         self.changes: list[str] = []
@@ -226,15 +228,15 @@ class Session:
         for record in reversed(self._history[store.runs]):
             there = [record.machine.get(fact) for fact in same]
             if (record.outcome, record.fingerprint, record.seed, record.commit, there) == wanted and (
-                record.dev_curve or not self.options.evaluations
+                record.dev_curve or not record.optimizer_steps or not self.options.evaluations
             ):
                 return record
         return None
 
     def publish(self, record: Record) -> None:
-        """Write the report of a record's phase over the seeds that this session has measured or resumed."""
-        of_session = [one for one in map(read_record, dict.fromkeys(self.record_paths)) if one.scale == record.scale]
-        of_letter = [one for one in of_session if one.phase.lower() == record.phase.lower()]
+        """Write the report of a phase over the seeds that this session has measured or resumed, the record's being the last."""
+        self.passed.append(record)
+        of_letter = [r for r in self.passed if (r.scale, r.phase.lower()) == (record.scale, record.phase.lower())]
         if others := sorted({one.phase_id for one in of_letter} - {record.phase_id}):  # each alone in a worker of pytest-xdist
             raise RecordError(f"phases {record.phase_id} and {', '.join(others)} would share it; rename one")
         [summary] = summarize(of_letter)
@@ -273,8 +275,9 @@ class Session:
 
         records = [read_record(path) for path in dict.fromkeys(self.record_paths)]
         scales = {record.scale for record in records}
+        self.bases = [side for side in self.bases if side.records[0].scale in scales]
         self.choose_bases(scales - {record.scale for side in self.bases for record in side.records})
-        base = [record for side in self.bases for record in side.records if record.scale in scales]
+        base = [record for side in self.bases for record in side.records]
         if any(self.asked_for):  # the other phases are not missing then
             measured = {(record.scale, record.phase_id) for record in records}
             base = [record for record in base if (record.scale, record.phase_id) in measured]
@@ -287,6 +290,7 @@ class Session:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Learn of records, also from the workers of pytest-xdist, and publish what passed."""
+        self.reported |= {str(value) for name, value in report.user_properties if name == "peftbench_scale"} or {"none"}
         if report.when != "call" or self.is_worker:
             return
         for path in [Path(str(value)) for name, value in report.user_properties if name == "peftbench_record"]:
@@ -402,7 +406,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Have pytest-benchmark read the clock of the training loops, whatever else the test's own marker says."""
+    """Note which are cases; have pytest-benchmark read the clock of their loops, whatever else the test's own marker says."""
+    if "peft_scale" in getattr(item, "fixturenames", ()):
+        scale = "tiny" if item.get_closest_marker("tiny") else "main"
+        item.user_properties.append(("peftbench_scale", scale))  # which a worker of pytest-xdist passes on
     if "run_phase" in getattr(item, "fixturenames", ()) and item.config.pluginmanager.hasplugin("benchmark"):
         own = item.get_closest_marker("benchmark")
         settings = {"group": "training", **(own.kwargs if own else {}), "timer": item.config.stash[SESSION].train_runtime_seconds}
@@ -440,17 +447,22 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Where workers of pytest-xdist collect, what to compare with is chosen before they do, at whichever scales there is some."""
-    own = session.config.stash[SESSION]
-    if not (session.config.pluginmanager.hasplugin("dsession") and session.config.getoption("peft_compare")):
+    """Where workers of pytest-xdist collect, what to compare with is chosen before they do, by what can be known by then."""
+    own, config = session.config.stash[SESSION], session.config
+    if not (config.pluginmanager.hasplugin("dsession") and own.options.compare):
         return
+    if "tiny" in (own.options.scale, config.option.markexpr):
+        scales = ["tiny"]
+    else:
+        named = any("tiny" in text for text in (config.option.markexpr, *own.asked_for))
+        scales = [own.main_scale, *(["tiny"] if named else [])]
     problems = []
-    for scale in sorted({own.main_scale, "tiny"}):
+    for scale in scales:
         try:
             own.choose_bases([scale])
         except ValueError as error:
             problems.append(error)
-    if not own.bases:
+    if not own.bases and config.getoption("peft_compare"):  # an ini file's is said at the end, and only if there were cases
         raise pytest.UsageError(f"peftbench: {problems[0]}") from problems[0]
 
 
@@ -529,7 +541,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if own is None or own.is_worker:
         return
     status = 1 if own.unpublished else 0
-    asked = session.config.getoption("peft_fail") or _scales(session.config, session.items)
+    asked = own.reported if session.config.getoption("peft_fail") else own.reported - {"none"}
     if own.options.compare and (own.record_paths or (own.options.gates and asked)):
         from peftbench.gates import Judgement
 

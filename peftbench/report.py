@@ -192,7 +192,7 @@ def render_history(traced: Mapping[str, Sequence[Point]], metric: Metric) -> str
     blocks.append(
         f"{metric.name}: {metric.better} is better{f'; {POOLED}' if metric.kind == 'quality' else ''}\n"
         "level: where it got better or worse than all since the shift before, "
-        "by more than noise; what is dirty, unknown or of another branch takes no part\n"
+        "by more than noise; what is of another branch takes no part, nor what is dirty or unknown where anything is neither\n"
         "marks: dirty, changes that were not committed; unknown, to git here; failed; other ..., not compared; "
         "other seed set, compared over the seeds of both"
     )

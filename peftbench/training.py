@@ -157,7 +157,9 @@ def fit(
                     raise diverged(f"the gradient's norm is {length}")
                 try:
                     scaler.step(optimizer)
-                except torch.OutOfMemoryError:
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
                     raise DoesNotFit(f"{what}: weights, gradients and optimizer state alone do not fit {device.name}") from None
                 scaler.update()
                 parameters.clear_gradients()

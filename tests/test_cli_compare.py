@@ -64,6 +64,19 @@ def test_records_of_a_scale_that_the_head_lacks_are_left_out(outputs, capsys):
     assert "thesis" not in out
 
 
+def test_a_run_that_only_resumed_is_not_in_its_own_base(outputs, capsys):
+    """The record it points to is the head's, wherever it lies."""
+    commit, third, fourth = FIRST[:8] * 5, "20260101T100000Z-cccccc", "20260103T000000Z-dddddd"
+    store = Store(outputs, "mini")
+    head = passed("B-lora", run=third, commit={"id": commit, "dirty": False, "changes": None})
+    store.save(head)
+    store.link(head, fourth)
+    status, _, err = run(capsys, "compare", commit, fourth, "--fail", "artifact_bytes:1%")
+    assert "compared with themselves" not in err
+    assert 2 == status  # D-hybrid, which the base has, is missing
+    assert f"read run {fourth}: 1 record" in err
+
+
 def test_nothing_to_export_is_said(outputs, capsys):
     """Where all have failed; an empty file would look like a result."""
     third = "20260103T000000Z-cccccc"

@@ -197,7 +197,7 @@ def test_a_repository_that_git_refuses_is_told_from_none(git):
     """So that nobody takes other code for the same: here its HEAD is broken, elsewhere another user owns it."""
     commit_a_file(git)
     (git.folder / ".git/HEAD").write_text("?")
-    assert "git does not read the repository here" in describe_commit(git.folder)["problem"]
+    assert "git does not read the repository in " in describe_commit(git.folder)["problem"]
 
 
 def test_untracked_modules_count_wherever_they_are(git):

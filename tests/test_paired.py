@@ -119,9 +119,9 @@ def test_intervals_hold_the_truth_where_few_examples_differ(name):
     """Of 1,000 each, where the head loses one to twelve of 1,800 examples and wins none: at least 95%, up to chance."""
     rng = np.random.default_rng(7)
     for lost in (1, 3, 5, 8, 12):
-        truth = -lost / 1800
         held = []
         for _ in range(1000):
+            truth = -lost / 1800
             gold, base, head = simulate(rng, n=1800, discordance=lost / 1800, effect=truth)
             if name == "f1":  # whose truth is that of the labels drawn, with as many hits and misses as are to be expected
                 hits, wrong = ((gold == 1) & (base[0] == 1)).sum(), (gold != base[0]).sum()

@@ -110,3 +110,20 @@ def test_a_gate_over_no_record_is_open(study):
     result = study("-k", "small", "--benchmark-skip", "--peft-compare", "latest", "--peft-fail", "accuracy:1pt")
     assert 2 == result.ret
     result.stdout.fnmatch_lines(["nothing to compare: no case has left a record"])
+
+
+@pytest.mark.parametrize("other", [["--collect-only"], ["--fixtures"]])
+def test_where_nothing_runs_no_gate_is_asked(study, other):
+    """Nor is anything said of it."""
+    study("-k", "small")
+    result = study("-k", "small", *other, "--peft-compare", "latest", "--peft-fail", "accuracy:1pt")
+    assert 0 == result.ret
+    assert "nothing to compare" not in result.stdout.str()
+
+
+def test_a_gate_of_the_ini_file_asks_nothing_of_other_tests(pytester):
+    """Where no case was run there is nothing to judge; a gate on the command line is never passed over."""
+    pytester.makeini("[pytest]\npeft_compare = nowhere\npeft_fail = accuracy:1pt")
+    pytester.makepyfile("def test_other(): pass")
+    assert 0 == pytester.runpytest_inprocess().ret
+    assert 2 == pytester.runpytest_inprocess("--peft-fail", "accuracy:1pt").ret

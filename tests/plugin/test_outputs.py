@@ -125,8 +125,10 @@ def test_two_phases_of_one_letter_are_refused(pytester, data_folder):
         def test_phase(run_phase, name):
             run_phase(Phase(id=name, role="student", subset=16, epochs=1))
     """)
-    result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={data_folder}")
-    result.assert_outcomes(passed=1, failed=1, deselected=2)
+    result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={data_folder}", "--peft-seeds", "1,2")
+    result.assert_outcomes(passed=2, failed=2, deselected=4)
+    report = json.loads((pytester.path / "outputs/tiny/reports/phase_s_metrics.json").read_text())
+    assert ("one", [1, 2]) == (report["name"], report["seeds"])
     result.stdout.fnmatch_lines(["*phases S-one and S-two differ but would share phase_s_metrics.json; rename one*"])
 
 

@@ -65,13 +65,18 @@ def test_after_a_resume_the_latest_run_has_all_of_it(study, pytester, capsys):
     assert ["K-kd", "S-small"] == sorted(row["id"] for row in json.loads(capsys.readouterr().out))
     assert 0 == main(["history", "--outputs", outputs, "--format", "json"])
     assert {1} == {point["records"] for point in json.loads(capsys.readouterr().out)}
+    latest = max((pytester.path / "outputs/tiny/runs").iterdir())
+    for arguments in ([str(latest)], [latest.name, "--outputs", "outputs"], [latest.name, "--outputs", outputs]):
+        assert 0 == main(["report", *arguments, "--format", "json"])
+        assert ["K-kd", "S-small"] == sorted(row["id"] for row in json.loads(capsys.readouterr().out))
 
 
 def test_a_record_without_a_curve_is_not_resumed_where_one_is_asked_for(study, records):
     """Evaluated while it trained, which the first run was not."""
-    study("-k", "small")
-    study("-k", "small", "--peft-resume", "--peft-evaluations", "2").assert_outcomes(passed=1, deselected=5)
-    study("-k", "small", "--peft-resume", "--peft-evaluations", "2").assert_outcomes(skipped=1, deselected=5)
+    arguments = ["-k", "small or teacher", "--peft-resume"]
+    study(*arguments).assert_outcomes(passed=2, deselected=4)
+    study(*arguments, "--peft-evaluations", "2").assert_outcomes(passed=1, skipped=1, deselected=4)  # A trains nothing
+    study(*arguments, "--peft-evaluations", "2").assert_outcomes(skipped=2, deselected=4)
 
 
 def test_another_processor_is_another_device(study, pytester):
