@@ -52,7 +52,8 @@ def run_pytest(hub, folder, *arguments, **environment):
         f"sys.path.insert(0, {str(REPOSITORY / 'benchmarks')!r})\n"
         "import dataclasses, pytest\n"
         "from test_phases import PHASES\n"
-        "PHASES = [dataclasses.replace(p, subset=64, kd_subsets=(64,) * (p.epochs == 0), epochs=p.epochs and 1) for p in PHASES]\n"
+        "few = lambda p: dataclasses.replace(p, **({'subset': 64, 'epochs': 1} if p.epochs else {'kd_subsets': (64,)}))\n"
+        "PHASES = list(map(few, PHASES))\n"
         "@pytest.mark.parametrize('phase', PHASES, ids=lambda phase: phase.id)\n"
         "def test_phase(phase, run_phase):\n"
         "    assert run_phase(phase).outcome == 'passed'\n",

@@ -46,15 +46,20 @@ def in_two_workers(pytester, data_folder, *arguments):
 
 
 def test_workers_of_xdist_write_one_run(study, records, pytester, data_folder):
-    """Cases in two processes share run, teacher and machine, and the table shows them all."""
-    study("--collect-only", "-q")
-    done = in_two_workers(pytester, data_folder)
+    """Cases in two processes share run, teacher and machine; table and reports have all of them, and what was resumed."""
+    assert 0 == study("-k", "small", "--peft-seeds", "7").ret
+    before = set(records())
+    done = in_two_workers(pytester, data_folder, "--peft-seeds", "7,8", "--peft-resume")
     assert 0 == done.returncode, done.stdout + done.stderr
-    assert ["A-teacher-tiny-s42.json", "K-kd-tiny-s42.json", "S-small-tiny-s42.json"] == sorted(records())
-    assert 1 == len({record["run_id"] for record in records().values()})
-    assert {2} == {record["machine"]["workers"] for record in records().values()}
+    new = {name: record for name, record in records().items() if name not in before}
+    assert {f"{phase}-tiny-s{seed}.json" for phase in ("A-teacher", "S-small", "K-kd") for seed in (7, 8)} - before == set(new)
+    assert 1 == len({record["run_id"] for record in new.values()})
+    assert {2} == {record["machine"]["workers"] for record in new.values()}
     assert 1 == len(list((pytester.path / "outputs/tiny/cache/teachers").glob("[!.]*")))
-    assert all(phase in done.stdout for phase in ("A-teacher", "S-small", "K-kd"))
+    assert all(f"{phase} ×2" in done.stdout for phase in ("A-teacher", "S-small", "K-kd"))
+    for letter in "ask":
+        report = json.loads((pytester.path / f"outputs/tiny/reports/phase_{letter}_metrics.json").read_text())
+        assert [7, 8] == report["seeds"]
 
 
 def test_a_gate_judges_what_workers_of_xdist_measured(study, pytester, data_folder):
@@ -68,15 +73,6 @@ def test_a_gate_judges_what_workers_of_xdist_measured(study, pytester, data_fold
     assert pytest.ExitCode.USAGE_ERROR == done.returncode
     assert "'no-such' is no file, no folder" in done.stderr
     assert 2 == len(list((pytester.path / "outputs/tiny/runs").glob("*/*.json")))
-
-
-def test_a_report_covers_the_seeds_of_all_workers(study, pytester, data_folder):
-    """Resumed and measured ones, whichever worker had them."""
-    assert 0 == study("-k", "small", "--peft-seeds", "7,8").ret
-    done = in_two_workers(pytester, data_folder, "-k", "small", "--peft-seeds", "7,8,9,11", "--peft-resume")
-    assert 0 == done.returncode, done.stdout + done.stderr
-    report = json.loads((pytester.path / "outputs/tiny/reports/phase_s_metrics.json").read_text())
-    assert [7, 8, 9, 11] == report["seeds"]
 
 
 def test_phases_of_one_letter_in_two_workers_fail_the_session(pytester, data_folder):
