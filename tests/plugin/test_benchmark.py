@@ -5,6 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from samples import passed
+
+from peftbench.plugin import SESSION
+from peftbench.records import Store
 
 
 def test_each_case_is_one_entry_trained_once(study, pytester, records):
@@ -75,19 +79,19 @@ def test_a_gate_judges_what_workers_of_xdist_measured(study, pytester, data_fold
     assert 2 == len(list((pytester.path / "outputs/tiny/runs").glob("*/*.json")))
 
 
-def test_phases_of_one_letter_in_two_workers_fail_the_session(pytester, data_folder):
-    """Neither worker knows of the other's; the session does."""
-    pytester.makepyfile("""
-        import pytest
-        from peftbench.phases import Phase
-
-        @pytest.mark.parametrize("name", ["S-one", "S-two"])
-        def test_phase(run_phase, name):
-            run_phase(Phase(id=name, role="student", subset=16, epochs=1))
-    """)
-    done = in_two_workers(pytester, data_folder)
-    assert pytest.ExitCode.TESTS_FAILED == done.returncode
-    assert "was not written: phases S-" in done.stdout
+def test_phases_of_one_letter_in_two_workers_are_said(pytester):
+    """Neither worker knows of the other's: their session keeps the first one's report and fails."""
+    session = pytester.parseconfigure().stash[SESSION]
+    store = Store(session.options.outputs, "mini")
+    for record in (passed("S-one"), passed("S-two")):
+        path = store.save(record)
+        properties = [("peftbench_scale", "main"), ("peftbench_record", str(path))]
+        report = pytest.TestReport("x", ("x", 0, "x"), {}, "passed", None, "call", user_properties=properties)
+        session.pytest_runtest_logreport(report)
+    assert [
+        "the report of S-two-mini-s42 was not written: phases S-two and S-one would share it; rename one"
+    ] == session.unpublished
+    assert "one" == json.loads(store.report_path("S").read_text())["name"]
 
 
 def test_a_marker_of_the_test_keeps_the_clock_of_the_loop(pytester, data_folder, records):
