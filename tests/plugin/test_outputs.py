@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+from peftbench.records import Store
+
 CONTRACT = {
     *("schema_version", "run_id", "phase", "name", "scale", "seed", "outcome", "checkpoint", "dev", "test"),
     *("parameter_counts", "train_runtime_seconds", "efficiency", "kd_path", "evaluation_seconds", "samples_per_second"),
@@ -67,6 +69,19 @@ def test_a_part_that_cannot_be_written_is_a_usage_error(study, pytester):
     result = study("-k", "small")
     assert pytest.ExitCode.USAGE_ERROR == result.ret
     result.stderr.fnmatch_lines(["*cannot write to the outputs folder *outputs/tiny/runs*--peft-outputs DIR"])
+
+
+def test_a_report_that_cannot_be_written_fails_the_session(study, records, monkeypatch):
+    """The record is there, and the session says what is not."""
+
+    def refuse(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Store, "publish", refuse)
+    result = study("-k", "small")
+    assert pytest.ExitCode.TESTS_FAILED == result.ret
+    result.stdout.fnmatch_lines(["the report of S-small-tiny-s42 was not written: no space left"])
+    assert ["S-small-tiny-s42.json"] == list(records())
 
 
 def test_folders_of_the_ini_file_are_seen_from_it(study, pytester, data_folder, monkeypatch):
