@@ -143,7 +143,7 @@ def describe_commit(folder: Path) -> dict[str, Any]:
     modules = _git(folder, "ls-files", "--others", "--exclude-standard", "-z", "--", "*.py")
     if changes is None or modules is None:
         return {"id": commit.strip(), "dirty": None, "changes": None}
-    sums = {name: file_sha256(folder / name) for name in modules.split("\0") if (folder / name).is_file() and name}
+    sums = {name: file_sha256(folder / name) for name in modules.split("\0") if (folder / name).is_file()}
     dirty = bool(changes or sums)
     return {"id": commit.strip(), "dirty": dirty, "changes": fingerprint([changes, sums])[:16] if dirty else None}
 

@@ -276,15 +276,20 @@ def _groups(model: nn.Module, phase: Phase, unfrozen: set[int]) -> list[dict[str
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Total and trainable scalars; a shared tensor counts once, and the frozen copy that PEFT keeps of the head not at all."""
-    parameters = [p for _, p in _shipped(model)]
+    parameters = [p for _, p in shipped(model)]
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+def shipped(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The model's parameters by name, without the frozen copy that PEFT keeps of the head."""
+    return [(name, p) for name, p in model.named_parameters() if ".original_module." not in name]
 
 
 def artifact_bytes(model: nn.Module) -> int:
     """Size of what one would ship, as safetensors: the whole model, or under PEFT only what was trained."""
     under_peft = hasattr(model, "peft_config")
     tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in _shipped(model) if tensor.requires_grad or not under_peft
+        name: tensor.detach().cpu().contiguous() for name, tensor in shipped(model) if tensor.requires_grad or not under_peft
     }
     return len(save(tensors))
 
@@ -344,7 +349,3 @@ def _untrained_config(source: Untrained, labels: dict[str, Any]) -> Any:
         attention_dropout=0.0,
         **labels,
     )
-
-
-def _shipped(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, p) for name, p in model.named_parameters() if ".original_module." not in name]

@@ -14,13 +14,16 @@ from peftbench.device import Device
 from peftbench.kernels import cast_frozen
 from peftbench.layers import make_packable
 from peftbench.measure import Stopwatch
-from peftbench.models import ModelError, Weights, count_parameters, load_classifier, prepare
+from peftbench.models import ModelError, Weights, count_parameters, load_classifier, prepare, shipped
 from peftbench.packing import Encoded, make_batch, shuffled_rows
 from peftbench.phases import DATA_SEED, Phase
 from peftbench.records import Plan
 
 SAMPLED_STEPS = {"packed": 2, "padded": 8}
 """Steps of an epoch whose arithmetic is counted; the rest is taken to cost the same a token, which padding makes less true."""
+
+ASKED_FOR_NUMBERS = (RuntimeError, AssertionError, AttributeError, TypeError, OSError)
+"""What adapters raise whose code looks at the numbers in a tensor, where there are shapes alone."""
 
 MATRIX_SHARE = 0.4
 """
@@ -129,7 +132,7 @@ def _shapes(weights: Weights, phase: Phase) -> tuple[nn.Module, bool]:
     try:
         with torch.device("meta"):
             model, _ = prepare(load_classifier(weights, shapes_only=True), phase)
-    except (NotImplementedError, RuntimeError, AssertionError, AttributeError, TypeError, OSError):  # it looks at numbers
+    except ASKED_FOR_NUMBERS:
         model, _ = prepare(load_classifier(weights, shapes_only=True), phase)
         model = model.to("meta")
     return model.train(), make_packable(model)
@@ -147,7 +150,7 @@ def _flops_per_token(model: nn.Module, encoded: Encoded, phase: Phase, *, packed
                 loss = F.cross_entropy(model(**inputs).logits, batch.labels)
                 if training:
                     loss.backward()  # type: ignore[no-untyped-call]
-            except (NotImplementedError, RuntimeError, AssertionError, AttributeError, TypeError) as error:
+            except ASKED_FOR_NUMBERS as error:
                 why = next(iter(str(error).splitlines()), type(error).__name__)[:160]
                 raise ModelError(
                     f"{phase.id} cannot be planned, as its model asks for numbers where it has shapes: {why}"
@@ -169,17 +172,13 @@ def _longest(encoded: Encoded, n: int) -> list[int]:
 
 def _weight_bytes(model: nn.Module, trainable: int, device: Device) -> int:
     """Of weights, with the copies that autocast makes of those in fp32, and of gradient and two moments of what trains."""
-    in_fp32 = sum(parameter.numel() for parameter in _held(model) if parameter.dtype == torch.float32)
+    in_fp32 = sum(parameter.numel() for _, parameter in shipped(model) if parameter.dtype == torch.float32)
     copies = 0 if device.precision == "fp32" else 2 * in_fp32
     return _held_bytes(model) + copies + 12 * trainable
 
 
 def _held_bytes(model: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in _held(model))
-
-
-def _held(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for name, parameter in model.named_parameters() if ".original_module." not in name]
+    return sum(parameter.numel() * parameter.element_size() for _, parameter in shipped(model))
 
 
 def _activation_bytes(model: nn.Module, lengths: Sequence[int], device: Device) -> int:

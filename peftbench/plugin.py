@@ -127,7 +127,7 @@ class Session:
         self.unreadable: set[str] = set()
         self.unpublished: list[str] = []
         self.passed: list[Record] = []
-        self.reported: set[str] = set()  # of what there were reports: scales of cases, none for another test
+        self.reported: set[bool] = set()  # of what there were reports: cases, True, and other tests, False
         self.bases: list[Side] = []
         self.comparison: list[Row] = []
         self.changes: list[str] = []
@@ -290,7 +290,7 @@ class Session:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Learn of records, also from the workers of pytest-xdist, and publish what passed."""
-        self.reported |= {str(value) for name, value in report.user_properties if name == "peftbench_scale"} or {"none"}
+        self.reported.add(any(name == "peftbench_case" for name, _ in report.user_properties))
         if report.when != "call" or self.is_worker:
             return
         for path in [Path(str(value)) for name, value in report.user_properties if name == "peftbench_record"]:
@@ -408,8 +408,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Note which are cases; have pytest-benchmark read the clock of their loops, whatever else the test's own marker says."""
     if "peft_scale" in getattr(item, "fixturenames", ()):
-        scale = "tiny" if item.get_closest_marker("tiny") else "main"
-        item.user_properties.append(("peftbench_scale", scale))  # which a worker of pytest-xdist passes on
+        item.user_properties.append(("peftbench_case", True))  # which a worker of pytest-xdist passes on
     if "run_phase" in getattr(item, "fixturenames", ()) and item.config.pluginmanager.hasplugin("benchmark"):
         own = item.get_closest_marker("benchmark")
         settings = {"group": "training", **(own.kwargs if own else {}), "timer": item.config.stash[SESSION].train_runtime_seconds}
@@ -541,7 +540,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if own is None or own.is_worker:
         return
     status = 1 if own.unpublished else 0
-    asked = own.reported if session.config.getoption("peft_fail") else own.reported - {"none"}
+    asked = True in own.reported or (own.reported and session.config.getoption("peft_fail"))
     if own.options.compare and (own.record_paths or (own.options.gates and asked)):
         from peftbench.gates import Judgement
 

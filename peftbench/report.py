@@ -382,7 +382,8 @@ def _notes(summaries: Sequence[Summary]) -> list[str]:
     lines = [f"{scale}: {data}" for data in dict.fromkeys(map(render_data, passed))] or [f"{scale}: nothing passed"]
     if passed:
         lines += LEGEND
-        lines += [f"warning: phases of other {what} in one table, which do not compare; no front" for what in differing(summaries)]
+        which = {"data": "which", "machines": "whose times"}
+        lines += [f"warning: other {what} in one table, {which[what]} do not compare; no front" for what in differing(summaries)]
     for record in passed[:1]:
         overlaps = {name: record.data.get(f"{name}_sentences_in_train", 0) for name in ("dev", "test")}
         lines += [f"warning: {count} {name} sentences also stand in train" for name, count in overlaps.items() if count]

@@ -328,9 +328,10 @@ def test_scales_have_a_table_each():
 def test_what_does_not_compare_is_said_below_the_table_and_has_no_front():
     """Phases of other data, or measured on other machines, in one folder."""
     one = measured("B-lora")
-    for changes, what in (({"data": {**one.data, "fingerprint": "e" * 64}}, "data"), ({"machine": {"id": "m2"}}, "machines")):
+    other_data, other_machine = {"data": {**one.data, "fingerprint": "e" * 64}}, {"machine": {"id": "m2"}}
+    for changes, what in ((other_data, "data in one table, which"), (other_machine, "machines in one table, whose times")):
         text = render_summary([one, measured("C1-full", **changes)])
-        assert f"warning: phases of other {what} in one table, which do not compare; no front" in text.splitlines()
+        assert f"warning: other {what} do not compare; no front" in text.splitlines()
         assert not [line for line in text.splitlines() if " * " in line and line.startswith(("B-lora", "C1-full"))]
     assert "warning" not in render_summary([one, measured("C1-full")])
 

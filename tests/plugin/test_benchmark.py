@@ -85,7 +85,7 @@ def test_phases_of_one_letter_in_two_workers_are_said(pytester):
     store = Store(session.options.outputs, "mini")
     for record in (passed("S-one"), passed("S-two")):
         path = store.save(record)
-        properties = [("peftbench_scale", "main"), ("peftbench_record", str(path))]
+        properties = [("peftbench_case", True), ("peftbench_record", str(path))]
         report = pytest.TestReport("x", ("x", 0, "x"), {}, "passed", None, "call", user_properties=properties)
         session.pytest_runtest_logreport(report)
     assert [
