@@ -1,4 +1,4 @@
-"""What an optimizer changes: the trained parameters, in groups of one learning rate, and their gradients."""
+"""What an optimizer changes: the trained parameters, in groups of one learning rate, their gradients and their average."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 _ALIGNMENT = 16  # numbers, a cache line of fp32
 _ROW = 4096  # numbers; torch takes the norm of one long row on one thread, those of many on all
+_SAMPLES = 50  # of the steps that an average reaches back over; each is a pass over all parameters
 
 
 class SeparateParameters:
@@ -92,6 +94,50 @@ def flattened(groups: Sequence[dict[str, Any]]) -> Iterator[FlatParameters]:
         yield parameters
     finally:
         parameters.release()
+
+
+class WeightAverage:
+    """
+    The mean of what parameters were after each step and, from ``reach`` steps on, their exponential average over about so many.
+
+    Every fiftieth part of the reach counts. Takes memory once more for the parameters.
+
+    Args:
+        groups: As an optimizer has them.
+        reach: In steps, 1 or more.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], reach: int) -> None:
+        self._parameters = nn.ParameterList(p for group in groups for p in group["params"])
+        self._every = max(1, reach // _SAMPLES)
+        least = min(1.0, self._every / reach)
+
+        def approach(averages: Sequence[Tensor], now: Sequence[Tensor], counted: Tensor | int) -> None:
+            share = max(1 / (int(counted) + 1), least)
+            for average, parameter in zip(averages, now, strict=True):
+                average.lerp_(parameter, share)
+
+        self._average = AveragedModel(self._parameters, multi_avg_fn=approach)
+
+    def follow(self, step: int) -> None:
+        """Take part of what the parameters are after a step, the first being 1."""
+        if step % self._every == 0:
+            self._average.update_parameters(self._parameters)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """For a while the parameters are their average."""
+        self.exchange()
+        yield
+        self.exchange()
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Have the parameters be their average, and keep what they were; a second time undoes it."""
+        for average, parameter in zip(self._average.module.parameters(), self._parameters, strict=True):
+            last = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(last)
 
 
 def supersede(parameter: Tensor) -> bool:

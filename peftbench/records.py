@@ -511,6 +511,12 @@ def phase_config(phase: Phase) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in ("at_scale", "id")}
 
 
+def phase_decisions(phase: Phase) -> dict[str, Any]:
+    """The hyperparameters that are not at their defaults, so that a new one leaves the fingerprints of earlier cases alone."""
+    defaults = {field.name: field.default for field in dataclasses.fields(phase)}
+    return {name: value for name, value in phase_config(phase).items() if getattr(phase, name) != defaults[name]}
+
+
 def _encode_bytes(value: object) -> str:
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()

@@ -52,7 +52,17 @@ from peftbench.packing import Batch, Encoded, make_batch, predict, shuffled_rows
 from peftbench.parameters import SeparateParameters, flattened
 from peftbench.phases import DATA_SEED, Phase, Pretrained, Scale, Untrained
 from peftbench.plan import examples_at_once, plan_phase
-from peftbench.records import SCHEMA_VERSION, Efficiency, ParameterCounts, Plan, Record, Store, TeacherCost, phase_config
+from peftbench.records import (
+    SCHEMA_VERSION,
+    Efficiency,
+    ParameterCounts,
+    Plan,
+    Record,
+    Store,
+    TeacherCost,
+    phase_config,
+    phase_decisions,
+)
 from peftbench.sealed import building, fingerprint, lock, unseal
 from peftbench.training import Fit, Progress, fit
 
@@ -156,7 +166,7 @@ class Workbench:
         recipe = self.scale.teacher
         if isinstance(recipe, Pretrained):
             return self.weights(recipe).identity
-        facts = [self.weights(self.scale.backbone).identity, phase_config(recipe), self.splits.train.fingerprint]
+        facts = [self.weights(self.scale.backbone).identity, phase_decisions(recipe), self.splits.train.fingerprint]
         return fingerprint([*facts, self.device.precision, self.device.kind, DATA_SEED])
 
     def teacher_logits(self, size: int, max_length: int) -> TeacherLogits:
@@ -393,10 +403,11 @@ def train(
             parameters,
             epochs=phase.epochs,
             steps_per_epoch=-(-len(encoded) // phase.batch_size),
-            examples_at_once=examples_at_once(model, encoded, phase.batch_size, device),
+            examples_at_once=examples_at_once(model, encoded, phase, device),
             warmup_fraction=phase.warmup_fraction,
             clip_norm=phase.clip_norm,
             weight_decay=phase.weight_decay,
+            averaging=phase.averaging,
             device=device,
             progress=bench.progress,
             what=what,
@@ -468,7 +479,7 @@ def case_fingerprint(phase: Phase, bench: Workbench) -> str:
     model = bench.teacher_identity if phase.role == "teacher" else bench.weights(_source(phase, bench.scale)).identity
     return fingerprint(
         {
-            "phase": [phase.id, phase_config(phase)],
+            "phase": [phase.id, phase_decisions(phase)],
             "scale": bench.scale.name,
             "data": bench.splits.fingerprint,
             "weights": model,

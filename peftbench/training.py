@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from peftbench.device import Device, DoesNotFit, is_out_of_memory
 from peftbench.measure import Stopwatch
 from peftbench.packing import Batch
+from peftbench.parameters import WeightAverage
 from peftbench.records import MemoryUse
 
 CURVE_POINTS = 50
@@ -77,6 +79,7 @@ def fit(
     warmup_fraction: float,
     clip_norm: float,
     weight_decay: float,
+    averaging: float = 0.0,
     device: Device,
     progress: Progress,
     what: str,
@@ -96,6 +99,7 @@ def fit(
         collate: Makes the batch of some rows.
         parameters: What AdamW changes, and the keeper of its gradients.
         examples_at_once: How many go through the device together at first.
+        averaging: Share of the steps over which the weights are averaged; evaluated and left in the end is the average.
         progress: Told each step.
         what: Name of the work, for progress and errors.
         evaluate: A figure of the model as it is; draws no random numbers and leaves the model in training mode.
@@ -110,6 +114,8 @@ def fit(
     optimizer = torch.optim.AdamW(parameters.groups, weight_decay=weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, warmup=warmup, total=total))
     scaler = torch.amp.GradScaler(device.kind, enabled=device.precision == "fp16")
+    with _must_fit(what, device):
+        average = WeightAverage(parameters.groups, max(1, round(averaging * total))) if averaging else None
     memory = MemoryUse(examples_at_once=examples_at_once)
     points = min(CURVE_POINTS, total)
     marks = {round(total * (i + 1) / points) for i in range(points)}
@@ -155,12 +161,8 @@ def fit(
                     raise diverged(f"loss is {number}")
                 if not math.isfinite(length) and not scaler.is_enabled():  # which skips such a step
                     raise diverged(f"the gradient's norm is {length}")
-                try:
+                with _must_fit(what, device):
                     scaler.step(optimizer)
-                except RuntimeError as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    raise DoesNotFit(f"{what}: weights, gradients and optimizer state alone do not fit {device.name}") from None
                 scaler.update()
                 parameters.clear_gradients()
                 before, scale = scale, scaler.get_scale()
@@ -171,6 +173,8 @@ def fit(
                 else:
                     schedule.step()
                 step, examples, tokens = step + 1, examples + len(rows), tokens + batch_tokens
+                if average is not None:
+                    average.follow(step)
                 since_point += number
                 if step in marks:
                     curve.append((step, since_point / (step - (curve[-1][0] if curve else 0))))
@@ -178,8 +182,10 @@ def fit(
                 progress(what, step, total)
                 if evaluate is not None and step in due:
                     seconds = watch.read()
-                    with watch.paused():
+                    with watch.paused(), nullcontext() if average is None else average.in_place():
                         evaluated.append((step, seconds, evaluate()))
+        if average is not None:
+            average.exchange()
     return Fit(
         runtime_seconds=watch.seconds,
         steps=step,
@@ -190,6 +196,16 @@ def fit(
         memory=memory,
         dev_curve=tuple(evaluated),
     )
+
+
+@contextmanager
+def _must_fit(what: str, device: Device) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DoesNotFit(f"{what}: weights, gradients and optimizer state alone do not fit {device.name}") from None
 
 
 def _relieve(memory: MemoryUse, model: Any, device: Device, what: str) -> MemoryUse:

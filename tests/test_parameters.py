@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from peftbench.kernels import economize
-from peftbench.parameters import FlatParameters, SeparateParameters, flattened
+from peftbench.parameters import FlatParameters, SeparateParameters, WeightAverage, flattened
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -52,6 +52,28 @@ def test_parameters_are_their_own_again_after_an_error():
         raise KeyboardInterrupt
     assert [2, 2, 2] == parameter.tolist()
     assert 12 == parameter.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("parameters", [SeparateParameters, FlatParameters])
+@pytest.mark.parametrize(("reach", "counted"), [(1, range(1, 13)), (4, range(1, 13)), (12, range(1, 13)), (150, [3, 6, 9, 12])])
+def test_an_average_is_that_of_the_steps_it_counts(parameters, reach, counted):
+    """Their mean and, beyond the reach, an exponential average."""
+    steps = torch.randn(13, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    parameter = nn.Parameter(steps[0].clone())
+    kept = parameters([{"params": [parameter], "lr": 1.0}])
+    average = WeightAverage(kept.groups, reach)
+    for step in range(1, 13):
+        parameter.data.copy_(steps[step])
+        average.follow(step)
+    expected, every = None, max(1, reach // 50)
+    for number, step in enumerate(counted, start=1):
+        share = max(1 / number, min(1, every / reach))
+        expected = steps[step] if expected is None else (1 - share) * expected + share * steps[step]
+    with average.in_place():
+        torch.testing.assert_close(parameter.data, steps[12] if expected is None else expected)
+    assert torch.equal(parameter.data, steps[12])
+    average.exchange()
+    assert torch.equal(parameter.data, steps[12]) == (reach == 1)
 
 
 class Uses(nn.Module):

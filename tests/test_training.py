@@ -255,6 +255,34 @@ def test_a_gradient_that_is_not_finite_stops_training(bad):
     assert torch.equal(before, model.weight)
 
 
+def test_the_average_is_what_is_evaluated_and_left():
+    """Of a curve each point is the average's up to there, and training goes on from the last step's weights all the same."""
+    weights = {}
+    for averaging in (0.0, 1.0):
+        model, batches, seen = perceptron(), batches_of(10), []
+
+        def evaluate(model=model, seen=seen):
+            seen.append(model[0].weight.detach().clone())
+            return 0.5
+
+        run = fit_batches(
+            model,
+            lambda batch, model=model: F.cross_entropy(model(**batch.inputs), batch.labels),
+            batches,
+            [{"params": list(model.parameters()), "lr": 1e-2}],
+            **{**DEFAULTS, "averaging": averaging},
+            steps_per_epoch=10,
+            progress=silent,
+            evaluate=evaluate,
+            evaluations=10,
+        )
+        assert list(range(1, 11)) == [step for step, _, _ in run.dev_curve]
+        weights[averaging] = torch.stack(seen)
+        assert torch.equal(seen[-1], model[0].weight)
+    means = weights[0.0].cumsum(dim=0) / torch.arange(1, 11).view(10, 1, 1)
+    torch.testing.assert_close(weights[1.0], means)
+
+
 def test_diverging_training_leaves_the_weights_of_the_last_good_step():
     """The bad loss changes nothing any more."""
     weights = []
