@@ -277,7 +277,14 @@ SCALES: Mapping[str, Scale] = {
         backbone=Pretrained(source="asset:encoder"),
         student=Pretrained(source="asset:encoder", layers=(2, 4, 6)),
         teacher=Phase(
-            id="T-tune", role="backbone", epochs=1, learning_rate=1.5e-4, layer_decay=0.8, dropout=0.0, warmup_fraction=0.1
+            id="T-tune",
+            role="backbone",
+            epochs=1,
+            learning_rate=1.5e-4,
+            layer_decay=0.8,
+            dropout=0.0,
+            warmup_fraction=0.1,
+            averaging=0.7,
         ),
     ),
     "thesis": Scale(
