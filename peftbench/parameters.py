@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.hooks import RemovableHandle
 
 _ALIGNMENT = 16  # numbers, a cache line of fp32
 _ROW = 4096  # numbers; torch takes the norm of one long row on one thread, those of many on all
-_SAMPLES = 50  # of the steps that an average reaches back over; each is a pass over all parameters
+_SAMPLES = 50  # of an average, at least; each is a pass over all parameters
 
 
 class SeparateParameters:
@@ -98,9 +98,9 @@ def flattened(groups: Sequence[dict[str, Any]]) -> Iterator[FlatParameters]:
 
 class WeightAverage:
     """
-    The mean of what parameters were after each step and, from ``reach`` steps on, their exponential average over about so many.
+    The mean of what parameters have been and, from ``reach`` steps on, their exponential average with that time constant.
 
-    Every fiftieth part of the reach counts. Takes memory once more for the parameters.
+    Of a long reach not every step counts, but 50 to 99 within it. Takes memory for the parameters once more.
 
     Args:
         groups: As an optimizer has them.
@@ -108,36 +108,36 @@ class WeightAverage:
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], reach: int) -> None:
-        self._parameters = nn.ParameterList(p for group in groups for p in group["params"])
-        self._every = max(1, reach // _SAMPLES)
-        least = min(1.0, self._every / reach)
+        self._parameters = [p for group in groups for p in group["params"]]
+        self._averages = [p.detach().clone() for p in self._parameters]
+        self._steps, self._every, self._reach = 0, max(1, reach // _SAMPLES), reach
 
-        def approach(averages: Sequence[Tensor], now: Sequence[Tensor], counted: Tensor | int) -> None:
-            share = max(1 / (int(counted) + 1), least)
-            for average, parameter in zip(averages, now, strict=True):
-                average.lerp_(parameter, share)
+    def follow(self) -> None:
+        """Take in what the parameters are after one more step."""
+        self._steps += 1
+        if self._steps % self._every == 0:
+            kept = 1 - self._every / min(self._steps, self._reach)
+            average = get_ema_multi_avg_fn(kept)  # type: ignore[no-untyped-call]
+            average(self._averages, [p.detach() for p in self._parameters], None)
 
-        self._average = AveragedModel(self._parameters, multi_avg_fn=approach)
-
-    def follow(self, step: int) -> None:
-        """Take part of what the parameters are after a step, the first being 1."""
-        if step % self._every == 0:
-            self._average.update_parameters(self._parameters)
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Have the parameters be their average for good, if a step has counted."""
+        if self._steps >= self._every:
+            for parameter, average in zip(self._parameters, self._averages, strict=True):
+                parameter.copy_(average)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """For a while the parameters are their average."""
-        self.exchange()
-        yield
-        self.exchange()
-
-    @torch.no_grad()
-    def exchange(self) -> None:
-        """Have the parameters be their average, and keep what they were; a second time undoes it."""
-        for average, parameter in zip(self._average.module.parameters(), self._parameters, strict=True):
-            last = parameter.clone()
-            parameter.copy_(average)
-            average.copy_(last)
+        """Have the parameters be their average for a while; takes memory for them once more."""
+        last = [p.detach().clone() for p in self._parameters]
+        self.settle()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(self._parameters, last, strict=True):
+                    parameter.copy_(value)
 
 
 def supersede(parameter: Tensor) -> bool:

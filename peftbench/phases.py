@@ -76,8 +76,8 @@ class Phase:
         warmup_fraction: Share of the optimizer steps in which the rate rises; it falls linearly to 0 afterwards.
         clip_norm: Largest global norm of the gradient.
         weight_decay: AdamW's, on every trained parameter.
-        averaging: Share of the optimizer steps over which the trained weights are averaged, exponentially; the average takes their
-            place in the end (Polyak and Juditsky 1992). 0 keeps the last step's.
+        averaging: Time constant, as a share of all steps, of an exponential average that takes the trained weights' place in
+            the end. It begins as the plain mean, which it stays at 1 (Polyak and Juditsky 1992). 0 keeps the last step's weights.
         at_scale: Changes to the fields above, by the name of a scale.
 
     Raises:

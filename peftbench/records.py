@@ -138,7 +138,7 @@ class Plan:
         tokens: That go through the model in training, over all epochs.
         training_flops: Multiplications and additions of the matrix products of training, forward and backward.
         other_flops: The same for evaluation on dev and test, and for the teacher's logits that the phase learns from.
-        weight_bytes: Weights, their 16-bit copies, gradients and AdamW's state.
+        weight_bytes: Weights, their 16-bit copies, gradients, AdamW's state and, where weights are averaged, the average.
         activation_bytes: Kept for the backward pass of the longest batch, as many examples at once as fit.
     """
 
@@ -509,12 +509,6 @@ def phase_config(phase: Phase) -> dict[str, Any]:
     """Every hyperparameter of a phase as JSON values."""
     config: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(phase)))
     return {name: value for name, value in config.items() if name not in ("at_scale", "id")}
-
-
-def phase_decisions(phase: Phase) -> dict[str, Any]:
-    """The hyperparameters that are not at their defaults, so that a new one leaves the fingerprints of earlier cases alone."""
-    defaults = {field.name: field.default for field in dataclasses.fields(phase)}
-    return {name: value for name, value in phase_config(phase).items() if getattr(phase, name) != defaults[name]}
 
 
 def _encode_bytes(value: object) -> str:

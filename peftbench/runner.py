@@ -52,17 +52,7 @@ from peftbench.packing import Batch, Encoded, make_batch, predict, shuffled_rows
 from peftbench.parameters import SeparateParameters, flattened
 from peftbench.phases import DATA_SEED, Phase, Pretrained, Scale, Untrained
 from peftbench.plan import examples_at_once, plan_phase
-from peftbench.records import (
-    SCHEMA_VERSION,
-    Efficiency,
-    ParameterCounts,
-    Plan,
-    Record,
-    Store,
-    TeacherCost,
-    phase_config,
-    phase_decisions,
-)
+from peftbench.records import SCHEMA_VERSION, Efficiency, ParameterCounts, Plan, Record, Store, TeacherCost, phase_config
 from peftbench.sealed import building, fingerprint, lock, unseal
 from peftbench.training import Fit, Progress, fit
 
@@ -166,7 +156,7 @@ class Workbench:
         recipe = self.scale.teacher
         if isinstance(recipe, Pretrained):
             return self.weights(recipe).identity
-        facts = [self.weights(self.scale.backbone).identity, phase_decisions(recipe), self.splits.train.fingerprint]
+        facts = [self.weights(self.scale.backbone).identity, phase_config(recipe), self.splits.train.fingerprint]
         return fingerprint([*facts, self.device.precision, self.device.kind, DATA_SEED])
 
     def teacher_logits(self, size: int, max_length: int) -> TeacherLogits:
@@ -479,7 +469,7 @@ def case_fingerprint(phase: Phase, bench: Workbench) -> str:
     model = bench.teacher_identity if phase.role == "teacher" else bench.weights(_source(phase, bench.scale)).identity
     return fingerprint(
         {
-            "phase": [phase.id, phase_decisions(phase)],
+            "phase": [phase.id, phase_config(phase)],
             "scale": bench.scale.name,
             "data": bench.splits.fingerprint,
             "weights": model,

@@ -99,7 +99,7 @@ def fit(
         collate: Makes the batch of some rows.
         parameters: What AdamW changes, and the keeper of its gradients.
         examples_at_once: How many go through the device together at first.
-        averaging: Share of the steps over which the weights are averaged; evaluated and left in the end is the average.
+        averaging: Time constant of the weights' average, as a share of the steps; it is what is evaluated and left in the end.
         progress: Told each step.
         what: Name of the work, for progress and errors.
         evaluate: A figure of the model as it is; draws no random numbers and leaves the model in training mode.
@@ -172,9 +172,9 @@ def fit(
                         raise diverged("gradients overflow fp16 at any loss scale")
                 else:
                     schedule.step()
+                    if average is not None:
+                        average.follow()
                 step, examples, tokens = step + 1, examples + len(rows), tokens + batch_tokens
-                if average is not None:
-                    average.follow(step)
                 since_point += number
                 if step in marks:
                     curve.append((step, since_point / (step - (curve[-1][0] if curve else 0))))
@@ -182,10 +182,10 @@ def fit(
                 progress(what, step, total)
                 if evaluate is not None and step in due:
                     seconds = watch.read()
-                    with watch.paused(), nullcontext() if average is None else average.in_place():
+                    with watch.paused(), _must_fit(what, device), average.in_place() if average is not None else nullcontext():
                         evaluated.append((step, seconds, evaluate()))
         if average is not None:
-            average.exchange()
+            average.settle()
     return Fit(
         runtime_seconds=watch.seconds,
         steps=step,
@@ -205,7 +205,7 @@ def _must_fit(what: str, device: Device) -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise DoesNotFit(f"{what}: weights, gradients and optimizer state alone do not fit {device.name}") from None
+        raise DoesNotFit(f"{what}: weights, gradients, optimizer state and average alone do not fit {device.name}") from None
 
 
 def _relieve(memory: MemoryUse, model: Any, device: Device, what: str) -> MemoryUse:

@@ -54,26 +54,45 @@ def test_parameters_are_their_own_again_after_an_error():
     assert 12 == parameter.untyped_storage().nbytes()
 
 
+def averaged(parameters, reach, values):
+    """A number, the keeper of its average over steps that leave these values, and the number once more for each."""
+    parameter = nn.Parameter(torch.tensor([-5.0], dtype=torch.float64))
+    average = WeightAverage(parameters([{"params": [parameter], "lr": 1.0}]).groups, reach)
+    for value in values:
+        parameter.data.fill_(value)
+        average.follow()
+    return parameter, average
+
+
 @pytest.mark.parametrize("parameters", [SeparateParameters, FlatParameters])
-@pytest.mark.parametrize(("reach", "counted"), [(1, range(1, 13)), (4, range(1, 13)), (12, range(1, 13)), (150, [3, 6, 9, 12])])
-def test_an_average_is_that_of_the_steps_it_counts(parameters, reach, counted):
-    """Their mean and, beyond the reach, an exponential average."""
-    steps = torch.randn(13, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    parameter = nn.Parameter(steps[0].clone())
-    kept = parameters([{"params": [parameter], "lr": 1.0}])
-    average = WeightAverage(kept.groups, reach)
-    for step in range(1, 13):
-        parameter.data.copy_(steps[step])
-        average.follow(step)
-    expected, every = None, max(1, reach // 50)
-    for number, step in enumerate(counted, start=1):
-        share = max(1 / number, min(1, every / reach))
-        expected = steps[step] if expected is None else (1 - share) * expected + share * steps[step]
+@pytest.mark.parametrize(
+    ("reach", "values", "expected"),
+    [
+        (1, [1, 2, 4], 4),
+        (3, [1, 2, 6], 3),
+        (2, [1, 3, 7, 4], 4.25),  # 1, 2, 4.5, 4.25
+        (100, range(1, 101), 51),  # each second counts
+        (100, range(1, 301), 202 + 49 * 0.98**100),  # what it lags behind goes from 49 to 98, by a fiftieth a sample
+        (199, range(1, 200), 100.5),  # each third: 3, 6 … 198
+        (200, [1, 2, 4], 4),  # none has counted yet
+    ],
+)
+def test_an_average_by_hand(parameters, reach, values, expected):
+    """The mean as far as it reaches, an exponential average from there on; the parameters have it for a while, or for good."""
+    parameter, average = averaged(parameters, reach, values)
     with average.in_place():
-        torch.testing.assert_close(parameter.data, steps[12] if expected is None else expected)
-    assert torch.equal(parameter.data, steps[12])
-    average.exchange()
-    assert torch.equal(parameter.data, steps[12]) == (reach == 1)
+        assert parameter.item() == pytest.approx(expected, rel=1e-12)
+    assert parameter.item() == values[-1]
+    average.settle()
+    assert parameter.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_parameters_are_no_average_any_more_after_an_error():
+    """Training could go on."""
+    parameter, average = averaged(SeparateParameters, 3, [1, 2, 6])
+    with pytest.raises(KeyboardInterrupt), average.in_place():
+        raise KeyboardInterrupt
+    assert 6 == parameter.item()
 
 
 class Uses(nn.Module):

@@ -162,6 +162,9 @@ def test_loaded_model_asks_its_device(monkeypatch):
     free = planned.weight_bytes - 4 * planned.parameters + int(0.6 * planned.activation_bytes / planning.USABLE)
     monkeypatch.setattr(Device, "free_memory", lambda _: free)
     assert 8 == examples_at_once(model, encoded, phase, CPU)
+    monkeypatch.setattr(Device, "free_memory", lambda _: free + int(0.41 * planned.activation_bytes / planning.USABLE))
+    assert 16 == examples_at_once(model, encoded, phase, CPU)
+    assert 8 == examples_at_once(model, encoded, dataclasses.replace(phase, averaging=0.5), CPU)
 
 
 def test_seconds_by_hand():

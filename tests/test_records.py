@@ -28,7 +28,6 @@ from peftbench.records import (
     decode_record,
     make_run_id,
     phase_config,
-    phase_decisions,
     read_record,
 )
 
@@ -495,17 +494,6 @@ def test_a_phases_configuration_holds_every_hyperparameter():
     assert {field.name for field in dataclasses.fields(Phase)} - {"id", "at_scale"} == set(config)
     assert {"alpha": 0.5, "temperature": 2.0} == config["distillation"]
     assert config == json.loads(json.dumps(config))
-
-
-def test_a_phases_decisions_are_what_is_not_at_its_default():
-    """One that is made at its default is none; what a field stands at otherwise is named, falsy or not."""
-    phase = Phase(id="D-hybrid", role="backbone", epochs=0, dropout=0.0, learning_rate=3e-5, distillation=Distillation(), peft=LORA)
-    assert phase_decisions(phase) == {
-        "role": "backbone",
-        "dropout": 0.0,
-        "distillation": {"alpha": 0.7, "temperature": 2.0},
-        "peft": dict(LORA),
-    }
 
 
 @pytest.mark.parametrize(
