@@ -160,10 +160,6 @@ def compare_phases(records: Iterable[Record], base: str, head: str) -> list[Row]
     return _judge([(label, by_case[first], by_case[second])])
 
 
-LATER_HYPERPARAMETERS = {"config.averaging": 0.0}
-"""What older records do not have, and what those that wrote them did."""
-
-
 def set_up_changes(base: Iterable[Record], head: Iterable[Record]) -> list[str]:
     """
     What the phases that passed on two sides were set up with differently, a line each: hyperparameters, checkpoints, versions.
@@ -185,8 +181,7 @@ def set_up_changes(base: Iterable[Record], head: Iterable[Record]) -> list[str]:
 
 def _set_up(record: Record) -> dict[str, object]:
     kinds = ("config", "checkpoint", "teacher_checkpoint", "precision", "batching", "versions")
-    set_up = {key: value for key, value in record.to_row().items() if key.partition(".")[0] in kinds}
-    return {**LATER_HYPERPARAMETERS, **set_up}
+    return {key: value for key, value in record.to_row().items() if key.partition(".")[0] in kinds}
 
 
 def _excerpts(before: str, after: str) -> str:

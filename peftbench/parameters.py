@@ -1,4 +1,4 @@
-"""What an optimizer changes: the trained parameters, in groups of one learning rate, their gradients and their average."""
+"""What an optimizer changes: the trained parameters, in groups of one learning rate, and their gradients."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.hooks import RemovableHandle
 
 _ALIGNMENT = 16  # numbers, a cache line of fp32
 _ROW = 4096  # numbers; torch takes the norm of one long row on one thread, those of many on all
-_SAMPLES = 50  # of an average, at least; each is a pass over all parameters
 
 
 class SeparateParameters:
@@ -94,50 +92,6 @@ def flattened(groups: Sequence[dict[str, Any]]) -> Iterator[FlatParameters]:
         yield parameters
     finally:
         parameters.release()
-
-
-class WeightAverage:
-    """
-    The mean of what parameters have been and, from ``reach`` steps on, their exponential average with that time constant.
-
-    Of a long reach not every step counts, but 50 to 99 within it. Takes memory for the parameters once more.
-
-    Args:
-        groups: As an optimizer has them.
-        reach: In steps, 1 or more.
-    """
-
-    def __init__(self, groups: Sequence[dict[str, Any]], reach: int) -> None:
-        self._parameters = [p for group in groups for p in group["params"]]
-        self._averages = [p.detach().clone() for p in self._parameters]
-        self._steps, self._every, self._reach = 0, max(1, reach // _SAMPLES), reach
-
-    def follow(self) -> None:
-        """Take in what the parameters are after one more step."""
-        self._steps += 1
-        if self._steps % self._every == 0:
-            kept = 1 - self._every / min(self._steps, self._reach)
-            average = get_ema_multi_avg_fn(kept)  # type: ignore[no-untyped-call]
-            average(self._averages, [p.detach() for p in self._parameters], None)
-
-    @torch.no_grad()
-    def settle(self) -> None:
-        """Have the parameters be their average for good, if a step has counted."""
-        if self._steps >= self._every:
-            for parameter, average in zip(self._parameters, self._averages, strict=True):
-                parameter.copy_(average)
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Have the parameters be their average for a while; takes memory for them once more."""
-        last = [p.detach().clone() for p in self._parameters]
-        self.settle()
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for parameter, value in zip(self._parameters, last, strict=True):
-                    parameter.copy_(value)
 
 
 def supersede(parameter: Tensor) -> bool:

@@ -76,8 +76,6 @@ class Phase:
         warmup_fraction: Share of the optimizer steps in which the rate rises; it falls linearly to 0 afterwards.
         clip_norm: Largest global norm of the gradient.
         weight_decay: AdamW's, on every trained parameter.
-        averaging: Time constant, as a share of all steps, of an exponential average that takes the trained weights' place in
-            the end. It begins as the plain mean, which it stays at 1 (Polyak and Juditsky 1992). 0 keeps the last step's weights.
         at_scale: Changes to the fields above, by the name of a scale.
 
     Raises:
@@ -101,7 +99,6 @@ class Phase:
     warmup_fraction: float = 0.0
     clip_norm: float = 1.0
     weight_decay: float = 0.0
-    averaging: float = 0.0
     at_scale: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -124,7 +121,6 @@ class Phase:
         _check_number(f"{self.id}: warmup_fraction", self.warmup_fraction, at_least=0.0, at_most=1.0)
         _check_number(f"{self.id}: clip_norm", self.clip_norm, above=0.0)
         _check_number(f"{self.id}: weight_decay", self.weight_decay, at_least=0.0)
-        _check_number(f"{self.id}: averaging", self.averaging, at_least=0.0, at_most=1.0)
         if self.peft is not None and not (isinstance(self.peft, Mapping) and isinstance(self.peft.get("peft_type"), str)):
             raise ValueError(f"{self.id}: peft must be a mapping that names its peft_type, such as 'LORA', got {self.peft!r}")
         try:
@@ -277,14 +273,7 @@ SCALES: Mapping[str, Scale] = {
         backbone=Pretrained(source="asset:encoder"),
         student=Pretrained(source="asset:encoder", layers=(2, 4, 6)),
         teacher=Phase(
-            id="T-tune",
-            role="backbone",
-            epochs=1,
-            learning_rate=1.5e-4,
-            layer_decay=0.8,
-            dropout=0.0,
-            warmup_fraction=0.1,
-            averaging=0.7,
+            id="T-tune", role="backbone", epochs=1, learning_rate=1.5e-4, layer_decay=0.8, dropout=0.0, warmup_fraction=0.1
         ),
     ),
     "thesis": Scale(

@@ -80,7 +80,7 @@ def plan_phase(
     free = device.free_memory() if memory_bytes is None else memory_bytes
     if device.casts_frozen:
         cast_frozen(model, device.dtype)
-    weight_bytes = _weight_bytes(model, trainable, phase, device)
+    weight_bytes = _weight_bytes(model, trainable, device)
     at_once = _fitting(model, train, phase.batch_size, device, None if free is None else free - weight_bytes)
     return Plan(
         phase=phase.id,
@@ -97,13 +97,12 @@ def plan_phase(
     )
 
 
-def examples_at_once(model: nn.Module, encoded: Encoded, phase: Phase, device: Device) -> int:
-    """How many examples of a phase's step fit the free memory together, the longest ones at that; halved from the batch size."""
+def examples_at_once(model: nn.Module, encoded: Encoded, batch_size: int, device: Device) -> int:
+    """How many examples of a step fit the free memory together, the longest ones at that; halved from the batch size."""
     free = device.free_memory()
     _, trainable = count_parameters(model)
-    if free is not None:
-        free -= _weight_bytes(model, trainable, phase, device) - _held_bytes(model)  # which are there already
-    return _fitting(model, encoded, phase.batch_size, device, free)
+    room = None if free is None else free - _weight_bytes(model, trainable, device) + _held_bytes(model)  # which are there already
+    return _fitting(model, encoded, batch_size, device, room)
 
 
 def estimate_seconds(plan: Plan, matrix_rate: float) -> float:
@@ -171,11 +170,11 @@ def _longest(encoded: Encoded, n: int) -> list[int]:
     return sorted(map(len, encoded.tokens))[-n:]
 
 
-def _weight_bytes(model: nn.Module, trainable: int, phase: Phase, device: Device) -> int:
-    """Of weights, with the copies that autocast makes of those in fp32; of gradient, two moments and average of what trains."""
+def _weight_bytes(model: nn.Module, trainable: int, device: Device) -> int:
+    """Of weights, with the copies that autocast makes of those in fp32, and of gradient and two moments of what trains."""
     in_fp32 = sum(parameter.numel() for _, parameter in shipped(model) if parameter.dtype == torch.float32)
     copies = 0 if device.precision == "fp32" else 2 * in_fp32
-    return _held_bytes(model) + copies + (16 if phase.averaging else 12) * trainable
+    return _held_bytes(model) + copies + 12 * trainable
 
 
 def _held_bytes(model: nn.Module) -> int:

@@ -138,7 +138,7 @@ class Plan:
         tokens: That go through the model in training, over all epochs.
         training_flops: Multiplications and additions of the matrix products of training, forward and backward.
         other_flops: The same for evaluation on dev and test, and for the teacher's logits that the phase learns from.
-        weight_bytes: Weights, their 16-bit copies, gradients, AdamW's state and, where weights are averaged, the average.
+        weight_bytes: Weights, their 16-bit copies, gradients and AdamW's state.
         activation_bytes: Kept for the backward pass of the longest batch, as many examples at once as fit.
     """
 

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from peftbench.device import Device, DoesNotFit, is_out_of_memory
 from peftbench.measure import Stopwatch
 from peftbench.packing import Batch
-from peftbench.parameters import WeightAverage
 from peftbench.records import MemoryUse
 
 CURVE_POINTS = 50
@@ -79,7 +77,6 @@ def fit(
     warmup_fraction: float,
     clip_norm: float,
     weight_decay: float,
-    averaging: float = 0.0,
     device: Device,
     progress: Progress,
     what: str,
@@ -99,7 +96,6 @@ def fit(
         collate: Makes the batch of some rows.
         parameters: What AdamW changes, and the keeper of its gradients.
         examples_at_once: How many go through the device together at first.
-        averaging: Time constant of the weights' average, as a share of the steps; it is what is evaluated and left in the end.
         progress: Told each step.
         what: Name of the work, for progress and errors.
         evaluate: A figure of the model as it is; draws no random numbers and leaves the model in training mode.
@@ -114,8 +110,6 @@ def fit(
     optimizer = torch.optim.AdamW(parameters.groups, weight_decay=weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, warmup=warmup, total=total))
     scaler = torch.amp.GradScaler(device.kind, enabled=device.precision == "fp16")
-    with _must_fit(what, device):
-        average = WeightAverage(parameters.groups, max(1, round(averaging * total))) if averaging else None
     memory = MemoryUse(examples_at_once=examples_at_once)
     points = min(CURVE_POINTS, total)
     marks = {round(total * (i + 1) / points) for i in range(points)}
@@ -161,8 +155,12 @@ def fit(
                     raise diverged(f"loss is {number}")
                 if not math.isfinite(length) and not scaler.is_enabled():  # which skips such a step
                     raise diverged(f"the gradient's norm is {length}")
-                with _must_fit(what, device):
+                try:
                     scaler.step(optimizer)
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    raise DoesNotFit(f"{what}: weights, gradients and optimizer state alone do not fit {device.name}") from None
                 scaler.update()
                 parameters.clear_gradients()
                 before, scale = scale, scaler.get_scale()
@@ -172,8 +170,6 @@ def fit(
                         raise diverged("gradients overflow fp16 at any loss scale")
                 else:
                     schedule.step()
-                    if average is not None:
-                        average.follow()
                 step, examples, tokens = step + 1, examples + len(rows), tokens + batch_tokens
                 since_point += number
                 if step in marks:
@@ -182,10 +178,8 @@ def fit(
                 progress(what, step, total)
                 if evaluate is not None and step in due:
                     seconds = watch.read()
-                    with watch.paused(), _must_fit(what, device), average.in_place() if average is not None else nullcontext():
+                    with watch.paused():
                         evaluated.append((step, seconds, evaluate()))
-        if average is not None:
-            average.settle()
     return Fit(
         runtime_seconds=watch.seconds,
         steps=step,
@@ -196,16 +190,6 @@ def fit(
         memory=memory,
         dev_curve=tuple(evaluated),
     )
-
-
-@contextmanager
-def _must_fit(what: str, device: Device) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise DoesNotFit(f"{what}: weights, gradients, optimizer state and average alone do not fit {device.name}") from None
 
 
 def _relieve(memory: MemoryUse, model: Any, device: Device, what: str) -> MemoryUse:

@@ -302,14 +302,6 @@ def test_what_was_set_up_differently_is_told():
     assert [] == set_up_changes(base, [failed(i) for i in ids])
 
 
-def test_a_hyperparameter_that_older_records_lack_is_no_change_where_it_does_nothing():
-    """They did what its value for nothing says."""
-    old = passed("B-lora", config={"epochs": 2})
-    same, other = (passed("B-lora", config={"epochs": 2, "averaging": share}) for share in (0.0, 0.5))
-    assert [] == set_up_changes([old], [same])
-    assert ["B-lora: config.averaging 0.0 → 0.5"] == set_up_changes([old], [other])
-
-
 def test_long_settings_are_compared_whole():
     """What they differ in is shown, though it stands behind what they share."""
     before, after = ("a-model-in-a-folder/" + "0" * 80 + end for end in ("one", "two" + "2" * 80))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from peftbench.kernels import economize
-from peftbench.parameters import FlatParameters, SeparateParameters, WeightAverage, flattened
+from peftbench.parameters import FlatParameters, SeparateParameters, flattened
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -52,47 +52,6 @@ def test_parameters_are_their_own_again_after_an_error():
         raise KeyboardInterrupt
     assert [2, 2, 2] == parameter.tolist()
     assert 12 == parameter.untyped_storage().nbytes()
-
-
-def averaged(parameters, reach, values):
-    """A number, the keeper of its average over steps that leave these values, and the number once more for each."""
-    parameter = nn.Parameter(torch.tensor([-5.0], dtype=torch.float64))
-    average = WeightAverage(parameters([{"params": [parameter], "lr": 1.0}]).groups, reach)
-    for value in values:
-        parameter.data.fill_(value)
-        average.follow()
-    return parameter, average
-
-
-@pytest.mark.parametrize("parameters", [SeparateParameters, FlatParameters])
-@pytest.mark.parametrize(
-    ("reach", "values", "expected"),
-    [
-        (1, [1, 2, 4], 4),
-        (3, [1, 2, 6], 3),
-        (2, [1, 3, 7, 4], 4.25),  # 1, 2, 4.5, 4.25
-        (100, range(1, 101), 51),  # each second counts
-        (100, range(1, 301), 202 + 49 * 0.98**100),  # what it lags behind goes from 49 to 98, by a fiftieth a sample
-        (199, range(1, 200), 100.5),  # each third: 3, 6 … 198
-        (200, [1, 2, 4], 4),  # none has counted yet
-    ],
-)
-def test_an_average_by_hand(parameters, reach, values, expected):
-    """The mean as far as it reaches, an exponential average from there on; the parameters have it for a while, or for good."""
-    parameter, average = averaged(parameters, reach, values)
-    with average.in_place():
-        assert parameter.item() == pytest.approx(expected, rel=1e-12)
-    assert parameter.item() == values[-1]
-    average.settle()
-    assert parameter.item() == pytest.approx(expected, rel=1e-12)
-
-
-def test_parameters_are_no_average_any_more_after_an_error():
-    """Training could go on."""
-    parameter, average = averaged(SeparateParameters, 3, [1, 2, 6])
-    with pytest.raises(KeyboardInterrupt), average.in_place():
-        raise KeyboardInterrupt
-    assert 6 == parameter.item()
 
 
 class Uses(nn.Module):

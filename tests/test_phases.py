@@ -43,7 +43,6 @@ def phase(**changes):
         pytest.param({"learning_rate": "3e-5"}, "learning_rate", "'3e-5'", "a finite number", id="learning_rate-text"),
         pytest.param({"unfrozen_learning_rate": 0.0}, "unfrozen_learning_rate", "0.0", "above 0", id="unfrozen_learning_rate"),
         pytest.param({"dropout": 1.5}, "dropout", "1.5", "at most 1", id="dropout-above"),
-        pytest.param({"averaging": 1.5}, "averaging", "1.5", "at most 1", id="averaging-above"),
         pytest.param({"warmup_fraction": 1.1}, "warmup_fraction", "1.1", "at most 1", id="warmup-above"),
         pytest.param({"warmup_fraction": -0.1}, "warmup_fraction", "-0.1", "at least 0", id="warmup-below"),
         pytest.param({"clip_norm": 0}, "clip_norm", "0", "above 0", id="clip_norm"),

@@ -310,8 +310,8 @@ def test_fingerprint_is_the_same_for_the_same_case(fresh):
         {"warmup_fraction": 0.2},
         {"clip_norm": 2.0},
         {"weight_decay": 0.1},
-        {"averaging": 0.5},
         {"dropout": 0.0},
+        {"layer_decay": 0.9},
         {"at_scale": {"tiny": {"epochs": 4}}},
     ],
     ids=lambda changes: next(iter(changes)),
@@ -410,7 +410,6 @@ def written_out(phase, seed, bench):
     total = phase.epochs * -(-len(examples) // phase.batch_size)
     schedule = get_linear_schedule_with_warmup(optimizer, int(phase.warmup_fraction * total), total)
     order, labels = torch.Generator().manual_seed(seed), torch.tensor(examples.labels)
-    average = None
     model.train()
     for _ in range(phase.epochs):
         for rows in shuffled_rows(len(examples), phase.batch_size, order):
@@ -426,10 +425,7 @@ def written_out(phase, seed, bench):
             torch.nn.utils.clip_grad_norm_(model.parameters(), phase.clip_norm)
             optimizer.step()
             schedule.step()
-            now = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-            share = max(1 / schedule.last_epoch, 1 / (phase.averaging * total)) if phase.averaging else 1.0
-            average = {name: (1 - share) * average[name] + share * now[name] for name in now} if average else now
-    return average
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize(
@@ -437,7 +433,7 @@ def written_out(phase, seed, bench):
     [
         {"role": "student"},
         {"role": "student", "weight_decay": 0.1, "clip_norm": 0.3, "warmup_fraction": 0.4, "batch_size": 8},
-        {"role": "student", "max_length": 5, "distillation": Distillation(alpha=0.6, temperature=3.0), "averaging": 0.75},
+        {"role": "student", "max_length": 5, "distillation": Distillation(alpha=0.6, temperature=3.0)},
         {"role": "backbone", "distillation": Distillation(), "clip_norm": 0.3, "layer_decay": 0.5},
         {
             "role": "backbone",

@@ -255,34 +255,6 @@ def test_a_gradient_that_is_not_finite_stops_training(bad):
     assert torch.equal(before, model.weight)
 
 
-def test_the_average_is_what_is_evaluated_and_left():
-    """Of a curve each point is the average's up to there, and training goes on from the last step's weights all the same."""
-    weights = {}
-    for averaging in (0.0, 1.0):
-        model, batches, seen = perceptron(), batches_of(10), []
-
-        def evaluate(model=model, seen=seen):
-            seen.append(model[0].weight.detach().clone())
-            return 0.5
-
-        run = fit_batches(
-            model,
-            lambda batch, model=model: F.cross_entropy(model(**batch.inputs), batch.labels),
-            batches,
-            [{"params": list(model.parameters()), "lr": 1e-2}],
-            **{**DEFAULTS, "averaging": averaging},
-            steps_per_epoch=10,
-            progress=silent,
-            evaluate=evaluate,
-            evaluations=10,
-        )
-        assert list(range(1, 11)) == [step for step, _, _ in run.dev_curve]
-        weights[averaging] = torch.stack(seen)
-        assert torch.equal(seen[-1], model[0].weight)
-    means = weights[0.0].cumsum(dim=0) / torch.arange(1, 11).view(10, 1, 1)
-    torch.testing.assert_close(weights[1.0], means)
-
-
 def test_diverging_training_leaves_the_weights_of_the_last_good_step():
     """The bad loss changes nothing any more."""
     weights = []
@@ -473,17 +445,6 @@ def test_a_number_at_once_can_be_given():
     torch.testing.assert_close(weights, train_within(1000)[2], rtol=1e-5, atol=1e-7)
 
 
-def test_an_average_that_does_not_fit_is_an_error(monkeypatch):
-    """Before the first step; it is as large as the weights."""
-
-    def clone(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr("peftbench.training.WeightAverage", clone)
-    with pytest.raises(DoesNotFit, match="X-test: weights, gradients, optimizer state and average alone do not fit cpu"):
-        fit_losses([1.0], averaging=0.5)
-
-
 def test_one_example_that_does_not_fit_is_an_error():
     """Its message says what to do, and has no traceback of an allocator."""
     with pytest.raises(DoesNotFit, match="X-test: out of memory with one example at a time; use a smaller model"):
@@ -497,21 +458,21 @@ def test_optimizer_state_that_does_not_fit_is_an_error(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch.optim.AdamW, "step", refuse)
-    with pytest.raises(DoesNotFit, match="optimizer state and average alone do not fit cpu"):
+    with pytest.raises(DoesNotFit, match="optimizer state alone do not fit cpu"):
         train_within(16)
 
 
 FP16 = Device(name="cpu", precision="fp16", why="test")
 
 
-def train_scaled(losses, *, clip_norm=1e9, **changes):
+def train_scaled(losses, *, clip_norm=1e9):
     """One weight at 1.0 whose loss at step i is losses[i](weight)."""
     model = nn.Linear(1, 1, bias=False)
     nn.init.ones_(model.weight)
     steps = iter(losses)
     batch = Batch(rows=torch.arange(1), labels=torch.zeros(1), inputs={}, tokens=1)
     groups = [{"params": list(model.parameters()), "lr": 0.25}]
-    options = {**DEFAULTS, "device": FP16, "clip_norm": clip_norm, "steps_per_epoch": len(losses), **changes}
+    options = {**DEFAULTS, "device": FP16, "clip_norm": clip_norm, "steps_per_epoch": len(losses)}
     run = fit_batches(model, lambda _: next(steps)(model.weight.sum()), [batch] * len(losses), groups, **options, progress=silent)
     return run, model.weight.item()
 
@@ -527,15 +488,6 @@ def test_steps_that_overflow_fp16_are_skipped_and_counted():
         plain.grad = torch.ones(1)
         optimizer.step()
     assert plain.item() == pytest.approx(weight, rel=1e-6)
-
-
-def test_steps_that_are_skipped_do_not_count_for_the_average():
-    """The mean of the weights after the first and the third step."""
-    losses = [lambda w: w, lambda w: 1e38 * (w - 0.75), lambda w: w]
-    _, last = train_scaled(losses)
-    run, weight = train_scaled(losses, averaging=1.0)
-    assert 1 == run.skipped_steps
-    assert (0.75 + last) / 2 == pytest.approx(weight, rel=1e-6)
 
 
 def test_clipping_in_fp16_goes_by_the_gradient_and_not_by_its_scale():
