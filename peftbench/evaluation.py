@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peftbench.data import Split
 from peftbench.device import Device
 from peftbench.intervals import wilson_interval
+from peftbench.models import ModelError
 from peftbench.packing import Encoded, make_batch
 from peftbench.records import Predictions, SplitMetrics
 
@@ -55,13 +56,14 @@ def score(logits: Tensor, split: Split) -> tuple[SplitMetrics, Predictions]:
 
     Raises:
         DataError: If the split has labels outside {0, 1}.
-        ValueError: If there is not one row of logits an example, or one is not finite.
+        ModelError: If a logit is not finite.
+        ValueError: If there is not one row of logits an example.
     """
     split.check_labels()
     if logits.shape != (len(split), 2):
         raise ValueError(f"split {split.name!r} of {len(split)} needs logits of shape (n, 2), got {tuple(logits.shape)}")
     if broken := int((~torch.isfinite(logits)).any(dim=1).sum()):
-        raise ValueError(
+        raise ModelError(
             f"{broken} of {len(split)} logits of split {split.name!r} are not finite; "
             "lower the learning rate or, if nothing was trained, take another precision, such as fp32"
         )

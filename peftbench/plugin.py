@@ -227,8 +227,9 @@ class Session:
         wanted = ("passed", fingerprint, seed, self.settings.commit, [machine[fact] for fact in same])
         for record in reversed(self._history[store.runs]):
             there = [record.machine.get(fact) for fact in same]
+            evaluations = min(self.options.evaluations, record.optimizer_steps or 0)
             if (record.outcome, record.fingerprint, record.seed, record.commit, there) == wanted and (
-                record.dev_curve or not record.optimizer_steps or not self.options.evaluations
+                len(record.dev_curve or ()) >= evaluations
             ):
                 return record
         return None

@@ -71,12 +71,14 @@ def test_after_a_resume_the_latest_run_has_all_of_it(study, pytester, capsys):
         assert ["K-kd", "S-small"] == sorted(row["id"] for row in json.loads(capsys.readouterr().out))
 
 
-def test_a_record_without_a_curve_is_not_resumed_where_one_is_asked_for(study, records):
-    """Evaluated while it trained, which the first run was not."""
+def test_a_record_with_fewer_evaluations_than_asked_for_is_not_resumed(study):
+    """None, or two where each step has one; more than there are steps is as many."""
     arguments = ["-k", "small or teacher", "--peft-resume"]
     study(*arguments).assert_outcomes(passed=2, deselected=4)
     study(*arguments, "--peft-evaluations", "2").assert_outcomes(passed=1, skipped=1, deselected=4)  # A trains nothing
-    study(*arguments, "--peft-evaluations", "2").assert_outcomes(skipped=2, deselected=4)
+    study(*arguments, "--peft-evaluations", "1000").assert_outcomes(passed=1, skipped=1, deselected=4)
+    for fewer in ("1000", "2"):
+        study(*arguments, "--peft-evaluations", fewer).assert_outcomes(skipped=2, deselected=4)
 
 
 def test_another_processor_is_another_device(study, pytester):
