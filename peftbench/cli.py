@@ -116,6 +116,7 @@ def fetch(options: argparse.Namespace) -> None:
 
 def plan(options: argparse.Namespace) -> None:
     """Print what the phases of a scale will cost on this device."""
+    from peftbench.device import auto_scale
     from peftbench.plan import estimate_seconds, measure_matrix_rate
     from peftbench.report import render_plans
     from peftbench.runner import Settings, Workbench, plan_phases
@@ -128,13 +129,14 @@ def plan(options: argparse.Namespace) -> None:
     settings = Settings(
         outputs=options.outputs, run_id="plan", data=options.data, device=options.device, precision=options.precision
     )
-    bench = Workbench(SCALES[options.scale], settings)
+    scale = auto_scale() if options.scale == "auto" else options.scale
+    bench = Workbench(SCALES[scale], settings)
     memory = None if options.memory is None else int(options.memory * 2**30)
     plans = plan_phases(phases, bench, memory_bytes=memory)
     rate = measure_matrix_rate(bench.device)
     seconds = [estimate_seconds(one, rate) for one in plans]
     free = bench.device.free_memory() if memory is None else memory
-    print(f"scale {options.scale}: {bench.splits.source}; device {bench.device.name}, precision {bench.device.precision}")
+    print(f"scale {scale}: {bench.splits.source}; device {bench.device.name}, precision {bench.device.precision}")
     print(render_plans(plans, seconds, matrix_rate=rate, free_bytes=free))
 
 
@@ -269,8 +271,8 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=export)
 
     command = commands.add_parser("plan", help="tell what a scale's phases will cost on this device, before they are run")
-    command.add_argument("--scale", choices=list(SCALES), default="thesis", help="default: thesis")
-    command.add_argument("--data", type=Path, metavar="DIR", help="GLUE-style files in place of the scale's data")
+    command.add_argument("--scale", choices=["auto", *SCALES], default="auto", help="as --peft-scale")
+    command.add_argument("--data", "--peft-data", type=Path, metavar="DIR", help="GLUE-style files in place of the scale's data")
     command.add_argument("--device", default="auto", help="as --peft-device")
     command.add_argument("--precision", choices=PRECISIONS, default="auto")
     command.add_argument("--memory", type=float, metavar="GIB", help="plan for that much free memory (default: ask a CUDA device)")

@@ -13,6 +13,11 @@ class DoesNotFit(RuntimeError):  # noqa: N818 - a state, not a mistake
     """Not even one example at a time fits the device's memory."""
 
 
+def auto_scale() -> str:
+    """The scale that suits this machine: ``thesis`` where CUDA is available, else ``mini``."""
+    return "thesis" if torch.cuda.is_available() else "mini"
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device ran out of memory: torch's own error, or one of cuBLAS, of the driver or of the CPU's allocator."""
     texts = ("ALLOC_FAILED", "CUDA error: out of memory", "can't allocate memory")

@@ -22,6 +22,9 @@ DATA_SEED = 42
 STANDARD_KD_SUBSETS = (1000, 500)
 """Sizes of the KD subsets that the study publishes under ``outputs/kd``."""
 
+MAX_ID = 100
+"""Characters of a phase's id."""
+
 KD_MAX_LENGTH = 96
 """Tokens of a text that the teacher sees for the standard KD subsets, as the phases do."""
 
@@ -104,6 +107,8 @@ class Phase:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9]+-[A-Za-z0-9_]+", self.id):
             raise ValueError(f"phase id must be a letter and a name joined by a hyphen, like 'E-ia3', got {self.id!r}")
+        if len(self.id) > MAX_ID:
+            raise ValueError(f"phase id names files and must have at most {MAX_ID} characters, got {len(self.id)}: {self.id!r}")
         if self.role not in get_args(Role):
             raise ValueError(f"{self.id}: role must be one of {', '.join(get_args(Role))}, got {self.role!r}")
         _check_count(f"{self.id}: epochs", self.epochs, at_least=0)

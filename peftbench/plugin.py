@@ -140,9 +140,9 @@ class Session:
         """The scale of the cases that are not tiny; ``auto`` asks torch."""
         if self.options.scale != "auto":
             return self.options.scale
-        import torch
+        from peftbench.device import auto_scale
 
-        return "thesis" if torch.cuda.is_available() else "mini"
+        return auto_scale()
 
     @property
     def asked_for(self) -> list[str]:

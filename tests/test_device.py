@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from peftbench.device import Device, is_out_of_memory
+from peftbench.device import Device, auto_scale, is_out_of_memory
 from peftbench.phases import PRECISIONS
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where CUDA is absent")
@@ -27,6 +27,13 @@ def test_absent_cuda_is_refused(name):
     with pytest.raises(ValueError, match=rf"got '{name}': \S") as refused:
         Device.choose(name)
     assert 1 == len(str(refused.value).splitlines())
+
+
+@pytest.mark.parametrize(("there", "scale"), [(True, "thesis"), (False, "mini")])
+def test_the_scale_goes_by_the_machine(monkeypatch, there, scale):
+    """The full size where CUDA is available."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert scale == auto_scale()
 
 
 def test_device_that_does_not_compute_is_refused():

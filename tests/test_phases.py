@@ -71,6 +71,13 @@ def test_a_wrong_field_is_refused_with_the_phase_that_has_it():
         phase(epochs=-1)
 
 
+def test_an_id_that_no_file_could_have_is_refused():
+    """Before anything is trained; the record's file is named by it."""
+    assert Phase(id="E-" + "x" * 98, role="backbone")
+    with pytest.raises(ValueError, match="must have at most 100 characters, got 101"):
+        Phase(id="E-" + "x" * 99, role="backbone")
+
+
 def test_all_unknown_fields_of_a_scale_are_named():
     """Two typos need one run, not two."""
     with pytest.raises(ValueError, match=r"no field epoch, lr; allowed: .*learning_rate"):
