@@ -22,7 +22,7 @@ DATA_SEED = 42
 STANDARD_KD_SUBSETS = (1000, 500)
 """Sizes of the KD subsets that the study publishes under ``outputs/kd``."""
 
-MAX_ID = 100
+MAX_ID_LENGTH = 100
 """Characters of a phase's id."""
 
 KD_MAX_LENGTH = 96
@@ -107,8 +107,10 @@ class Phase:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9]+-[A-Za-z0-9_]+", self.id):
             raise ValueError(f"phase id must be a letter and a name joined by a hyphen, like 'E-ia3', got {self.id!r}")
-        if len(self.id) > MAX_ID:
-            raise ValueError(f"phase id names files and must have at most {MAX_ID} characters, got {len(self.id)}: {self.id!r}")
+        if len(self.id) > MAX_ID_LENGTH:
+            raise ValueError(
+                f"phase id names files and must have at most {MAX_ID_LENGTH} characters, got {len(self.id)}: {self.id!r}"
+            )
         if self.role not in get_args(Role):
             raise ValueError(f"{self.id}: role must be one of {', '.join(get_args(Role))}, got {self.role!r}")
         _check_count(f"{self.id}: epochs", self.epochs, at_least=0)

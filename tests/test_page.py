@@ -236,13 +236,13 @@ def test_what_is_read_can_be_shown():
                 read.append(decode_record(json.dumps(content).encode()))
             except RecordError:
                 continue
-            for table in ("github", "latex_booktabs"):
+            for table in ("simple", "github", "latex_booktabs"):
                 assert render_results(read[-1:], table=table, reach=0.8)
             assert render_summary(read[-1:])
             assert render_csv([read[-1].to_row()]).encode()
     assert len(read) > 200
-    for i in range(0, len(read), 80):
-        assert page_of(read[i : i + 80], latest=80).encode()
+    for i in range(0, len(read), 40):
+        assert page_of(read[i : i + 40], latest=40).encode()
 
 
 def test_links_lead_to_the_records_as_seen_from_the_page(tmp_path):

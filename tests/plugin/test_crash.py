@@ -101,10 +101,13 @@ def test_reports_survive_as_json(pytester, data_folder, study):
     ("when", "ending", "outcome", "error"),
     [
         ("in training", "raise KeyboardInterrupt", "failed", "KeyboardInterrupt"),
+        ("in training", "pytest.exit('enough')", "failed", "Exit: enough"),
         ("in training", "pytest.fail('too slow')", "failed", "Failed: too slow"),
         ("in training", "raise SystemExit(3)", "failed", "SystemExit: 3"),
         ("afterwards", "raise KeyboardInterrupt", "failed", "KeyboardInterrupt"),
         ("afterwards", "pytest.exit('enough')", "failed", "Exit: enough"),
+        ("afterwards", "pytest.fail('too slow')", "failed", "Failed: too slow"),
+        ("afterwards", "raise SystemExit(3)", "failed", "SystemExit: 3"),
         ("afterwards", "pytest.skip('no matter')", "passed", None),
     ],
 )
