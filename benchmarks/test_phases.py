@@ -27,7 +27,7 @@ PHASES = [
                 "dropout": 0.0,
                 "warmup_fraction": 0.1,
             },
-            "tiny": {"peft": TINY_LORA, "epochs": 4, "learning_rate": 2e-3, "warmup_fraction": 0.1},
+            "tiny": {"peft": TINY_LORA, "epochs": 3, "learning_rate": 2e-3, "warmup_fraction": 0.1},
         },
     ),
     Phase(
@@ -37,7 +37,7 @@ PHASES = [
         learning_rate=3e-5,
         at_scale={
             "mini": {"learning_rate": 3e-4, "layer_decay": 0.7, "dropout": 0.0, "warmup_fraction": 0.1},
-            "tiny": {"epochs": 3, "learning_rate": 1e-3, "warmup_fraction": 0.1},
+            "tiny": {"epochs": 2, "learning_rate": 1e-3, "warmup_fraction": 0.1},
         },
     ),
     Phase(
@@ -49,7 +49,7 @@ PHASES = [
         learning_rate=3e-5,
         at_scale={
             "mini": {"epochs": 6, "learning_rate": 5e-4, "layer_decay": 0.7, "warmup_fraction": 0.1},
-            "tiny": {"epochs": 5, "learning_rate": 1e-3, "warmup_fraction": 0.1},
+            "tiny": {"epochs": 4, "learning_rate": 1e-3, "warmup_fraction": 0.1},
         },
     ),
     Phase(
@@ -72,7 +72,7 @@ PHASES = [
             },
             "tiny": {
                 "peft": TINY_LORA,
-                "epochs": 20,
+                "epochs": 12,
                 "learning_rate": 1e-3,
                 "unfrozen_learning_rate": 1e-3,
                 "warmup_fraction": 0.1,

@@ -125,7 +125,11 @@ def compare(base: Iterable[Record], head: Iterable[Record]) -> list[Row]:
     sides = _by_case(base), _by_case(head)
     labels = _labels([*sides[0], *sides[1]])
     nothing = Sample([])
-    return _judge([(labels[case], sides[0].get(case, nothing), sides[1].get(case, nothing)) for case in sorted(labels)])
+    pairs = []
+    for case in sorted(labels):
+        ours, theirs = (side.get(case, nothing) for side in sides)
+        pairs.append((labels[case], _failing_alike(ours, theirs), theirs))
+    return _judge(pairs)
 
 
 def compare_phases(records: Iterable[Record], base: str, head: str) -> list[Row]:
@@ -304,6 +308,13 @@ def _matching(metric: Metric, base: Sample, head: Sample) -> tuple[Sample, Sampl
         matched = matched[0].of_seeds(seeds), matched[1].of_seeds(seeds)
         notes.append(f"; seeds on both sides alone: {', '.join(map(str, sorted(seeds)))}")
     return *matched, "".join(notes)
+
+
+def _failing_alike(base: Sample, head: Sample) -> Sample:
+    """The base, where anything in it has passed without what failed on other data than the head's."""
+    data = [record.data.get("fingerprint") for record in head.records]
+    left = [record for record in base.records if record.outcome == "passed" or record.data.get("fingerprint") in (None, *data)]
+    return Sample(left) if base.passed and len(left) < len(base.records) else base
 
 
 def _differ(metric: Metric, base: Sample, head: Sample) -> Estimate | str | None:

@@ -220,7 +220,7 @@ def trace(records: Iterable[Record], metric: Metric, commits: Sequence[Commit]) 
                 shift, other = line.take(sample)
                 marks += [f"other {other}"] if other else []
             subject, value = known.subject if known else "", sample.mean(metric)
-            points.append(Point(commit=commit, subject=subject, value=value, records=len(group), marks=marks, shift=shift))
+            points.append(Point(commit=commit, subject=subject, value=value, records=len(sample.passed), marks=marks, shift=shift))
         if any(point.value is not None for point in points):
             traced[f"{phase}-{scale}" if several else phase] = points
     return traced
@@ -236,9 +236,11 @@ def read_side(text: str, history: Callable[[], History], *, without: Collection[
     path = Path(text)
     if path.is_file():
         return read_file(path)
+    places = ("phase_*_metrics.json", "*.*", "runs/*/*.json", "*/*.json")
+    found = next((files for place in places if (files := _record_files(path.glob(place)))), [])
+    if not found and (tiny := path.parent / "tiny" / path.name).is_dir():
+        raise HistoryError(f"no record in {text}; of the tiny scale there are some in {tiny}")
     if path.is_dir():
-        places = ("phase_*_metrics.json", "*.*", "runs/*/*.json", "*/*.json")
-        found = next((files for place in places if (files := _record_files(path.glob(place)))), [])
         return _read(f"folder {text}", found, text)
     return history().select(text, without=without)
 
@@ -303,13 +305,15 @@ def _read(label: str, paths: Sequence[Path], where: str) -> Side:
 
 def _files_behind(path: Path, content: object) -> list[Path]:
     """
-    The records that a report over several seeds is made of, as its figures are means; none of what is a record itself.
+    The records that a report over several seeds tells of, as its figures are means; none of what is a record itself.
 
     Raises:
         RecordError: If they are not in the runs beside the folder of the report.
     """
-    seeds = content.get("seeds") if isinstance(content, dict) else None
-    if not isinstance(content, dict) or not isinstance(seeds, list) or len(seeds) < 2:
+    if not isinstance(content, dict):
+        return []
+    seeds = [content.get(key, []) for key in ("seeds", "failed_seeds")]
+    if sum(len(some) for some in seeds if isinstance(some, list)) < 2:
         return []
     runs = path.absolute().parent.parent / "runs"
     try:

@@ -80,8 +80,8 @@ def locate(source: Pretrained | Untrained, fetch: Fetch, notify: Callable[[str],
         ModelError: If the checkpoint has no safetensors or no tokenizer, or there is no such asset.
     """
     if isinstance(source, Untrained):
-        facts = [source.architecture, source.layers, source.hidden_size, source.attention_heads, grammar_words()]
-        return Weights(source, "", fingerprint(facts))
+        facts = [source.architecture, source.layers, source.hidden_size, source.attention_heads, source.initializer_range]
+        return Weights(source, "", fingerprint([*facts, grammar_words()]))
     commit = None
     if source.source.startswith("asset:"):
         asset = ASSETS.get(source.source.removeprefix("asset:"))
@@ -334,6 +334,7 @@ def _untrained_config(source: Untrained, labels: dict[str, Any]) -> Any:
             num_attention_heads=source.attention_heads,
             intermediate_size=4 * source.hidden_size,
             max_position_embeddings=128,
+            initializer_range=source.initializer_range,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
             **labels,
@@ -345,6 +346,7 @@ def _untrained_config(source: Untrained, labels: dict[str, Any]) -> Any:
         n_heads=source.attention_heads,
         hidden_dim=4 * source.hidden_size,
         max_position_embeddings=128,
+        initializer_range=source.initializer_range,
         dropout=0.0,
         attention_dropout=0.0,
         **labels,

@@ -201,6 +201,11 @@ class Untrained:
         for name in ("layers", "hidden_size", "attention_heads"):
             _check_count(f"random weights: {name}", getattr(self, name), at_least=1)
 
+    @property
+    def initializer_range(self) -> float:
+        """Of the weights' normal distribution: so that products keep the size of what they multiply, and every seed learns."""
+        return float(self.hidden_size**-0.5)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scale:
@@ -271,7 +276,7 @@ SCALES: Mapping[str, Scale] = {
         data="grammar",
         backbone=Untrained(architecture="bert", layers=2, hidden_size=64, attention_heads=4),
         student=Untrained(architecture="distilbert", layers=2, hidden_size=64, attention_heads=4),
-        teacher=Phase(id="T-tune", role="backbone", epochs=4, learning_rate=1e-3, warmup_fraction=0.1),
+        teacher=Phase(id="T-tune", role="backbone", epochs=3, learning_rate=1e-3, warmup_fraction=0.1),
         threads=1,
     ),
     "mini": Scale(

@@ -126,7 +126,7 @@ class Session:
         self.record_paths: list[Path] = []
         self.unreadable: set[str] = set()
         self.unpublished: list[str] = []
-        self.passed: list[Record] = []
+        self.records: list[Record] = []
         self.reported: set[bool] = set()  # of what there were reports: cases, True, and other tests, False
         self.bases: list[Side] = []
         self.comparison: list[Row] = []
@@ -235,12 +235,15 @@ class Session:
         return None
 
     def publish(self, record: Record) -> None:
-        """Write the report of a phase over the seeds that this session has measured or resumed, the record's being the last."""
-        self.passed.append(record)
-        of_letter = [r for r in self.passed if (r.scale, r.phase.lower()) == (record.scale, record.phase.lower())]
-        if others := sorted({one.phase_id for one in of_letter} - {record.phase_id}):  # each alone in a worker of pytest-xdist
+        """Write the report of a phase over the seeds that this session has measured or resumed, if one has passed."""
+        self.records.append(record)
+        of_letter = [r for r in self.records if (r.scale, r.phase.lower()) == (record.scale, record.phase.lower())]
+        passed = {one.phase_id for one in of_letter if one.outcome == "passed"}
+        if record.phase_id not in passed:
+            return
+        if others := sorted(passed - {record.phase_id}):  # each alone in a worker of pytest-xdist
             raise RecordError(f"phases {record.phase_id} and {', '.join(others)} would share it; rename one")
-        [summary] = summarize(of_letter)
+        [summary] = summarize(one for one in of_letter if one.phase_id == record.phase_id)
         Store(self.options.outputs, record.scale).publish(record.phase, phase_report(summary))
 
     def choose_bases(self, scales: Collection[str]) -> None:
@@ -290,15 +293,14 @@ class Session:
         return self.judgement.status if self.options.gates else 0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Learn of records, also from the workers of pytest-xdist, and publish what passed."""
+        """Learn of records, also from the workers of pytest-xdist, and publish them."""
         self.reported.add(any(name == "peftbench_case" for name, _ in report.user_properties))
         if report.when != "call" or self.is_worker:
             return
         for path in [Path(str(value)) for name, value in report.user_properties if name == "peftbench_record"]:
             self.record_paths.append(path)
             try:
-                if (record := read_record(path)).outcome == "passed":
-                    self.publish(record)
+                self.publish(read_record(path))
             except (OSError, RecordError) as error:
                 self.unpublished.append(f"the report of {path.stem} was not written: {error}")
 
@@ -677,7 +679,7 @@ def run_phase(
         except pytest.skip.Exception:
             raise
         except BaseException as error:
-            node.stash[RECORD] = failed_record(phase, scale, peft_seed, settings, error)
+            node.stash[RECORD] = failed_record(phase, peft_seed, peft_workbench, error)
             with explained():
                 raise
         node.stash[RECORD] = record

@@ -173,7 +173,7 @@ def render_comparison(rows: Sequence[Row], *, table: str = "simple") -> str:
 def render_history(traced: Mapping[str, Sequence[Point]], metric: Metric) -> str:
     """A sparkline and a table for each phase, the oldest commit first."""
     blocks = []
-    headers = ["commit", "subject", metric.name, "records", "marks", "level"]
+    headers = ["commit", "subject", metric.name, "passed", "marks", "level"]
     for phase, points in traced.items():
         rows = [
             [
@@ -193,8 +193,8 @@ def render_history(traced: Mapping[str, Sequence[Point]], metric: Metric) -> str
         f"{metric.name}: {metric.better} is better{f'; {POOLED}' if metric.kind == 'quality' else ''}\n"
         "level: where it got better or worse than all since the shift before, "
         "by more than noise; what is of another branch takes no part, nor what is dirty or unknown where anything is neither\n"
-        "marks: dirty, changes that were not committed; unknown, to git here; failed; other ..., not compared; "
-        "other seed set, compared over the seeds of both"
+        "marks: dirty, changes that were not committed; unknown, to git here; failed, the last run of a seed; other ..., "
+        "not compared; other seed set, compared over the seeds of both"
     )
     return "\n\n".join(blocks)
 

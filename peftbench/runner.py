@@ -438,8 +438,9 @@ def plan_phases(phases: Sequence[Phase], bench: Workbench, *, memory_bytes: int 
     return plans
 
 
-def failed_record(phase: Phase, scale: Scale, seed: int, settings: Settings, error: BaseException) -> Record:
-    """The record of a case that an error ended."""
+def failed_record(phase: Phase, seed: int, bench: Workbench, error: BaseException) -> Record:
+    """The record of a case that an error ended, with the data that it got so far to load."""
+    settings, scale = bench.settings, bench.scale
     phase = phase.at(scale.name)
     return Record(
         schema_version=SCHEMA_VERSION,
@@ -453,9 +454,9 @@ def failed_record(phase: Phase, scale: Scale, seed: int, settings: Settings, err
         error=f"{type(error).__name__}: {error}"[:2000],
         config=phase_config(phase),
         learning_curve=(),
-        data={},
+        data=bench.splits.describe() if "splits" in vars(bench) else {},
         predictions={},
-        machine={},
+        machine=describe_machine(bench.device, settings.workers),
         versions=describe_versions(),
         commit=settings.commit,
     )

@@ -86,15 +86,17 @@ def summarize(records: Iterable[Record]) -> list[Summary]:
 
 def phase_report(summary: Summary) -> dict[str, Any]:
     """
-    A phase's latest result: the record's keys, with means where there are several seeds.
+    A phase's latest result, of which a seed passed: the record's keys, with means where several did.
 
-    ``seeds`` lists them, ``records`` says where each one's record is; ``spread`` holds mean, standard deviation (null for one seed)
-    and the single values of each figure. The interval of a mean accuracy is that over seeds and examples.
+    ``seeds`` lists them, ``failed_seeds`` the others, and ``records`` says where the record of each of both is; ``spread`` holds
+    mean, standard deviation (null for one seed) and the single values of each figure. The interval of a mean accuracy is that over
+    seeds and examples.
     """
     passed = summary.passed
     report = passed[-1].to_json()
     report["seeds"] = [record.seed for record in passed]
-    report["records"] = [{"run_id": record.run_id, "case": record.case} for record in passed]
+    report["failed_seeds"] = [record.seed for record in summary.records if record.outcome == "failed"]
+    report["records"] = [{"run_id": record.run_id, "case": record.case} for record in summary.records]
     report["spread"] = {
         figure: {"mean": summary.mean(figure), "sd": summary.deviation(figure), "values": values}
         for figure in FIGURES

@@ -37,7 +37,8 @@ class Point:
 
     Attributes:
         commit: Its id, or the run's id where a record has no commit.
-        value: Mean over the passed records; None where all failed.
+        value: Mean over the records that passed; None where none did.
+        records: How many passed.
         marks: ``dirty``, ``unknown`` to git, ``failed``, ``other machine`` or whatever else cannot be compared with before.
         shift: Better or worse than the level before it; None where no shift is shown.
     """

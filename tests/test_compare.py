@@ -91,6 +91,8 @@ def test_a_rerun_of_the_base_that_failed_hides_no_loss():
     head = [passed(wrong=LOST), passed(seed=43, wrong=LOST)]
     assert "worse" == row_of([passed(), other_seed], head, "accuracy").verdict
     assert {("B-lora", "outcome"): "fixed"} == verdicts([broken], [passed()])
+    elsewhere = dataclasses.replace(broken, data={"fingerprint": "e" * 64})
+    assert "p = 5.7e-14" == row_of([passed(), elsewhere], [passed(wrong=LOST)], "accuracy").reason  # it failed on other data
 
 
 def test_what_fails_in_the_head_is_new_where_the_base_has_passed():

@@ -228,6 +228,24 @@ def test_a_report_without_its_records_is_said(report, records, message):
         read_side(str(path), lambda: None)
 
 
+def test_of_a_report_the_seeds_that_failed_are_read_too(store):
+    """One that passed and one that failed are two records, though the figures are those of the first."""
+    records = [keep(store, "c" * 40), failed(seed=43, run="20260101T000000Z-aaaaaa")]
+    store.save(records[1])
+    path = store.publish("B", phase_report(Summary(records)))
+    assert records == list(read_side(str(path), lambda: None).records)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_folder_that_only_tiny_runs_have_is_named(tmp_path, exists):
+    """Its records are in the tree of the tiny scale."""
+    Store(tmp_path, "tiny").publish("B", phase_report(Summary([passed(scale="tiny")])))
+    if exists:
+        (tmp_path / "reports").mkdir()
+    with pytest.raises(HistoryError, match=r"no record in .*reports; of the tiny scale there are some in .*tiny.reports$"):
+        read_side(str(tmp_path / "reports"), lambda: None)
+
+
 def points_of(records, metric, commits):
     [points] = trace(records, METRICS[metric], commits).values()
     return points
@@ -385,7 +403,7 @@ def test_a_commit_that_failed_last_has_the_value_of_what_passed():
     """A failed record's own figures are in no value."""
     low = dataclasses.replace(at("a" * 40, 2, wrong=LOST), outcome="failed", error="AssertionError")
     [point] = points_of([at("a" * 40, 1), low], "accuracy", COMMITS)
-    assert (1.0, ["failed"]) == (point.value, point.marks)
+    assert (1.0, 1, ["failed"]) == (point.value, point.records, point.marks)
 
 
 def test_load_records_gives_flat_rows(store):

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import pickle
 import random
+import re
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -271,9 +272,12 @@ def test_a_phase_that_would_train_nothing_is_refused(fresh, changes):
 
 
 def test_failed_case_leaves_a_record(fresh):
-    """The error, the hyperparameters that ran and where; nothing that was not measured."""
-    phase = dataclasses.replace(FULL, at_scale={"tiny": {"epochs": 7}})
-    record = failed_record(phase, TINY, 5, fresh[0], ValueError("it broke " + "x" * 5000))
+    """The error, the hyperparameters that ran, where and, once that is known, on what; nothing that was not measured."""
+    phase, bench = dataclasses.replace(FULL, at_scale={"tiny": {"epochs": 7}}), Workbench(TINY, fresh[0])
+    assert {} == failed_record(phase, 5, bench, ValueError("no data")).data
+    passed, splits = fresh[1][FULL.id], bench.splits
+    record = failed_record(phase, 5, bench, ValueError("it broke " + "x" * 5000))
+    assert (splits.fingerprint, passed.machine) == (record.data["fingerprint"], record.machine)
     assert ("failed", "C1-full-tiny-s5", None, None, 7) == (
         record.outcome, record.case, record.dev, record.fingerprint, record.config["epochs"],
     )  # fmt: skip
@@ -461,6 +465,8 @@ def test_a_phase_is_the_loop_that_its_numbers_say(fresh, monkeypatch, changes):
     expected = written_out(phase, 7, Workbench(TINY, settings))
     assert expected.keys() == trained.keys()
     for name, parameter in expected.items():
+        if re.search(r"(key|k_lin)\.(base_layer\.)?bias$", name):
+            continue  # softmax does not see it: its gradient is rounding, which AdamW makes steps of full size of
         torch.testing.assert_close(trained[name], parameter, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 

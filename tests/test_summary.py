@@ -173,14 +173,15 @@ def test_the_report_of_one_seed_is_its_record():
     assert [42] == report["seeds"]
     assert {"mean": 0.9, "sd": None, "values": [0.9]} == report["spread"]["dev.accuracy"]
     assert [{"run_id": "20250102T030405Z-abcdef", "case": "B-lora-mini-s42"}] == report["records"]
-    assert passed(accuracy=0.9).to_json() == {k: v for k, v in report.items() if k not in ("seeds", "records", "spread")}
+    added = {"seeds", "failed_seeds", "records", "spread"}
+    assert passed(accuracy=0.9).to_json() == {key: value for key, value in report.items() if key not in added}
 
 
 def test_the_report_of_several_seeds_holds_means_where_the_record_holds_values():
-    """Means at the record's places, every value under `spread`, failed seeds left out."""
+    """Means at the record's places, every value under `spread`; of failed seeds that there were."""
     report = phase_report(Summary([*THREE, failed(seed=45)]))
-    assert [42, 43, 44] == report["seeds"]
-    assert ["B-lora-mini-s42", "B-lora-mini-s43", "B-lora-mini-s44"] == [one["case"] for one in report["records"]]
+    assert ([42, 43, 44], [45]) == (report["seeds"], report["failed_seeds"])
+    assert [f"B-lora-mini-s{seed}" for seed in (42, 43, 44, 45)] == [one["case"] for one in report["records"]]
     assert pytest.approx(0.9) == report["dev"]["accuracy"]
     assert pytest.approx(13.0) == report["train_runtime_seconds"]
     per_minute = statistics.mean([0.90 / 10 * 60, 0.92 / 12 * 60, 0.88 / 17 * 60])
