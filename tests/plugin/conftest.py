@@ -53,9 +53,11 @@ def warm_outputs(pytester, tuned_cache):
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Sessions in processes of their own share the cores."""
+def environment(monkeypatch):
+    """Sessions in processes of their own share the cores, and know nothing of a worker of pytest-xdist that the test runs in."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
