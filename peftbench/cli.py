@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 EXPLAINED = (AssetError, CorruptError, ValueError, OSError)
 """Errors whose message says what was wanted and what to do; bad data and checkpoints are ValueErrors, a failing Hub an OSError."""
 
+CLOSED_PIPE = 141
+"""Exit status of what a shell's pipe has ended: 128 and the number of its signal."""
+
 TABLES = {"md": "github", "latex": "latex_booktabs"}
 """Formats of a table, and what `tabulate` calls them."""
 
@@ -36,6 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         status: int | None = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads it has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
     except EXPLAINED as error:
         print(f"peftbench: error: {printable(str(error))}", file=sys.stderr)
         return 2
@@ -96,6 +104,9 @@ def history(options: argparse.Namespace) -> int:
     _tell(side)
     wanted = [text.lower() for text in options.phase]
     records = [r for r in side.records if not wanted or {r.phase_id.lower(), r.phase.lower(), r.name.lower()} & {*wanted}]
+    if not records:
+        known = ", ".join(sorted({record.phase_id for record in side.records}))
+        raise ValueError(f"--phase must be one of {known}, by letter, name or id; got {', '.join(options.phase)}")
     traced = trace(records, METRICS[options.metric], commits_in_order(found.repository))
     if not traced:
         raise ValueError(f"no record of the phases asked for has {options.metric}")

@@ -43,9 +43,12 @@ class Sample:
 
     @property
     def error(self) -> str | None:
-        """Of the first seed whose last run failed; None if none did."""
-        failed = [record for record in self.latest.values() if record.outcome == "failed"]
-        return next(((record.error or "no reason recorded").splitlines()[0] for record in failed), None)
+        """Of the first seed whose last run failed, which it names where there are several; None if none did."""
+        record = next((record for record in self.latest.values() if record.outcome == "failed"), None)
+        if record is None:
+            return None
+        seed = f"seed {record.seed}: " if len(self.latest) > 1 else ""
+        return seed + next(iter((record.error or "").splitlines()), "no reason recorded")
 
     @property
     def teacher_seconds(self) -> float:
@@ -119,8 +122,9 @@ def compare(base: Iterable[Record], head: Iterable[Record]) -> list[Row]:
     """
     A row for each phase and metric of two sides.
 
-    Of several records of one case and seed, the last one's predictions count; times and memory are compared over the runs. Where
-    some records of both sides are of one machine, data and so on, or of the same seeds, the others are left out.
+    Interrupted cases are as if they had not begun. Of several records of one case and seed, the last one's predictions count; times
+    and memory are compared over the runs. Where some records of both sides are of one machine, data and so on, or of the same
+    seeds, the others are left out. What failed on other data than the head's is no failure of the base.
     """
     sides = _by_case(base), _by_case(head)
     labels = _labels([*sides[0], *sides[1]])
@@ -128,7 +132,7 @@ def compare(base: Iterable[Record], head: Iterable[Record]) -> list[Row]:
     pairs = []
     for case in sorted(labels):
         ours, theirs = (side.get(case, nothing) for side in sides)
-        pairs.append((labels[case], _failing_alike(ours, theirs), theirs))
+        pairs.append((labels[case], _without_failures_elsewhere(ours, theirs), theirs))
     return _judge(pairs)
 
 
@@ -156,12 +160,14 @@ def compare_phases(records: Iterable[Record], base: str, head: str) -> list[Row]
     if first == second:
         raise ValueError(f"{base!r} and {head!r} are the same phase; name two of {', '.join(sorted(labels.values()))}")
     label = f"{labels[first]} → {labels[second]}"
-    for case in (first, second):
-        if error := by_case[case].error:
-            reason = f"{labels[case]} failed: {error}"[:200]
-            shares = [by_case[one].share_passed for one in (first, second)]
+    ours, theirs = by_case[first], by_case[second]
+    sides = _without_failures_elsewhere(ours, theirs), _without_failures_elsewhere(theirs, ours)
+    for case, side in zip((first, second), sides, strict=True):
+        if side.error:
+            reason = f"{labels[case]} failed: {side.error}"[:200]
+            shares = [one.share_passed for one in sides]
             return [Row(phase=label, metric="outcome", base=shares[0], head=shares[1], verdict="not comparable", reason=reason)]
-    return _judge([(label, by_case[first], by_case[second])])
+    return _judge([(label, *sides)])
 
 
 def set_up_changes(base: Iterable[Record], head: Iterable[Record]) -> list[str]:
@@ -248,7 +254,7 @@ def _by_case(records: Iterable[Record]) -> dict[Case, Sample]:
     cases: dict[Case, list[Record]] = {}
     for record in sorted(records, key=lambda r: r.run_id):
         cases.setdefault((record.scale, record.phase, record.name), []).append(record)
-    return {case: Sample(of_case) for case, of_case in cases.items()}
+    return {case: Sample([record for record in of_case if not record.interrupted]) for case, of_case in cases.items()}
 
 
 def _labels(cases: Iterable[Case]) -> dict[Case, str]:
@@ -267,7 +273,7 @@ def _judge(pairs: Sequence[tuple[str, Sample, Sample]]) -> list[Row]:
         for phase, *sides in measured:
             base, head, left_out = _matching(metric, *sides)
             if metric.kind == "quality" and sides[0].error:
-                left_out += f"; the base failed, too: {sides[0].error}"[:200]
+                left_out += f"; failed in the base: {sides[0].error}"[:200]
             row = Row(
                 phase=phase, metric=metric.name, base=base.mean(metric), head=head.mean(metric), verdict="not comparable", reason=""
             )
@@ -306,15 +312,17 @@ def _matching(metric: Metric, base: Sample, head: Sample) -> tuple[Sample, Sampl
     seeds = set(matched[0].by_seed) & set(matched[1].by_seed)
     if metric.kind == "quality" and seeds and seeds != set(matched[0].by_seed) | set(matched[1].by_seed):
         matched = matched[0].of_seeds(seeds), matched[1].of_seeds(seeds)
-        notes.append(f"; seeds on both sides alone: {', '.join(map(str, sorted(seeds)))}")
+        notes.append(f"; over the seeds of both sides: {', '.join(map(str, sorted(seeds)))}")
     return *matched, "".join(notes)
 
 
-def _failing_alike(base: Sample, head: Sample) -> Sample:
-    """The base, where anything in it has passed without what failed on other data than the head's."""
-    data = [record.data.get("fingerprint") for record in head.records]
-    left = [record for record in base.records if record.outcome == "passed" or record.data.get("fingerprint") in (None, *data)]
-    return Sample(left) if base.passed and len(left) < len(base.records) else base
+def _without_failures_elsewhere(one: Sample, other: Sample) -> Sample:
+    """A side less what failed on data that the other is not of; all of it where nothing passed, or where data is not known."""
+    known = {record.data.get("fingerprint") for record in other.records}
+    if not one.passed or not known or None in known:
+        return one
+    left = [record for record in one.records if record.outcome == "passed" or record.data.get("fingerprint") in {None, *known}]
+    return Sample(left) if len(left) < len(one.records) else one
 
 
 def _differ(metric: Metric, base: Sample, head: Sample) -> Estimate | str | None:
@@ -338,7 +346,7 @@ def _judge_outcome(phase: str, base: Sample, head: Sample) -> Row | None:
     """The row of a phase that did not pass on both sides; None for one that did."""
     verdict: Verdict
     if not base.records or not head.records:
-        verdict, reason = "missing", f"no record in the {'head' if base.records else 'base'}"
+        verdict, reason = "missing", f"no finished record in the {'head' if base.records else 'base'}"
     elif head.error:
         failing = {seed for seed, record in head.latest.items() if record.outcome == "failed"}
         always = failing <= {*base.latest} - {*base.by_seed} or not base.passed

@@ -120,8 +120,6 @@ def judge(rows: Sequence[Row], gates: Sequence[Gate], *, strict: bool = False, d
             unclear.append(f"{name}:{gate.written}: compared in no phase")
         elif not strict and any(gate.hides(row) for row in compared):
             notes.append(f"{name}:{gate.written}: single runs cannot show less than {gate.metric.relative:.0%}")
-        else:
+        elif not any(gate.breaks(row, strict=strict) for row in compared):
             kept.append(f"{name}:{gate.written}: kept in {len(compared)} phase{'s' if len(compared) > 1 else ''}")
-    if worse or unclear:
-        return Judgement(1 if worse else 2, [*worse, *unclear, *notes])
-    return Judgement(0, [*notes, *kept])
+    return Judgement(1 if worse else 2 if unclear else 0, [*worse, *unclear, *notes, *(() if doubts else kept)])

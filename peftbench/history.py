@@ -60,8 +60,8 @@ class Side:
 
     @property
     def latest(self) -> list[Record]:
-        """The last record of each case and seed."""
-        by_run = sorted(self.records, key=lambda r: r.run_id)
+        """The last record of each case and seed; an interrupted one only where there is no other."""
+        by_run = sorted(self.records, key=lambda r: (not r.interrupted, r.run_id))
         return list({(r.scale, r.phase, r.name, r.seed): r for r in by_run}.values())
 
 
@@ -200,7 +200,7 @@ def trace(records: Iterable[Record], metric: Metric, commits: Sequence[Commit]) 
     """
     place = {commit.id: i for i, commit in enumerate(commits)}
     by_phase: dict[tuple[str, str], dict[tuple[str, str], list[Record]]] = {}
-    for record in sorted(records, key=lambda r: r.run_id):
+    for record in sorted((r for r in records if not r.interrupted), key=lambda r: r.run_id):
         key = (str(record.commit.get("id") or record.run_id), str(record.commit.get("changes") or ""))
         by_phase.setdefault((record.scale, record.phase_id), {}).setdefault(key, []).append(record)
     several = len({scale for scale, _ in by_phase}) > 1
@@ -220,7 +220,7 @@ def trace(records: Iterable[Record], metric: Metric, commits: Sequence[Commit]) 
                 shift, other = line.take(sample)
                 marks += [f"other {other}"] if other else []
             subject, value = known.subject if known else "", sample.mean(metric)
-            points.append(Point(commit=commit, subject=subject, value=value, records=len(sample.passed), marks=marks, shift=shift))
+            points.append(Point(commit=commit, subject=subject, value=value, passed=len(sample.passed), marks=marks, shift=shift))
         if any(point.value is not None for point in points):
             traced[f"{phase}-{scale}" if several else phase] = points
     return traced
@@ -236,13 +236,13 @@ def read_side(text: str, history: Callable[[], History], *, without: Collection[
     path = Path(text)
     if path.is_file():
         return read_file(path)
-    places = ("phase_*_metrics.json", "*.*", "runs/*/*.json", "*/*.json")
-    found = next((files for place in places if (files := _record_files(path.glob(place)))), [])
-    if not found and (tiny := path.parent / "tiny" / path.name).is_dir():
-        raise HistoryError(f"no record in {text}; of the tiny scale there are some in {tiny}")
-    if path.is_dir():
-        return _read(f"folder {text}", found, text)
-    return history().select(text, without=without)
+    try:
+        return _read(f"folder {text}", _files_in(path), text) if path.is_dir() else history().select(text, without=without)
+    except HistoryError as error:
+        tiny = next((folder for folder in (path / "tiny", path.parent / "tiny" / path.name) if _files_in(folder)), None)
+        if tiny is None or _files_in(path):
+            raise
+        raise HistoryError(f"{error}; of the tiny scale there are some in {tiny}") from error
 
 
 def read_file(path: Path) -> Side:
@@ -270,6 +270,12 @@ def read_file(path: Path) -> Side:
     if not records:
         raise HistoryError(f"{path} is of pytest-benchmark, but no entry's extra_info has a peftbench record that can be read")
     return Side(f"file {path}", records, problems)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """The reports or records that a folder holds, whichever folder of outputs it is."""
+    places = ("phase_*_metrics.json", "*.*", "runs/*/*.json", "*/*.json")
+    return next((files for place in places if (files := _record_files(folder.glob(place)))), [])
 
 
 def _record_files(paths: Iterable[Path]) -> list[Path]:
@@ -312,17 +318,17 @@ def _files_behind(path: Path, content: object) -> list[Path]:
     """
     if not isinstance(content, dict):
         return []
-    seeds = [content.get(key, []) for key in ("seeds", "failed_seeds")]
-    if sum(len(some) for some in seeds if isinstance(some, list)) < 2:
+    seeds = [content.get(key) for key in ("seeds", "failed_seeds")]
+    if sum(len(listed) for listed in seeds if isinstance(listed, list)) < 2:
         return []
     runs = path.absolute().parent.parent / "runs"
     try:
         files = [runs / one["run_id"] / f"{one['case']}.json" for one in content["records"]]
     except (KeyError, TypeError):
-        raise RecordError("a report over several seeds that does not say of which records; give the run's folder instead") from None
+        raise RecordError("a report of several seeds that does not say which records; give the run's folder instead") from None
     for file in files:
         if file.parent.parent != runs or not file.is_file():
-            raise RecordError(f"a report over several seeds, of which {file} is not there; give the run's folder instead")
+            raise RecordError(f"a report of several seeds, of which {file} is not there; give the run's folder instead")
     return files
 
 

@@ -93,11 +93,12 @@ class PeakMemory:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def describe_machine(device: Device, workers: int = 1) -> dict[str, Any]:
+def describe_machine(device: Device, threads: int, workers: int = 1) -> dict[str, Any]:
     """
     What the figures were measured on; ``id`` is equal where times may be compared.
 
     Args:
+        threads: Of an operation on the CPU.
         workers: Processes that run cases beside each other and share the machine.
     """
     facts: dict[str, Any] = {
@@ -105,7 +106,7 @@ def describe_machine(device: Device, workers: int = 1) -> dict[str, Any]:
         "architecture": platform.machine(),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "memory_gib": _memory_gib(),
         "device": device.kind,
         "accelerator": torch.cuda.get_device_name(device.name) if device.kind == "cuda" else None,

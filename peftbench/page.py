@@ -367,7 +367,7 @@ def _figure(*, legend: int = 0) -> tuple[Any, Any]:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("the HTML report draws with matplotlib, which is not installed; pip install matplotlib") from error
+        raise ValueError("the HTML report draws with matplotlib, which is missing; pip install 'peftbench[report]'") from error
 
     with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 10, "font.family": "sans-serif"}):
         figure = Figure(figsize=(5.0, 3.6 + 0.2 * max(0, math.ceil(legend / 3) - 2)), layout="constrained")

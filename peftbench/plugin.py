@@ -127,6 +127,7 @@ class Session:
         self.unreadable: set[str] = set()
         self.unpublished: list[str] = []
         self.records: list[Record] = []
+        self._learned: set[Path] = set()
         self.reported: set[bool] = set()  # of what there were reports: cases, True, and other tests, False
         self.bases: list[Side] = []
         self.comparison: list[Row] = []
@@ -209,10 +210,9 @@ class Session:
                 f"phases {known.id} and {phase.id} differ but would share phase_{phase.letter.lower()}_metrics.json; rename one"
             )
 
-    def find_passed(self, store: Store, fingerprint: str, seed: int) -> Record | None:
+    def find_passed(self, bench: Workbench, fingerprint: str, seed: int) -> Record | None:
         """The newest passed record of the same case at the same commit and changes, on the same device."""
-        from peftbench.measure import describe_machine
-
+        store = bench.store
         if self.settings.commit.get("problem"):
             return None  # as nobody knows what code it was
         if store.runs not in self._history:
@@ -222,9 +222,8 @@ class Session:
                     self.unreadable.add(str(record))
                 else:
                     readable.append(record)
-        machine = describe_machine(self.device)
-        same = ("device", "accelerator") if self.device.kind == "cuda" else ("device", "processor", "cores")
-        wanted = ("passed", fingerprint, seed, self.settings.commit, [machine[fact] for fact in same])
+        same = ("device", "accelerator") if bench.device.kind == "cuda" else ("device", "processor", "cores")
+        wanted = ("passed", fingerprint, seed, self.settings.commit, [bench.machine[fact] for fact in same])
         for record in reversed(self._history[store.runs]):
             there = [record.machine.get(fact) for fact in same]
             evaluations = min(self.options.evaluations, record.optimizer_steps or 0)
@@ -298,11 +297,18 @@ class Session:
         if report.when != "call" or self.is_worker:
             return
         for path in [Path(str(value)) for name, value in report.user_properties if name == "peftbench_record"]:
-            self.record_paths.append(path)
-            try:
-                self.publish(read_record(path))
-            except (OSError, RecordError) as error:
-                self.unpublished.append(f"the report of {path.stem} was not written: {error}")
+            self.learn(path)
+
+    def learn(self, path: Path) -> None:
+        """Take a record into the session's, and publish it."""
+        if path in self._learned:
+            return
+        self._learned.add(path)
+        self.record_paths.append(path)
+        try:
+            self.publish(read_record(path))
+        except (OSError, RecordError) as error:
+            self.unpublished.append(f"the report of {path.stem} was not written: {error}")
 
 
 class Progress:
@@ -542,6 +548,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     own = session.config.stash.get(SESSION, None)
     if own is None or own.is_worker:
         return
+    for path in [*own.record_paths]:  # of what was interrupted pytest has made no report
+        own.learn(path)
     status = 1 if own.unpublished else 0
     asked = True in own.reported or (own.reported and session.config.getoption("peft_fail"))
     if own.options.compare and (own.record_paths or (own.options.gates and asked)):
@@ -661,7 +669,7 @@ def run_phase(
         try:
             if session.options.resume:
                 fingerprint = case_fingerprint(phase, peft_workbench)
-                if found := session.find_passed(store, fingerprint, peft_seed):
+                if found := session.find_passed(peft_workbench, fingerprint, peft_seed):
                     session.check_phase(phase)
                     store.link(found, session.run_id)
                     node.user_properties.append(("peftbench_record", str(store.record_path(found))))

@@ -259,6 +259,11 @@ class Record:
         """File name of the record without its ending; unique within a run."""
         return f"{self.phase_id}-{self.scale}-s{self.seed}"
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether somebody ended the session meanwhile, which tells nothing of the phase."""
+        return self.outcome == "failed" and (self.error or "").partition(":")[0] in ("KeyboardInterrupt", "Exit")
+
     def reaching(self, accuracy: float) -> tuple[int, float] | None:
         """Optimizer steps and seconds of training after which dev accuracy was first seen to be that high; None if it never was."""
         return next(((step, seconds) for step, seconds, reached in self.dev_curve or () if reached >= accuracy), None)

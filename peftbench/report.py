@@ -180,7 +180,7 @@ def render_history(traced: Mapping[str, Sequence[Point]], metric: Metric) -> str
                 point.commit[:12],
                 point.subject if len(point.subject) <= 50 else f"{point.subject[:49]}…",
                 render_value(metric, point.value),
-                point.records,
+                point.passed,
                 ", ".join(point.marks),
                 f"{point.shift} from here" if point.shift else "",
             ]
@@ -391,8 +391,8 @@ def _notes(summaries: Sequence[Summary]) -> list[str]:
     for training, logits, cache, phase in sorted(teachers, key=lambda t: t[3]):
         spent = f"tuning {render_duration(training)}, logits {render_duration(logits)}, when first made"
         lines.append(f"{phase} also needs the teacher: {spent}; cache {cache} here")
-    if seeds := sorted({len(summary.passed) for summary in summaries if len(summary.passed) > 1}):
-        lines.append(f"×{', ×'.join(map(str, seeds))}: means over that many seeds; ±: their standard deviation")
+    if any(len(summary.passed) > 1 for summary in summaries):
+        lines.append("×2, 2 of 3 seeds: figures are means over two; ±: their standard deviation")
     return lines + render_failures(records)
 
 

@@ -108,6 +108,8 @@ class Workbench:
         self.scale, self.settings, self.progress, self.notify = scale, settings, progress, notify
         self.store = Store(settings.outputs, scale.name)
         self.device = Device.choose(settings.device, settings.precision)
+        self.threads = (self.scale.threads if self.device.kind == "cpu" else None) or _THREADS
+        self.machine = describe_machine(self.device, self.threads, settings.workers)  # now, as a broken device may not tell
         self.misses = 0  # how often the teacher or its logits were not on disk
         self._weights: dict[Pretrained | Untrained, Weights] = {}
         self._encoded: dict[tuple[str, str, int], Encoded] = {}
@@ -188,7 +190,7 @@ class Workbench:
         """Bring a model to the device, ready to run there; also says whether it takes packed rows."""
         packed = make_packable(model)
         if self.device.kind == "cpu":
-            torch.set_num_threads(self.scale.threads or _THREADS)
+            torch.set_num_threads(self.threads)
             retain_memory()
             economize(model)
         elif self.device.casts_frozen:
@@ -332,7 +334,7 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
         teacher_cost=_teacher_cost(phase, bench, logits, hit=bench.misses == misses),
         data=bench.splits.describe(),
         predictions=predictions,
-        machine=describe_machine(bench.device, settings.workers),
+        machine=bench.machine,
         versions=describe_versions(),
         commit=settings.commit,
     )
@@ -451,12 +453,12 @@ def failed_record(phase: Phase, seed: int, bench: Workbench, error: BaseExceptio
         seed=seed,
         outcome="failed",
         fingerprint=None,
-        error=f"{type(error).__name__}: {error}"[:2000],
+        error=": ".join(filter(None, (type(error).__name__, str(error))))[:2000],
         config=phase_config(phase),
         learning_curve=(),
         data=bench.splits.describe() if "splits" in vars(bench) else {},
         predictions={},
-        machine=describe_machine(bench.device, settings.workers),
+        machine=bench.machine,
         versions=describe_versions(),
         commit=settings.commit,
     )

@@ -20,6 +20,7 @@ FIGURES = (
     "samples_per_second",
     "tokens_per_second",
     "peak_memory_bytes",
+    "memory_before_bytes",
     "artifact_bytes",
     "latency_ms",
 )
@@ -72,6 +73,8 @@ class Summary:
         square = sum((one & other).bit_count() for one in wrong for other in wrong) / len(wrong) ** 2 / n
         over_examples = max(0.0, square - statistics.fmean(rates) ** 2) / n
         over_seeds = statistics.variance(rates) / len(rates)
+        if not over_examples + over_seeds:  # all examples alike, such as all right, of which more would not all be
+            return wilson_interval(n - wrong[0].bit_count(), n)
         low, high = estimate(1 - statistics.fmean(rates), [(over_examples, n - 1), (over_seeds, len(rates) - 1)]).ci95
         return max(0.0, low), min(1.0, high)
 

@@ -38,7 +38,7 @@ class Point:
     Attributes:
         commit: Its id, or the run's id where a record has no commit.
         value: Mean over the records that passed; None where none did.
-        records: How many passed.
+        passed: How many records that is.
         marks: ``dirty``, ``unknown`` to git, ``failed``, ``other machine`` or whatever else cannot be compared with before.
         shift: Better or worse than the level before it; None where no shift is shown.
     """
@@ -46,6 +46,6 @@ class Point:
     commit: str
     subject: str
     value: float | None
-    records: int
+    passed: int
     marks: Sequence[str]
     shift: str | None

@@ -54,6 +54,16 @@ def test_compare_prints_rows_and_says_what_it_read(outputs, capsys):
     assert f"peftbench: read run {FIRST}: 2 records\npeftbench: read latest run {SECOND}: 2 records\n" == err
 
 
+def test_a_reader_that_has_read_enough_is_no_error(outputs):
+    """As under ``| head``: no message, and the status that a shell gives a command whose pipe was closed."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "peftbench", "history"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(write)
+    assert (141, ["peftbench: read all 2 runs in outputs/runs: 4 records"]) == (done.returncode, done.stderr.splitlines())
+
+
 def test_records_of_a_scale_that_the_head_lacks_are_left_out(outputs, capsys):
     """A run at another scale that the base has, too, leaves no gate open."""
     store = Store(outputs, "thesis")
@@ -183,7 +193,7 @@ def test_gates_decide_the_exit_status(outputs, capsys, arguments, expected):
         (("compare", "--phases", "B", "X"), "a phase must be one of B-lora, D-hybrid; got 'X'"),
         (("compare", "latest", "--outputs", "nowhere"), "no records in nowhere/runs"),
         (("history", "speed"), "the metric must be one of accuracy, f1"),
-        (("history", "--phase", "X"), "no record of the phases asked for has accuracy"),
+        (("history", "--phase", "X"), "--phase must be one of B-lora, D-hybrid, by letter, name or id; got X"),
         (("report", "nothing.json"), "'nothing.json' is no file"),
         (("report", "--reach", "80"), "--reach must be a fraction, such as 0.8, and the format md or latex; got 80, md"),
         (("report", "--reach", "0.8", "--format", "html"), "--reach must be a fraction, such as 0.8, and the format md or latex"),

@@ -74,6 +74,17 @@ def test_several_seeds_are_compared_as_one():
     assert -83 / 1800 == pytest.approx(row.difference)
 
 
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "KeyboardInterrupt: ", "Exit: enough"])
+def test_what_was_interrupted_neither_passed_nor_failed(error):
+    """Beside a result it is nothing; alone it leaves open what came of the case."""
+    ended = failed(run="20260102T000000Z-bbbbbb", error=error)
+    for base, head in (([passed(), ended], [passed(wrong=LOST)]), ([passed()], [passed(wrong=LOST), ended])):
+        row = row_of(base, head, "accuracy")
+        assert ("worse", "p = 5.7e-14") == (row.verdict, row.reason)
+    [row] = compare([passed()], [ended])
+    assert ("missing", "no finished record in the head") == (row.verdict, row.reason)
+
+
 def test_the_last_run_of_a_seed_counts():
     """A later run of the same case replaces the earlier one's predictions."""
     later = passed(run="20260102T000000Z-bbbbbb", wrong=LOST)
@@ -82,17 +93,21 @@ def test_the_last_run_of_a_seed_counts():
 
 def test_a_rerun_of_the_base_that_failed_hides_no_loss():
     """What has passed is compared, whatever came after it; only what never passed is fixed."""
-    broken = failed(run="20260102T000000Z-bbbbbb", error="KeyboardInterrupt")
+    broken = failed(run="20260102T000000Z-bbbbbb")
     broken = dataclasses.replace(broken, phase="B", name="lora")
     row = row_of([passed(), broken], [passed(wrong=LOST)], "accuracy")
     assert "worse" == row.verdict
-    assert "p = 5.7e-14; the base failed, too: KeyboardInterrupt" == row.reason
+    assert "p = 5.7e-14; failed in the base: RuntimeError: no" == row.reason
     other_seed = dataclasses.replace(broken, seed=43)
     head = [passed(wrong=LOST), passed(seed=43, wrong=LOST)]
     assert "worse" == row_of([passed(), other_seed], head, "accuracy").verdict
     assert {("B-lora", "outcome"): "fixed"} == verdicts([broken], [passed()])
     elsewhere = dataclasses.replace(broken, data={"fingerprint": "e" * 64})
     assert "p = 5.7e-14" == row_of([passed(), elsewhere], [passed(wrong=LOST)], "accuracy").reason  # it failed on other data
+    unknown = failed(seed=43)  # before its data were loaded
+    both = [passed(), dataclasses.replace(elsewhere, seed=43)]
+    assert "not comparable" == row_of(both, [passed(), unknown], "outcome").verdict
+    assert 0.5 == row_of(both, [], "outcome").base
 
 
 def test_what_fails_in_the_head_is_new_where_the_base_has_passed():
@@ -200,9 +215,9 @@ def test_faster_is_better_whichever_way_it_is_measured():
         ([passed()], [failed()], "newly failing", "RuntimeError: no"),
         ([failed()], [passed()], "fixed", "failed in the base"),
         ([failed()], [failed()], "not comparable", "fails on both sides"),
-        ([passed()], [], "missing", "no record in the head"),
-        ([], [passed()], "missing", "no record in the base"),
-        ([passed(), passed(seed=43)], [passed(), failed(seed=43)], "newly failing", "RuntimeError"),
+        ([passed()], [], "missing", "no finished record in the head"),
+        ([], [passed()], "missing", "no finished record in the base"),
+        ([passed(), passed(seed=43)], [passed(), failed(seed=43)], "newly failing", "seed 43: RuntimeError"),
     ],
 )
 def test_outcomes(base, head, verdict, why):
@@ -218,6 +233,8 @@ def test_a_phase_beside_another():
     for first, second in (("B", "D"), ("lora", "hybrid"), ("b-lora", "d-hybrid")):
         rows = {row.metric: row for row in compare_phases(records, first, second)}
         assert ("B-lora → D-hybrid", "worse") == (rows["accuracy"].phase, rows["accuracy"].verdict)
+    elsewhere = failed("D-hybrid", run="20260102T000000Z-bbbbbb", data={"fingerprint": "e" * 64})
+    assert "outcome" not in {row.metric for row in compare_phases([passed("B-lora"), passed("D-hybrid"), elsewhere], "B", "D")}
     [row] = compare_phases([passed("B-lora"), failed("D-hybrid")], "B", "D")
     assert ("outcome", "not comparable") == (row.metric, row.verdict)
     assert row.reason.startswith("D-hybrid failed: RuntimeError")
@@ -289,7 +306,7 @@ def test_of_different_seed_sets_the_seeds_on_both_sides_count():
     expected = row_of([passed(seed=42)], [passed(seed=42, run=run, wrong=LOST)], "accuracy")
     row = row_of(base, [passed(seed=42, run=run, wrong=LOST)], "accuracy")
     assert (expected.difference, expected.ci95, expected.verdict) == (row.difference, row.ci95, row.verdict)
-    assert f"{expected.reason}; seeds on both sides alone: 42" == row.reason
+    assert f"{expected.reason}; over the seeds of both sides: 42" == row.reason
     row = row_of(base, [passed(seed=45, run=run)], "accuracy")
     assert ("not comparable", "other seed set: 42, 43, 44 and 45") == (row.verdict, row.reason)
 

@@ -8,7 +8,7 @@ import pytest
 from samples import failed, passed
 
 from peftbench import load_records
-from peftbench.history import Commit, History, HistoryError, commits_in_order, read_side, trace
+from peftbench.history import Commit, History, HistoryError, Side, commits_in_order, read_side, trace
 from peftbench.metrics import METRICS
 from peftbench.records import Predictions, Store, make_run_id
 from peftbench.summary import Summary, phase_report
@@ -210,10 +210,10 @@ def test_a_report_over_several_seeds_is_read_as_its_records(store, report):
     [
         (
             "moved",
-            r"phase_b_metrics\.json: a report over several seeds, of which .*B-lora-mini-s42\.json is not there; give the run's",
+            r"phase_b_metrics\.json: a report of several seeds, of which .*B-lora-mini-s42\.json is not there; give the run's",
         ),
-        (None, "a report over several seeds that does not say of which records; give the run's folder instead"),
-        ([{"run_id": 3, "case": "x"}], "does not say of which records"),
+        (None, "a report of several seeds that does not say which records; give the run's folder instead"),
+        ([{"run_id": 3, "case": "x"}], "does not say which records"),
         ([{"run_id": "../..", "case": "x"}], "is not there"),
     ],
 )
@@ -238,12 +238,28 @@ def test_of_a_report_the_seeds_that_failed_are_read_too(store):
 
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_folder_that_only_tiny_runs_have_is_named(tmp_path, exists):
-    """Its records are in the tree of the tiny scale."""
-    Store(tmp_path, "tiny").publish("B", phase_report(Summary([passed(scale="tiny")])))
-    if exists:
-        (tmp_path / "reports").mkdir()
-    with pytest.raises(HistoryError, match=r"no record in .*reports; of the tiny scale there are some in .*tiny.reports$"):
-        read_side(str(tmp_path / "reports"), lambda: None)
+    """The folder of outputs or one in it, there or not; nothing is said of tiny folders without records."""
+    Store(tmp_path / "outputs", "tiny").publish("B", phase_report(Summary([passed(scale="tiny")])))
+    (tmp_path / "outputs/tiny/cache").mkdir()
+    for name in ("reports", "cache") if exists else ():
+        (tmp_path / "outputs" / name).mkdir()
+    hints = {}
+    for name in ("outputs", "outputs/reports", "outputs/cache"):
+        with pytest.raises(HistoryError) as caught:
+            read_side(str(tmp_path / name), lambda: History.from_outputs(tmp_path / "nowhere"))
+        hints[name] = str(caught.value).partition("; of the tiny scale there are some in ")[2]
+    tiny = tmp_path / "outputs/tiny"
+    assert {"outputs": str(tiny), "outputs/reports": str(tiny / "reports"), "outputs/cache": ""} == hints
+
+
+def test_what_was_interrupted_is_as_if_it_had_not_begun(tmp_path):
+    """A later interruption replaces no result, and is no failure of its commit; where it is all there is, it is told."""
+    ended = failed(run="20260109T000000Z-bbbbbb", error="KeyboardInterrupt", commit={"id": "c" * 40, "dirty": False})
+    whole = at("c" * 40, 1)
+    assert [whole] == Side("both", [whole, ended]).latest
+    assert [ended] == Side("one", [ended]).latest
+    [point] = points_of([whole, ended], "accuracy", COMMITS)
+    assert ([], 1) == (point.marks, point.passed)
 
 
 def points_of(records, metric, commits):
@@ -403,7 +419,7 @@ def test_a_commit_that_failed_last_has_the_value_of_what_passed():
     """A failed record's own figures are in no value."""
     low = dataclasses.replace(at("a" * 40, 2, wrong=LOST), outcome="failed", error="AssertionError")
     [point] = points_of([at("a" * 40, 1), low], "accuracy", COMMITS)
-    assert (1.0, 1, ["failed"]) == (point.value, point.records, point.marks)
+    assert (1.0, 1, ["failed"]) == (point.value, point.passed, point.marks)
 
 
 def test_load_records_gives_flat_rows(store):

@@ -106,9 +106,9 @@ def test_peak_memory_knows_what_was_in_use_before():
 
 def test_workers_beside_each_other_are_another_machine():
     """One alone is none."""
-    ids = {describe_machine(CPU, workers)["id"] for workers in (1, 2, 4)} | {describe_machine(CPU)["id"]}
+    ids = {describe_machine(CPU, 2, workers)["id"] for workers in (1, 2, 4)} | {describe_machine(CPU, 2)["id"]}
     assert 3 == len(ids)
-    assert "workers" not in describe_machine(CPU)
+    assert "workers" not in describe_machine(CPU, 2)
 
 
 def test_peak_memory_is_of_a_process_with_torch():
@@ -220,12 +220,12 @@ def test_without_git_all_is_null(git, monkeypatch):
 
 def test_machine_is_described_with_an_id_of_its_facts():
     """The id is equal exactly where every fact is; the description is JSON."""
-    facts = describe_machine(CPU)
+    facts = describe_machine(CPU, 3)
     identity = facts.pop("id")
     assert fingerprint(facts)[:16] == identity
-    assert ("cpu", None, torch.get_num_threads()) == (facts["device"], facts["accelerator"], facts["threads"])
+    assert ("cpu", None, 3) == (facts["device"], facts["accelerator"], facts["threads"])
     assert 0 < facts["cores"] <= 4096
-    assert json.loads(json.dumps(facts)) == facts == {k: v for k, v in describe_machine(CPU).items() if k != "id"}
+    assert json.loads(json.dumps(facts)) == facts == {k: v for k, v in describe_machine(CPU, 3).items() if k != "id"}
 
 
 def test_versions_are_those_that_are_installed():

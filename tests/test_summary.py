@@ -213,6 +213,13 @@ def test_the_interval_of_one_seed_is_wilsons():
     assert summary.accuracy_ci95("train") is None
 
 
+def test_the_interval_of_seeds_that_are_all_right_is_that_of_one():
+    """What no example got wrong was not shown to be certain."""
+    summary = Summary([measured(seed=seed, wrong=()) for seed in (1, 2, 3)])
+    reference = stats.binomtest(900, 900).proportion_ci(method="wilson")
+    assert (pytest.approx(reference.low), 1.0) == summary.accuracy_ci95("dev")
+
+
 def test_figures_that_nobody_measured_are_not_in_the_spread():
     """The record's own key stays, as null."""
     report = phase_report(Summary(THREE))

@@ -61,7 +61,7 @@ def run_pytest(hub, folder, *arguments, **environment):
     )
     command = [sys.executable, "-m", "pytest", "-q", "test_small.py", "--peft-scale", "thesis", "--peft-device", "cpu", *arguments]
     variables = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1", **environment}
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTEST_XDIST_"))}
     return subprocess.run(command, cwd=folder, env=kept | variables, capture_output=True, text=True, timeout=300, check=False)
 
 

@@ -1,6 +1,7 @@
 """A small study in a folder of its own, run by pytest inside the test."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -56,8 +57,8 @@ def warm_outputs(pytester, tuned_cache):
 def environment(monkeypatch):
     """Sessions in processes of their own share the cores, and know nothing of a worker of pytest-xdist that the test runs in."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def test_phases_that_were_not_asked_for_are_not_missing(study):
         "--deselect", "test_study.py::test_phase[A-teacher-tiny]", "--deselect", "test_study.py::test_phase[K-kd-tiny]", *limits
     )
     assert 2 == result.ret
-    result.stdout.fnmatch_lines(["*A-teacher: outcome: missing: no record in the head*"])
+    result.stdout.fnmatch_lines(["*A-teacher: outcome: missing: no finished record in the head*"])
 
 
 def test_what_cannot_be_told_is_neither(study, pytester):

@@ -56,8 +56,25 @@ def test_ctrl_c_in_training_leaves_a_failed_record_and_the_table(pytester, data_
     assert pytest.ExitCode.INTERRUPTED == done.returncode
     outcomes = {name: record["outcome"] for name, record in records().items()}
     assert {"S-small-tiny-s42.json": "passed", "K-killed-tiny-s42.json": "failed"} == outcomes
-    assert "KeyboardInterrupt" in records()["K-killed-tiny-s42.json"]["error"]
+    assert "KeyboardInterrupt" == records()["K-killed-tiny-s42.json"]["error"]
     assert "S-small" in done.stdout.partition("= peftbench =")[2]
+
+
+def test_a_seed_that_was_interrupted_is_in_the_report(pytester, data_folder):
+    """As in the table, though pytest makes no report of its test."""
+    pytester.makepyfile("""
+        from peftbench.phases import Phase
+
+        def test_ended(run_phase, peft_seed):
+            run_phase(Phase(id="S-small", role="student", subset=16, epochs=1))
+            if peft_seed == 8:
+                raise KeyboardInterrupt
+    """)
+    done = run(pytester, data_folder, "--peft-seeds", "7,8,9")
+    assert pytest.ExitCode.INTERRUPTED == done.returncode
+    assert "S-small, 1 of 2 seeds" in done.stdout
+    report = json.loads((pytester.path / "outputs/tiny/reports/phase_s_metrics.json").read_text())
+    assert ([7], [8]) == (report["seeds"], report["failed_seeds"])
 
 
 def test_a_terminal_shows_progress(pytester, data_folder):

@@ -64,7 +64,7 @@ def test_after_a_resume_the_latest_run_has_all_of_it(study, pytester, capsys):
     assert 0 == main(["report", "--outputs", outputs, "--format", "json"])
     assert ["K-kd", "S-small"] == sorted(row["id"] for row in json.loads(capsys.readouterr().out))
     assert 0 == main(["history", "--outputs", outputs, "--format", "json"])
-    assert {1} == {point["records"] for point in json.loads(capsys.readouterr().out)}
+    assert {1} == {point["passed"] for point in json.loads(capsys.readouterr().out)}
     latest = max((pytester.path / "outputs/tiny/runs").iterdir())
     for arguments in ([str(latest)], [latest.name, "--outputs", "outputs"], [latest.name, "--outputs", outputs]):
         assert 0 == main(["report", *arguments, "--format", "json"])
