@@ -387,10 +387,13 @@ def _notes(summaries: Sequence[Summary]) -> list[str]:
     for record in passed[:1]:
         overlaps = {name: record.data.get(f"{name}_sentences_in_train", 0) for name in ("dev", "test")}
         lines += [f"warning: {count} {name} sentences also stand in train" for name, count in overlaps.items() if count]
-    teachers = {(c.training_seconds, c.logit_seconds, c.cache, r.phase) for r in passed if (c := r.teacher_cost)}
-    for training, logits, cache, phase in sorted(teachers, key=lambda t: t[3]):
+    teachers: dict[tuple[str, float, float], set[str]] = {}
+    for phase, cost in ((record.phase, record.teacher_cost) for record in passed):
+        if cost:
+            teachers.setdefault((phase, cost.training_seconds, cost.logit_seconds), set()).add(cost.cache)
+    for (phase, training, logits), uses in sorted(teachers.items()):
         spent = f"tuning {render_duration(training)}, logits {render_duration(logits)}, when first made"
-        lines.append(f"{phase} also needs the teacher: {spent}; cache {cache} here")
+        lines.append(f"{phase} also needs the teacher: {spent}; cache {' and '.join(sorted(uses, reverse=True))} here")
     if any(len(summary.passed) > 1 for summary in summaries):
         lines.append("×2, 2 of 3 seeds: figures are means over two; ±: their standard deviation")
     return lines + render_failures(records)
