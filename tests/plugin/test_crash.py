@@ -1,5 +1,6 @@
 """Nothing is lost when a session dies."""
 
+import functools
 import json
 import os
 import pty
@@ -35,8 +36,10 @@ STUDY = """
 
 
 def run(pytester, data_folder, *arguments):
+    """In a process that hears Ctrl-C, which one does not that a shell's script has started in the background."""
     command = [sys.executable, "-m", "pytest", "-m", "tiny", f"--peft-data={data_folder}", *arguments]
-    return subprocess.run(command, cwd=pytester.path, capture_output=True, text=True, check=False)
+    hear = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.run(command, cwd=pytester.path, capture_output=True, text=True, check=False, preexec_fn=hear)
 
 
 def test_after_sigkill_the_records_before_are_whole_and_resume_runs_the_rest(pytester, data_folder, records):
