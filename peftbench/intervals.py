@@ -32,7 +32,7 @@ def wilson_interval(hits: float, n: int, *, z: float = NORMAL_LIMIT) -> tuple[fl
     share, spread = hits / n, z * z / n
     centre = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))  # it has the share in spite of rounding
 
 
 def estimate(value: float, sources: Sequence[tuple[float, float]], *, p: float | None = None) -> Estimate:

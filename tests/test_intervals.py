@@ -27,7 +27,12 @@ def test_wilsons_interval_matches_scipy(n, data):
     reference = binomtest(hits, n).proportion_ci(confidence_level=0.95, method="wilson")
     low, high = wilson_interval(hits, n)
     assert (pytest.approx(reference.low, abs=1e-9), pytest.approx(reference.high, abs=1e-9)) == (low, high)
-    assert 0.0 <= low <= hits / n + 1e-12 and hits / n - 1e-12 <= high <= 1.0
+    assert 0.0 <= low <= hits / n <= high <= 1.0
+
+
+def test_wilsons_interval_has_the_share_in_it():
+    """None and all, too, where rounding alone would leave it out: error bars are not negative."""
+    assert all(wilson_interval(n, n)[1] == 1.0 and wilson_interval(0, n)[0] == 0.0 for n in range(1, 3000))
 
 
 FREEDOM = st.floats(0, math.log(MOST_FREEDOM)).map(math.exp)
