@@ -127,7 +127,6 @@ class Session:
         self.unreadable: set[str] = set()
         self.unpublished: list[str] = []
         self.records: list[Record] = []
-        self._learned: set[Path] = set()
         self.reported: set[bool] = set()  # of what there were reports: cases, True, and other tests, False
         self.bases: list[Side] = []
         self.comparison: list[Row] = []
@@ -276,7 +275,7 @@ class Session:
         from peftbench.gates import judge
         from peftbench.history import Side, doubts
 
-        records = [read_record(path) for path in dict.fromkeys(self.record_paths)]
+        records = [read_record(path) for path in self.record_paths]
         scales = {record.scale for record in records}
         self.bases = [side for side in self.bases if side.records[0].scale in scales]
         self.choose_bases(scales - {record.scale for side in self.bases for record in side.records})
@@ -292,18 +291,17 @@ class Session:
         return self.judgement.status if self.options.gates else 0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Learn of records, also from the workers of pytest-xdist, and publish them."""
+        """Learn of records that other processes have written: of workers of pytest-xdist, and of earlier runs."""
         self.reported.add(any(name == "peftbench_case" for name, _ in report.user_properties))
-        if report.when != "call" or self.is_worker:
+        if report.when != "call":
             return
         for path in [Path(str(value)) for name, value in report.user_properties if name == "peftbench_record"]:
             self.learn(path)
 
     def learn(self, path: Path) -> None:
-        """Take a record into the session's, and publish it."""
-        if path in self._learned:
+        """Take a record into the session's, once, and publish it; of a worker's the main process learns."""
+        if self.is_worker or path in self.record_paths:
             return
-        self._learned.add(path)
         self.record_paths.append(path)
         try:
             self.publish(read_record(path))
@@ -537,7 +535,7 @@ def _keep(item: pytest.Item, error: BaseException | None = None) -> str | None:
             benchmark.extra_info["peftbench"] = record.to_json()
     except (OSError, ValueError) as problem:
         return f"peftbench could not write the record: {problem}"
-    session.record_paths.append(path)
+    session.learn(path)  # now, as pytest makes no report of a test that was interrupted
     item.user_properties.append(("peftbench_record", str(path)))
     return None
 
@@ -548,8 +546,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     own = session.config.stash.get(SESSION, None)
     if own is None or own.is_worker:
         return
-    for path in [*own.record_paths]:  # of what was interrupted pytest has made no report
-        own.learn(path)
     status = 1 if own.unpublished else 0
     asked = True in own.reported or (own.reported and session.config.getoption("peft_fail"))
     if own.options.compare and (own.record_paths or (own.options.gates and asked)):
@@ -568,9 +564,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     session = config.stash[SESSION]
-    paths = list(dict.fromkeys(session.record_paths))
     records = []
-    for path in paths:
+    for path in session.record_paths:
         try:
             records.append(read_record(path))
         except RecordError as error:
@@ -598,7 +593,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(printable(problem), red=True)
     for problem in sorted(session.unreadable):
         terminalreporter.write_line(printable(f"left out of the history: {problem}"), yellow=True)
-    for folder in dict.fromkeys(path.parent for path in paths):
+    for folder in dict.fromkeys(path.parent for path in session.record_paths):
         terminalreporter.write_line(f"records: {os.path.relpath(folder)}")
 
 

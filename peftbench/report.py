@@ -395,7 +395,7 @@ def _notes(summaries: Sequence[Summary]) -> list[str]:
         spent = f"tuning {render_duration(training)}, logits {render_duration(logits)}, when first made"
         lines.append(f"{phase} also needs the teacher: {spent}; cache {' and '.join(sorted(uses, reverse=True))} here")
     if any(len(summary.passed) > 1 for summary in summaries):
-        lines.append("×2, 2 of 3 seeds: figures are means over two; ±: their standard deviation")
+        lines.append("×N, N of M seeds: figures are means over N seeds; ±: their standard deviation")
     return lines + render_failures(records)
 
 

@@ -73,7 +73,7 @@ class Summary:
         square = sum((one & other).bit_count() for one in wrong for other in wrong) / len(wrong) ** 2 / n
         over_examples = max(0.0, square - statistics.fmean(rates) ** 2) / n
         over_seeds = statistics.variance(rates) / len(rates)
-        if not over_examples + over_seeds:  # all examples alike, such as all right, of which more would not all be
+        if not over_examples + over_seeds:  # all right or all wrong, which does not make it certain that others would be
             return wilson_interval(n - wrong[0].bit_count(), n)
         low, high = estimate(1 - statistics.fmean(rates), [(over_examples, n - 1), (over_seeds, len(rates) - 1)]).ci95
         return max(0.0, low), min(1.0, high)
