@@ -466,7 +466,7 @@ def test_a_phase_is_the_loop_that_its_numbers_say(fresh, monkeypatch, changes):
     assert expected.keys() == trained.keys()
     for name, parameter in expected.items():
         if re.search(r"(key|k_lin)\.(base_layer\.)?bias$", name):
-            # Softmax does not see it: its gradient is rounding, of which AdamW makes steps of full size where it trains; it begins at 0.
+            # Softmax does not see it: its gradient is rounding, which AdamW makes full steps of, from zero, where it trains.
             assert trained[name].any() == parameter.any(), name
             continue
         torch.testing.assert_close(trained[name], parameter, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
