@@ -7,7 +7,6 @@ real run and counts their arithmetic. It needs the data, some 5 GiB of memory an
 
 import dataclasses
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from peftbench.data import draw, read_glue_folder
 from peftbench.kernels import ONEDNN_LINEAR
 from peftbench.models import load_tokenizer, locate, save_classifier
 from peftbench.phases import LORA, SCALES, Distillation, Phase, Pretrained
+from peftbench.plugin import SESSION
 from peftbench.records import Store
 from peftbench.runner import Settings, Workbench, plan_phases, run_phase
 
@@ -53,17 +53,16 @@ PHASES = [
 @pytest.fixture(scope="session")
 def bench(pytestconfig, tmp_path_factory):
     """The thesis scale over checkpoints made here, a thousand training sentences and a few to evaluate."""
-    given = pytestconfig.getoption("peft_data")
-    if not given:
-        raise pytest.UsageError("benchmarks/full_size.py needs --peft-data DIR, real sentences in GLUE's format")
+    options = pytestconfig.stash[SESSION].options
+    if not options.data:
+        pytest.fail("benchmarks/full_size.py needs --peft-data DIR, real sentences in GLUE's format", pytrace=False)
     folder = tmp_path_factory.mktemp("full_size")
-    splits = read_glue_folder(Path(given))
+    splits = read_glue_folder(options.data)
     for split, rows in ((splits.train, 1000), (splits.dev, 32), (splits.test, 32)):
         some = draw(split, rows)
         lines = [f"{sentence}\t{label}\n" for sentence, label in zip(some.sentences, some.labels, strict=True)]
         (folder / f"{split.name}.tsv").write_text("sentence\tlabel\n" + "".join(lines), "utf-8")
-    outputs = Path(pytestconfig.getoption("peft_outputs") or "outputs").absolute()
-    words = locate(Pretrained(source=str(asset_path(ENCODER, Store(outputs, "mini").assets))), fetch=None)
+    words = locate(Pretrained(source=str(asset_path(ENCODER, Store(options.outputs, "mini").assets))), fetch=None)
     for name, config in CONFIGS.items():
         torch.manual_seed(0)
         save_classifier(AutoModelForSequenceClassification.from_config(config), load_tokenizer(words), folder / name)

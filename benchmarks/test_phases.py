@@ -11,6 +11,8 @@ MINI_LORA = {**LORA, **POOLER}
 LINEAR = ["query", "key", "value", "output.dense", "intermediate.dense"]
 TINY_LORA = {**LORA, **POOLER, "lora_alpha": 32, "lora_dropout": 0.0}
 
+pytestmark = pytest.mark.filterwarnings("default")  # hours of training do not end at what a library deprecates
+
 PHASES = [
     Phase(id="A-teacher", role="teacher", kd_subsets=(1000, 500)),
     Phase(

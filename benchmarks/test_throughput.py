@@ -15,15 +15,16 @@ from pathlib import Path
 import pytest
 from tabulate import tabulate
 
+from peftbench.plugin import SESSION
 from peftbench.records import Store
 from peftbench.sealed import lock, write_atomically
 
-pytestmark = pytest.mark.peer
+pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("default")]
 
 EXAMPLES, TINY_EXAMPLES, BATCH = 256, 32, 16
 ROUNDS = 3
 AHEAD = 1.4
-"""How many times as fast as a tuned Trainer the loop must be at least."""
+"""How many times as fast as a tuned Trainer the loop must be at least on a CPU; on a GPU it was not measured."""
 CONTENDERS = {
     "full": ("notebook", "tuned", "peftbench"),
     "lora": ("notebook", "tuned", "peftbench"),
@@ -36,7 +37,7 @@ MIB = 2**20
 def pytest_generate_tests(metafunc):
     """The scale's own data and, where it is given, the folder's."""
     if "source" in metafunc.fixturenames:
-        given = metafunc.config.getoption("peft_data") or metafunc.config.getini("peft_data")
+        given = metafunc.config.stash[SESSION].options.data
         metafunc.parametrize("source", ["own", "folder"] if given else ["own"])
 
 
@@ -93,6 +94,8 @@ def test_peftbench_is_ahead_of_a_tuned_trainer(source, method, precision, peft_s
     from peftbench.device import Device  # here, so that collecting the phases beside this file imports no torch
 
     settings = peft_workbench.settings
+    if settings.workers > 1:
+        pytest.skip("contenders need the machine to themselves; run this without other workers beside it")
     if precision == "native":
         precision = Device.choose(settings.device).precision
         if precision == "fp32":
@@ -120,7 +123,7 @@ def test_peftbench_is_ahead_of_a_tuned_trainer(source, method, precision, peft_s
             "contender": name,
             **summarize([examples / one["seconds"] for one in measured]),
             "peak_memory_bytes": measured[0]["peak_memory_bytes"],  # before the process held the operands of a replay
-            "matrix_share": statistics.median(one["matrix_seconds"] / one["seconds"] for one in measured),
+            "matrix_share": share_of_products(measured),
             "updates": measured[0]["updates"],
             "run_id": settings.run_id,
         }
@@ -130,7 +133,7 @@ def test_peftbench_is_ahead_of_a_tuned_trainer(source, method, precision, peft_s
     publish(Store(settings.outputs, peft_scale.name).root / "reports" / "throughput.json", cell, rows)
     assert {one["updates"] for measured in rounds.values() for one in measured} == {examples // BATCH}
     medians = {row["contender"]: row["examples_per_second"] for row in rows}
-    if peft_scale.name != "tiny":  # whose matrices are too small to tell
+    if peft_scale.name != "tiny" and peft_workbench.device.kind == "cpu":  # tiny matrices are too small to tell
         assert medians["peftbench"] >= AHEAD * medians["tuned"]
         assert medians["peftbench"] > medians["notebook"]
         peaks = {row["contender"]: row["peak_memory_bytes"] for row in rows}
@@ -141,6 +144,12 @@ def summarize(rates):
     """Median, number and relative range of examples per second."""
     median = statistics.median(rates)
     return {"examples_per_second": median, "rounds": len(rates), "spread": (max(rates) - min(rates)) / median}
+
+
+def share_of_products(measured):
+    """Median share of a round that its matrix products take alone; None where they were not run alone."""
+    shares = [one["matrix_seconds"] / one["seconds"] for one in measured if one["matrix_seconds"] is not None]
+    return statistics.median(shares) if shares else None
 
 
 def publish(path, cell, rows):
@@ -164,7 +173,7 @@ def render(rows):
                 f"{100 * row['spread']:.0f}%",
                 f"{ours[cell_of(row)] / row['examples_per_second']:.2f} ×",
                 f"{row['peak_memory_bytes'] / MIB:.0f} MiB",
-                f"{100 * row['matrix_share']:.0f}%",
+                "-" if row["matrix_share"] is None else f"{100 * row['matrix_share']:.0f}%",
             ]
             for row in rows
         ],

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from peftbench.errors import PeftbenchError
 from peftbench.sealed import building, file_sha256, lock, unseal
 
 
-class AssetError(Exception):
+class AssetError(PeftbenchError):
     """An asset could not be provided; the message says how to do it by hand."""
 
 

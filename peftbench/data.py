@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from peftbench.assets import say
+from peftbench.errors import PeftbenchError
 from peftbench.hub import snapshot
 from peftbench.phases import DATA_SEED, DataSource
 
@@ -22,7 +23,7 @@ GLUE = "nyu-mll/glue"
 LABELLED_TEST = "SetFit/sst2"
 
 
-class DataError(ValueError):
+class DataError(PeftbenchError, ValueError):
     """The data cannot be used as they are; the message names the file or split and what to do."""
 
 

@@ -6,10 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
+from peftbench.errors import PeftbenchError
 from peftbench.phases import PRECISIONS
 
 
-class DoesNotFit(RuntimeError):  # noqa: N818 - a state, not a mistake
+class DeviceError(PeftbenchError, ValueError):
+    """A device or a precision that cannot be had here."""
+
+
+class DoesNotFit(PeftbenchError, RuntimeError):  # noqa: N818 - a state, not a mistake
     """Not even one example at a time fits the device's memory."""
 
 
@@ -45,7 +50,7 @@ class Device:
         Resolve the two options on this machine.
 
         Raises:
-            ValueError: If the device is unknown or absent, or the precision is unknown or cannot run on it.
+            DeviceError: If the device is unknown or absent, or the precision is unknown or cannot run on it.
         """
         if device == "auto":
             name, why = ("cuda", "CUDA is available") if torch.cuda.is_available() else ("cpu", "no CUDA here")
@@ -56,13 +61,13 @@ class Device:
             torch.empty(1, device=name)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-            raise ValueError(f"device must be one torch can use here, such as cpu or cuda, got {device!r}: {reason}") from error
+            raise DeviceError(f"device must be one torch can use here, such as cpu or cuda, got {device!r}: {reason}") from error
         if kind not in ("cpu", "cuda"):  # on others nothing was tried; fused AdamW does not clip gradients on all of them
-            raise ValueError(f"device must be cpu, cuda or one of several such as cuda:1, got {device!r}")
+            raise DeviceError(f"device must be cpu, cuda or one of several such as cuda:1, got {device!r}")
         if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+            raise DeviceError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         if precision == "fp16" and kind != "cuda":
-            raise ValueError(f"precision fp16 needs a CUDA device, got {name}; use bf16 or fp32")
+            raise DeviceError(f"precision fp16 needs a CUDA device, got {name}; use bf16 or fp32")
         if precision != "auto":
             return cls(name=name, precision=precision, why=f"{why}; precision as asked")
         chosen, reason = _native_precision(name)
@@ -89,9 +94,15 @@ class Device:
         return torch.autocast(self.kind, self.dtype if reduced else torch.bfloat16, enabled=reduced)
 
     def set_up(self) -> None:
-        """Let fp32 products that a 16-bit precision leaves use TF32, where the chip has it; fp32 on request stays exact."""
+        """
+        Choose how a GPU computes.
+
+        fp32 products that a 16-bit precision leaves use TF32, where the chip has it; fp32 on request stays exact. Attention is left
+        to kernels that take any shape at once.
+        """
         if self.kind == "cuda":
             torch.set_float32_matmul_precision("highest" if self.precision == "fp32" else "high")
+            torch.backends.cuda.enable_cudnn_sdp(False)  # which plans each shape of rows anew
 
     def free_memory(self) -> int | None:
         """Bytes that a model could still take, or None where the operating system is left to decide."""

@@ -42,22 +42,25 @@ class Gate:
     written: str
 
     @classmethod
-    def from_text(cls, text: str) -> "Gate":
+    def from_text(cls, text: str, option: str = "--fail") -> "Gate":
         """
         ``METRIC:LIMIT`` as pytest-benchmark has it: ``train_runtime_seconds:20%``, ``latency_ms:0.5ms``, ``accuracy:0.5pt``.
+
+        Args:
+            option: That gave it, for the message.
 
         Raises:
             ValueError: Naming what was got and what is allowed.
         """
         name, _, limit = text.partition(":")
         if name not in METRICS:
-            raise ValueError(f"--fail must name one of {', '.join(METRICS)}, got {text!r}")
+            raise ValueError(f"{option} must name one of {', '.join(METRICS)}, got {text!r}")
         metric, found = METRICS[name], _LIMIT.fullmatch(limit)
         units = {**_UNITS.get(metric.unit, {"": 1.0}), "%": 0.01}
         number = float(found["number"]) * units[found["unit"]] if found and found["unit"] in units else None
         if found is None or number is None or not math.isfinite(number) or (not metric.unit and number > 1):
             written = ", ".join(f"5{unit}" for unit in units)
-            raise ValueError(f"--fail {name}: the limit must be written as {written} (of the base); got {limit!r}")
+            raise ValueError(f"{option} {name}: the limit must be written as {written} (of the base); got {limit!r}")
         return cls(metric, number, found["unit"] == "%", limit)
 
     def breaks(self, row: Row, *, strict: bool) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from peftbench.compare import Sample, judge_quality, judge_runs, other_memory_before
+from peftbench.errors import PeftbenchError
 from peftbench.metrics import Metric
 from peftbench.records import RESUMED, Record, RecordError, decode_json, decode_record, read_content, read_record, uncollected
 from peftbench.verdicts import Point
@@ -19,7 +20,7 @@ LEVEL = 0.01
 """Of a shift's p-value: a history asks at every commit."""
 
 
-class HistoryError(ValueError):
+class HistoryError(PeftbenchError, ValueError):
     """What was asked for names no records."""
 
 

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from peftbench.assets import say
+from peftbench.errors import PeftbenchError
 
 Kind = Literal["model", "dataset"]
 
@@ -28,7 +29,7 @@ LONGEST_PAUSE = 300.0
 BUSY = (408, 429, 500, 502, 503, 504)
 
 
-class HubError(OSError):
+class HubError(PeftbenchError, OSError):
     """A repository cannot be had from the Hub; the message says why and what to do."""
 
 

@@ -39,7 +39,11 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RowEmbedding(nn.Embedding):
-    """`torch.nn.Embedding` that adds to the gradient's rows in place, where autograd makes a gradient of the whole weight first."""
+    """
+    `torch.nn.Embedding` that can leave out the rows that nothing looks up.
+
+    On a CPU it also adds to the gradient's rows in place, where autograd makes a gradient of the whole weight first.
+    """
 
     _row_of: Tensor | None = None
 
@@ -47,7 +51,7 @@ class RowEmbedding(nn.Embedding):
         """Rows of the weight: ids of shape (…) give (…, width)."""
         if self._row_of is not None:
             ids = self._row_of[ids]
-        if not (torch.is_grad_enabled() and self.weight.requires_grad):
+        if self.weight.device.type != "cpu" or not (torch.is_grad_enabled() and self.weight.requires_grad):
             return super().forward(ids)
         rows: Tensor = _Lookup.apply(self.weight, ids, self)  # type: ignore[no-untyped-call]
         return rows
@@ -61,9 +65,10 @@ class RowEmbedding(nn.Embedding):
         """
         whole, padding = self.weight.data, self.padding_idx
         used = torch.unique(ids if padding is None else torch.cat([ids, torch.tensor([padding])]))
-        self._row_of = torch.full((len(whole),), len(whole))  # an id that was not announced is out of range
-        self._row_of[used] = torch.arange(len(used))
-        self.padding_idx = None if padding is None else int(self._row_of[padding])
+        row_of = torch.full((len(whole),), len(whole))  # an id that was not announced is out of range
+        row_of[used] = torch.arange(len(used))
+        self.padding_idx = None if padding is None else int(row_of[padding])
+        used, self._row_of = used.to(whole.device), row_of.to(whole.device)
         self.weight.data = whole[used]
         try:
             yield
@@ -171,6 +176,13 @@ def economize(model: nn.Module) -> None:
             module.__class__ = Linear
 
 
+def economize_words(model: nn.Module) -> None:
+    """Let a trained word embedding be narrowed by `only_words`, in place: what `economize` does to it, for a GPU."""
+    words = model.get_input_embeddings()  # type: ignore[operator]
+    if type(words) is nn.Embedding and words.weight.requires_grad and not _has_special_gradient(words):
+        words.__class__ = RowEmbedding
+
+
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """
     Keep the linear layers that do not train in the type that autocast would convert them to in every step, in place.
@@ -193,7 +205,7 @@ def _adds_only(layer: nn.Module) -> bool:
 
 @contextmanager
 def only_words(model: nn.Module, ids: Tensor) -> Iterator[None]:
-    """Have the trained word embedding of an economized model hold only the rows of these ids; see `RowEmbedding.narrowed`."""
+    """Have an economized word embedding that trains hold only the rows of these ids; see `RowEmbedding.narrowed`."""
     words = model.get_input_embeddings()  # type: ignore[operator]
     with words.narrowed(ids) if isinstance(words, RowEmbedding) else nullcontext():
         yield

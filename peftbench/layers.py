@@ -61,7 +61,7 @@ class PackedBertLayer(BertLayer):  # type: ignore[misc]
         if spans is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
         within, mix = self.attention.self, self.attention.output
-        tokens = hidden_states[0]  # (T, E): a plain matrix has no views to keep account of
+        tokens = hidden_states.view(-1, hidden_states.shape[-1])  # (T, E)
         x = tokens.index_select(0, spans.starts) if self.firsts_alone else tokens
         query, key, value = _project(x, tokens, within.query, within.key, within.value)
         attended = _attend(query, key, value, spans, self.firsts_alone, within.num_attention_heads, within.dropout)
@@ -80,7 +80,7 @@ class PackedDistilBertLayer(TransformerBlock):  # type: ignore[misc]
         if spans is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
         within, feed = self.attention, self.ffn
-        tokens = hidden_states[0]  # (T, E)
+        tokens = hidden_states.view(-1, hidden_states.shape[-1])  # (T, E)
         x = tokens.index_select(0, spans.starts) if self.firsts_alone else tokens
         query, key, value = _project(x, tokens, within.q_lin, within.k_lin, within.v_lin)
         attended = _attend(query, key, value, spans, self.firsts_alone, within.n_heads, within.dropout)
@@ -117,7 +117,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, spans: Spans, firsts_alon
         return attend(query, key, value, queries.indices(heads), keys.indices(heads), queries.bias, dropout)
     q = queries.spread(query.view(-1, heads, size))
     k, v = (keys.spread(x.view(-1, heads, size)) for x in (key, value))
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=queries.bias.to(q.dtype), dropout_p=rate)
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=queries.bias_in(q.dtype), dropout_p=rate)
     return queries.collect(attended).view(query.shape)
 
 

@@ -25,6 +25,7 @@ from transformers import (
 
 from peftbench.assets import ASSETS, Asset, say
 from peftbench.data import grammar_words
+from peftbench.errors import PeftbenchError
 from peftbench.hub import snapshot
 from peftbench.phases import Phase, Pretrained, Untrained
 from peftbench.sealed import file_sha256, fingerprint
@@ -50,7 +51,7 @@ TOKENIZER_FILES = frozenset(("tokenizer.json", "vocab.txt"))
 Fetch = Callable[[Asset], Path]
 
 
-class ModelError(ValueError):
+class ModelError(PeftbenchError, ValueError):
     """A checkpoint or an adapter configuration cannot be used as asked."""
 
 
@@ -247,7 +248,7 @@ def _adapt(model: nn.Module, phase: Phase) -> nn.Module:
             adapted: nn.Module = get_peft_model(
                 model, get_peft_config({"task_type": TaskType.SEQ_CLS, "modules_to_save": head, **peft})
             )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:  # as of an outdated torchao beside peft
         raise ModelError(f"{phase.id}: peft cannot apply {peft}: {type(error).__name__}: {error}") from error
     config: Any = adapted.active_peft_config
     if config.peft_type == "ADALORA" or getattr(config, "use_asa", False):

@@ -58,20 +58,28 @@ class Cells:
 
     def __init__(self, item_of_cell: Tensor, cell_of_item: Tensor, bias: Tensor, device: str) -> None:
         """Shapes (R, C), where a cell that is not used names any item, and (N,); all on the CPU, the results on the device."""
-        self._item_of_cell, self._cell_of_item, self.bias = (x.to(device) for x in (item_of_cell, cell_of_item, bias))
+        self._item_of_cell, self._cell_of_item, self.bias = (
+            x.to(device, non_blocking=True) for x in (item_of_cell, cell_of_item, bias)
+        )
+        self._bias_in = {self.bias.dtype: self.bias}
         self._indices: dict[int, tuple[Tensor, Tensor]] = {}
 
     def spread(self, items: Tensor) -> Tensor:
         """(N, H, D) → (R, H, C, D); what an unused cell holds does not matter, and nothing flows back from it."""
-        heads, size = items.shape[1:]
-        spread: Tensor = _Spread.apply(items.reshape(-1, size), *self.indices(heads))  # type: ignore[no-untyped-call]
-        return spread.view(-1, heads, self._item_of_cell.shape[1], size)
+        rows: Tensor = _Spread.apply(items.flatten(1), self._item_of_cell.flatten(), self._cell_of_item)  # type: ignore[no-untyped-call]
+        return rows.view(*self._item_of_cell.shape, *items.shape[1:]).transpose(1, 2)
 
     def collect(self, cells: Tensor) -> Tensor:
         """(R, H, C, D) → (N, H, D)."""
-        heads, _, size = cells.shape[1:]
-        collected: Tensor = _Collect.apply(cells.reshape(-1, size), self.indices(heads)[1])  # type: ignore[no-untyped-call]
-        return collected.view(-1, heads, size)
+        rows = cells.transpose(1, 2).reshape(self._item_of_cell.numel(), -1)
+        collected: Tensor = _Collect.apply(rows, self._cell_of_item)  # type: ignore[no-untyped-call]
+        return collected.view(-1, cells.shape[1], cells.shape[3])
+
+    def bias_in(self, dtype: torch.dtype) -> Tensor:
+        """The bias in that type of number, converted once for all layers."""
+        if dtype not in self._bias_in:
+            self._bias_in[dtype] = self.bias.to(dtype)
+        return self._bias_in[dtype]
 
     def indices(self, heads: int) -> tuple[Tensor, Tensor]:
         """The row of (N · H, D) that each cell of (R · H · C, D) takes, and the cell of each row: shapes (R · H · C,), (N · H,)."""
@@ -118,7 +126,7 @@ class Spans:
         bias = torch.zeros(apart.shape).masked_fill_(apart | unused, -math.inf)[:, None]
 
         # All of it is known from the lengths alone: a device is given the results and never asked for one.
-        self.starts, self.positions = start[: len(lengths)].to(device), position.to(device)
+        self.starts, self.positions = (x.to(device, non_blocking=True) for x in (start[: len(lengths)], position))
         self.tokens = Cells(token, cell, bias, device)
         row, column, order = row[: len(lengths)], column[: len(lengths)], order[: len(lengths)]
         most = int(order.max()) + 1
@@ -168,15 +176,16 @@ def make_batch(encoded: Encoded, rows: Sequence[int], device: str, *, packed: bo
     if packed:
         spans = Spans([len(t) for t in tokens], device)
         inputs = {
-            "input_ids": torch.cat([*tokens, tokens[0][:1].expand(spans.filling)]).to(device)[None],  # (1, T)
+            "input_ids": torch.cat([*tokens, tokens[0][:1].expand(spans.filling)]).to(device, non_blocking=True)[None],  # (1, T)
             "position_ids": spans.positions[None],  # (1, T)
             "spans": spans,
         }
     else:
         lengths = torch.tensor([len(t) for t in tokens])
-        ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(device)  # (B, longest)
-        inputs = {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)}
-    return Batch(index, encoded.labels[index].to(device), inputs, sum(len(t) for t in tokens))
+        ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)  # (B, longest)
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        inputs = {"input_ids": ids.to(device, non_blocking=True), "attention_mask": mask.to(device, non_blocking=True)}
+    return Batch(index, encoded.labels[index].to(device, non_blocking=True), inputs, sum(len(t) for t in tokens))
 
 
 def shuffled_rows(n: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:

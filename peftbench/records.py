@@ -3,11 +3,13 @@
 import base64
 import dataclasses
 import gc
+import glob
 import json
 import os
 import re
 import reprlib
 import secrets
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
 
+from peftbench.errors import PeftbenchError
 from peftbench.phases import KD_MAX_LENGTH, Phase
 from peftbench.sealed import write_atomically
 
@@ -61,7 +64,11 @@ _read_open = attrgetter(*_OPEN)
 _read_measured = attrgetter(*_MEASURED)
 
 
-class RecordError(ValueError):
+class OutputsError(PeftbenchError, OSError):
+    """Results cannot be written where they were asked for."""
+
+
+class RecordError(PeftbenchError, ValueError):
     """A file is not a record that this version can read."""
 
 
@@ -455,7 +462,7 @@ class Store:
         Try to write before hours are spent.
 
         Raises:
-            OSError: If the folder cannot be made or written, naming it and the option.
+            OutputsError: If the folder cannot be made or written, naming it and the option.
         """
         parts = [folder for name in ("runs", "reports", "kd", "cache") if (folder := self.root / name).exists()]
         for folder in (self.root, *parts):
@@ -464,7 +471,7 @@ class Store:
                 write_atomically(probe, "")
                 probe.unlink()
             except OSError as error:
-                raise OSError(
+                raise OutputsError(
                     f"cannot write to the outputs folder {folder}: {error.strerror or error}; "
                     "give a folder that can be written with --peft-outputs DIR"
                 ) from error
@@ -473,9 +480,13 @@ class Store:
         """A case of a run."""
         return self.runs / record.run_id / f"{record.case}.json"
 
-    def save(self, record: Record) -> Path:
+    def save(self, record: Record, *, another_attempt: bool = False) -> Path:
         """
         Add a record to the history, whole or not at all.
+
+        Args:
+            another_attempt: At a case that the run has a record of, as of a plugin that runs failed tests again; the earlier
+                record stays beside it under another name, which nothing reads.
 
         Raises:
             RecordError: If it could not be read again, or the run has a record of that case already; history is never replaced.
@@ -483,7 +494,10 @@ class Store:
         path = self.record_path(record)
         content = json.dumps(record.to_json(), indent=1) + "\n"
         decode_record(content.encode())
-        if path.exists():
+        if path.exists() and another_attempt:
+            attempts = len(list(path.parent.glob(f"{glob.escape(path.name)}.attempt-*")))
+            shutil.copy2(path, path.with_name(f"{path.name}.attempt-{attempts + 1}"))
+        elif path.exists():
             raise RecordError(
                 f"{path} exists: {record.phase_id} with seed {record.seed} has run already in this run; "
                 "if that was another phase, give one of them another id"

@@ -32,7 +32,7 @@ from peftbench.distill import (
     read_subset,
 )
 from peftbench.evaluation import METRICS_VERSION, latency_ms, score
-from peftbench.kernels import cast_frozen, economize, only_words, retain_memory
+from peftbench.kernels import cast_frozen, economize, economize_words, only_words, retain_memory
 from peftbench.layers import make_packable
 from peftbench.measure import PeakMemory, Stopwatch, describe_machine, describe_versions
 from peftbench.models import (
@@ -193,8 +193,10 @@ class Workbench:
             torch.set_num_threads(self.threads)
             retain_memory()
             economize(model)
-        elif self.device.casts_frozen:
-            cast_frozen(model, self.device.dtype)
+        else:
+            economize_words(model)
+            if self.device.casts_frozen:
+                cast_frozen(model, self.device.dtype)
         self.device.set_up()
         try:
             return model.to(self.device.name), packed
@@ -375,7 +377,7 @@ def train(
         logits = model(**batch.inputs).logits.float()  # (B, 2)
         if targets is None or phase.distillation is None:
             return F.cross_entropy(logits, batch.labels)
-        return kd_loss(logits, targets[batch.rows], batch.labels, phase.distillation)
+        return kd_loss(logits, targets[batch.rows.to(targets.device, non_blocking=True)], batch.labels, phase.distillation)
 
     def accuracy(on: Encoded) -> float:
         return float((predict(model, on, device, packed=packed).argmax(dim=1) == on.labels).float().mean())

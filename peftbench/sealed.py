@@ -12,10 +12,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from peftbench.errors import PeftbenchError
+
 MANIFEST = "manifest.json"
 
 
-class CorruptError(Exception):
+class CorruptError(PeftbenchError):
     """What lies on disk is not what was once written there."""
 
 

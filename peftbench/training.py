@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftbench.device import Device, DoesNotFit, is_out_of_memory
+from peftbench.errors import PeftbenchError
 from peftbench.measure import Stopwatch
 from peftbench.packing import Batch
 from peftbench.records import MemoryUse
@@ -17,7 +18,7 @@ from peftbench.records import MemoryUse
 CURVE_POINTS = 50
 
 
-class TrainingDiverged(RuntimeError):  # noqa: N818 - a state, not a mistake
+class TrainingDiverged(PeftbenchError, RuntimeError):  # noqa: N818 - a state, not a mistake
     """The loss is no longer a finite number."""
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from peftbench import kernels
 from peftbench.dropout import Dropout
-from peftbench.kernels import LayerNorm, Linear, RowEmbedding, cast_frozen, economize, only_words, project
+from peftbench.kernels import LayerNorm, Linear, RowEmbedding, cast_frozen, economize, economize_words, only_words, project
 from peftbench.models import prepare
 from peftbench.phases import Phase
 
@@ -281,6 +281,17 @@ def test_row_embedding_without_gradient_is_a_plain_lookup(frozen):
         out = rows(torch.tensor([[1, 3]]))
     assert not out.requires_grad
     assert torch.equal(rows.weight[[1, 3]][None], out)
+
+
+def test_row_embedding_on_another_device_is_embedding():
+    """It looks up and learns as torch has it; only the rows that occur are there, and get a gradient."""
+    model = Words(padding_idx=0).to("meta")
+    economize_words(model)
+    assert RowEmbedding is type(model.words)
+    with only_words(model, torch.tensor([1, 2, 2])):
+        model(torch.tensor([1, 2], device="meta")).backward()
+        assert (3, 3) == tuple(model.words.weight.shape) == tuple(model.words.weight.grad.shape)
+    assert (10, 3) == tuple(model.words.weight.shape)
 
 
 class Words(nn.Module):

@@ -66,6 +66,24 @@ def test_workers_of_xdist_write_one_run(study, records, pytester, data_folder):
         assert [7, 8] == report["seeds"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--peft-device=abacus"], "DeviceError: device must be one torch can use here, such as cpu or cuda, got 'abacus'"),
+        (["--peft-outputs=occupied"], "OutputsError: cannot write to the outputs folder"),
+    ],
+)
+def test_what_workers_of_xdist_cannot_use_fails_their_cases_before_training(study, pytester, data_folder, arguments, message):
+    """In one line each, as the session that they work for does not collect and cannot know."""
+    study("--collect-only", "-q")
+    pytester.makefile("", occupied="a file")
+    done = in_two_workers(pytester, data_folder, "-k", "small", *arguments)
+    assert 1 == done.returncode, done.stdout + done.stderr
+    assert message in done.stdout
+    assert "Traceback" not in done.stdout
+    assert "1 error" in done.stdout
+
+
 def test_a_gate_judges_what_workers_of_xdist_measured(study, pytester, data_folder):
     """By what the base was before they began; a base that is none is said before they do."""
     gate = ["-k", "small", "--peft-fail", "accuracy:1pt", "--peft-compare"]
@@ -88,9 +106,9 @@ def test_phases_of_one_letter_in_two_workers_are_said(pytester):
         properties = [("peftbench_case", True), ("peftbench_record", str(path))]
         report = pytest.TestReport("x", ("x", 0, "x"), {}, "passed", None, "call", user_properties=properties)
         session.pytest_runtest_logreport(report)
-    assert [
-        "the report of S-two-mini-s42 was not written: phases S-two and S-one would share it; rename one"
-    ] == session.unpublished
+    assert ["the report of S-two-mini-s42 was not written: phases S-two and S-one would share it; rename one"] == list(
+        session.unpublished.values()
+    )
     assert "one" == json.loads(store.report_path("S").read_text())["name"]
 
 

@@ -158,6 +158,45 @@ def test_however_a_test_ends_there_is_one_record(pytester, data_folder, records,
     assert "S-small" in result.stdout.str().partition("= peftbench =")[2]
 
 
+def test_a_failed_test_that_is_run_again_leaves_its_last_attempt(pytester, data_folder, records):
+    """As pytest-rerunfailures does it: the record and the report are of the attempt that passed, the first one stays beside it."""
+    pytester.makeconftest("""
+        import pytest
+        from _pytest.runner import runtestprotocol
+
+        @pytest.hookimpl(tryfirst=True)
+        def pytest_runtest_protocol(item, nextitem):
+            item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+            for attempt in (1, 2):
+                item._initrequest()
+                reports = runtestprotocol(item, nextitem=nextitem, log=False)
+                if attempt == 1:
+                    for report in reports:
+                        report.outcome = "passed"
+                for report in reports:
+                    item.ihook.pytest_runtest_logreport(report=report)
+            return True
+    """)
+    pytester.makepyfile("""
+        from peftbench.phases import Phase
+        attempts = []
+
+        def test_phase(run_phase):
+            run_phase(Phase(id="S-small", role="student", subset=16, epochs=1))
+            attempts.append(1)
+            assert len(attempts) == 2
+    """)
+    result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={data_folder}")
+    assert pytest.ExitCode.OK == result.ret, result.stdout.str()
+    [(name, record)] = records().items()
+    assert ("S-small-tiny-s42.json", "passed") == (name, record["outcome"])
+    [run] = (pytester.path / "outputs/tiny/runs").iterdir()
+    first = json.loads((run / f"{name}.attempt-1").read_text())
+    assert ("failed", "assert 1 == 2") == (first["outcome"], first["error"].splitlines()[0].removeprefix("AssertionError: "))
+    report = json.loads((pytester.path / "outputs/tiny/reports/phase_s_metrics.json").read_text())
+    assert ([42], []) == (report["seeds"], report["failed_seeds"])
+
+
 def test_what_cannot_be_written_fails_its_test_alone(pytester, data_folder, records):
     """A number that no reader takes: the message says so, and the next case runs."""
     pytester.makepyfile("""

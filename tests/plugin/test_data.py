@@ -18,6 +18,18 @@ def test_a_folder_without_the_files_is_a_usage_error(study, tmp_path, name, why)
     result.stderr.fnmatch_lines([f"*--peft-data must be a folder with train.tsv and dev.tsv, got '{tmp_path / name}', which {why}"])
 
 
+def test_a_folder_of_the_ini_file_matters_to_cases_alone(study, pytester):
+    """Tests of something else run without it; cases do not, and the message names the key."""
+    pytester.makeini("[pytest]\npeft_data = nowhere")
+    pytester.makepyfile(test_other="def test_other(): pass")
+    pytester.runpytest_inprocess("test_other.py").assert_outcomes(passed=1)
+    result = study(data=None)
+    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    result.stderr.fnmatch_lines(
+        ["*the ini key peft_data must be a folder with train.tsv and dev.tsv, got '*nowhere', which is none"]
+    )
+
+
 def test_a_bad_file_fails_the_case_with_its_line(study, tmp_path, records):
     """A label that is none fails the case, naming file, line and what is allowed, without a traceback."""
     (tmp_path / "train.tsv").write_text("sentence\tlabel\ngood\t1\nbad\t-1\n")

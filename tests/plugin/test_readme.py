@@ -7,7 +7,7 @@ from pathlib import Path
 import peftbench
 from peftbench.models import load_classifier, load_tokenizer, locate, save_classifier
 from peftbench.phases import Untrained
-from peftbench.plugin import OPTIONS
+from peftbench.plugin.options import OPTIONS
 from peftbench.records import Record
 
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
@@ -39,7 +39,8 @@ def test_the_example_of_a_phase_runs_as_printed(pytester, data_folder, records):
 def test_the_tree_names_every_module():
     """The tree and the package list the same files."""
     package = Path(peftbench.__file__).parent
-    assert {path.name for path in package.glob("[!_]*.py")} == set(re.findall(r"^  (\w+\.py) ", README, re.MULTILINE))
+    modules = {path.name for path in package.glob("[!_]*.py")} | {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert modules == set(re.findall(r"^  (\w+(?:\.py|/)) ", README, re.MULTILINE))
 
 
 def test_the_record_is_described_key_by_key():

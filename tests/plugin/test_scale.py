@@ -56,6 +56,58 @@ def test_comparisons_with_peers_run_only_when_asked_for(pytester):
     assert ["test_race[tiny]"] == collected(pytester.runpytest_inprocess("--collect-only", "-q", "-m", "peer and tiny"))
 
 
+def test_a_tiny_case_that_failed_is_run_by_last_failed(pytester, study):
+    """--lf means it, so that nobody needs to name it again, nor gets its large sister in its place."""
+    study("--collect-only", "-q")
+    cache = pytester.path / ".pytest_cache/v/cache"
+    cache.mkdir(parents=True)
+    (cache / "lastfailed").write_text('{"test_study.py::test_phase[S-small-tiny]": true}')
+    result = pytester.runpytest_inprocess("--collect-only", "-q", "--lf")
+    assert ["test_phase[S-small-tiny]"] == collected(result)
+
+
+def test_a_test_may_be_parametrized_over_scale_and_seed_itself(pytester, data_folder, records):
+    """Its own values are taken as they are, whatever the options say, and the header names the scale."""
+    pytester.makepyfile("""
+        import pytest
+        from peftbench.phases import Phase
+
+        @pytest.mark.parametrize("peft_scale", ["tiny"], indirect=True)
+        @pytest.mark.parametrize("peft_seed", [1, 2], indirect=True)
+        def test_phase(run_phase):
+            run_phase(Phase(id="S-small", role="student", subset=16, epochs=1))
+    """)
+    result = pytester.runpytest_inprocess(f"--peft-data={data_folder}", "--peft-seeds=7")
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(["peftbench: scale tiny; *"])
+    assert ["S-small-tiny-s1.json", "S-small-tiny-s2.json"] == list(records())
+
+
+def test_a_scale_that_a_test_asks_for_must_exist(pytester):
+    """Else the case fails in one line, with the choices."""
+    pytester.makepyfile("""
+        import pytest
+
+        @pytest.mark.parametrize("peft_scale", ["huge"], indirect=True)
+        def test_phase(peft_scale):
+            pass
+    """)
+    result = pytester.runpytest_inprocess()
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["peft_scale must be parametrized with main or one of tiny, mini, thesis, got 'huge'"])
+
+
+def test_help_needs_no_ini_file_that_is_right(pytester):
+    """What is wrong is said where tests are to be run."""
+    pytester.makeini("[pytest]\npeft_scale = huge")
+    shown = pytester.runpytest_inprocess("--help")
+    assert pytest.ExitCode.OK == shown.ret
+    shown.stdout.fnmatch_lines(["*--peft-fail=METRIC:LIMIT", "*train_runtime_seconds:20%.*"])
+    result = pytester.runpytest_inprocess()
+    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    result.stderr.fnmatch_lines(["*the ini key peft_scale must be one of auto, tiny, mini, thesis, got 'huge'"])
+
+
 def test_a_folder_whose_name_has_tiny_in_it_asks_for_nothing(pytester, study):
     """Only what stands behind the file in a node id, in -k or in -m does."""
     study("--collect-only", "-q")

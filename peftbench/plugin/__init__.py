@@ -1,0 +1,362 @@
+"""All of pytest: options, cases, fixtures, records, progress and the table at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from peftbench.errors import PeftbenchError
+from peftbench.phases import KD_MAX_LENGTH, SCALES, STANDARD_KD_SUBSETS, Phase, Scale
+from peftbench.plugin.options import add_options
+from peftbench.plugin.session import Session
+from peftbench.records import Record, Store
+from peftbench.report import printable, render_comparison, render_summary
+
+if TYPE_CHECKING:
+    from peftbench.data import Splits
+    from peftbench.distill import TeacherLogits
+    from peftbench.runner import Workbench
+
+SESSION = pytest.StashKey[Session]()
+RECORD = pytest.StashKey[Record]()
+"""Of the test that is running, until it is written."""
+ATTEMPTED = pytest.StashKey[bool]()
+"""Set once a test has left a record: one that comes after it, as where failed tests are run again, replaces it."""
+
+
+class NoBenchmark:
+    """Stands in for pytest-benchmark where it is switched off as a whole (``-p no:benchmark``)."""
+
+    @pytest.fixture
+    def benchmark(self) -> None:
+        return None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "tiny: smoke version of a peftbench case; runs only when asked for with -m tiny.")
+    config.addinivalue_line("markers", "peer: comparison with another way to train; runs only when asked for with -m peer.")
+    session = config.stash[SESSION] = Session(config)
+    config.pluginmanager.register(session, "peftbench-session")
+    if not config.pluginmanager.hasplugin("benchmark"):
+        config.pluginmanager.register(NoBenchmark(), "peftbench-no-benchmark")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """All workers of pytest-xdist write into one run."""
+    node.workerinput["peftbench_run_id"] = node.config.stash[SESSION].run_id
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give every test that uses our fixtures its scale and seeds, behind its own parameters in the id."""
+    options = metafunc.config.stash[SESSION].options
+    own = {name for marker in metafunc.definition.iter_markers("parametrize") for name in _parametrized(marker)}
+    if "peft_scale" in metafunc.fixturenames and "peft_scale" not in own:
+        main = [] if options.scale == "tiny" else [pytest.param("main", id=pytest.HIDDEN_PARAM)]
+        tiny = pytest.param("tiny", id="tiny", marks=pytest.mark.tiny)
+        metafunc.parametrize("peft_scale", [*main, tiny], indirect=True, scope="session")
+    if "peft_seed" in metafunc.fixturenames and "peft_seed" not in own:
+        ids = [f"s{seed}" for seed in options.seeds] if len(options.seeds) > 1 else [pytest.HIDDEN_PARAM]
+        metafunc.parametrize("peft_seed", options.seeds, ids=ids, indirect=True)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Note which are cases; have pytest-benchmark read the clock of their loops, whatever else the test's own marker says."""
+    if "peft_scale" in getattr(item, "fixturenames", ()):
+        item.user_properties.append(("peftbench_case", True))  # which a worker of pytest-xdist passes on
+    if "run_phase" in getattr(item, "fixturenames", ()) and item.config.pluginmanager.hasplugin("benchmark"):
+        own = item.get_closest_marker("benchmark")
+        settings = {"group": "training", **(own.kwargs if own else {}), "timer": item.config.stash[SESSION].train_runtime_seconds}
+        item.add_marker(pytest.mark.benchmark(**settings), append=False)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave tiny versions and comparisons with peers out unless something in the command line names them, or --lf means them."""
+    own = config.stash[SESSION]
+    cache = getattr(config, "cache", None) if config.getoption("lf", False) else None
+    failed_last = cache.get("cache/lastfailed", {}) if cache else {}
+    named = [config.option.markexpr, own.options.scale, *own.asked_for]
+    unnamed = [marker for marker in ("tiny", "peer") if not any(marker in text for text in named)]
+    cases = [item for item in items if "peft_scale" in getattr(item, "fixturenames", ())]
+    asked_again = [item for item in cases if item.nodeid in failed_last]
+    left_out = [item for item in cases if item not in asked_again and any(item.get_closest_marker(marker) for marker in unnamed)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Say what would go wrong before hours are spent; in a worker of pytest-xdist the case itself fails, with the same message."""
+    own = session.config.stash[SESSION]
+    if own.is_worker:
+        return
+    try:
+        own.check(_scales(session.config, session.items))
+    except (ValueError, OSError) as error:
+        raise pytest.UsageError(f"peftbench: {error}") from error
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Read the options; and where workers of pytest-xdist collect, choose what to compare with by the options alone."""
+    own, config = session.config.stash[SESSION], session.config
+    options = own.options
+    if not (config.pluginmanager.hasplugin("dsession") and options.compare):
+        return
+    if "tiny" in (options.scale, config.option.markexpr):
+        scales = ["tiny"]
+    else:
+        named = any("tiny" in text for text in (config.option.markexpr, *own.asked_for))
+        scales = [own.main_scale, *(["tiny"] if named else [])]
+    problems = []
+    for scale in scales:
+        try:
+            own.choose_bases([scale])
+        except ValueError as error:
+            problems.append(error)
+    if not own.bases and config.getoption("peft_compare"):  # an ini file's is said at the end, and only if there were cases
+        raise pytest.UsageError(f"peftbench: {problems[0]}") from problems[0]
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
+    own = config.stash[SESSION]
+    scales = _scales(config, items)
+    if not scales or own.is_worker:
+        return []
+    auto = " (auto: CUDA is available)" if own.main_scale == "thesis" else " (auto: no CUDA here)"
+    scale = ", ".join(scales) + (auto if own.options.scale == "auto" and own.main_scale in scales else "")
+    device = f"device {own.device.name}, precision {own.device.precision} ({own.device.why})"
+    problem = own.settings.commit.get("problem")
+    unknown = f"peftbench: the records will not say of which commit they are, and nothing is resumed: {problem}"
+    return [f"peftbench: scale {scale}; {device}; run {own.run_id}", *([unknown] if problem else [])]
+
+
+def _parametrized(marker: pytest.Mark) -> Sequence[str]:
+    """The names to which a ``parametrize`` marker gives values."""
+    names = marker.args[0] if marker.args else marker.kwargs.get("argnames", ())
+    return [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+
+
+def _scales(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
+    """The scales of the cases that will run; asks torch only if there are any."""
+    cases = [item for item in items if "peft_scale" in getattr(item, "fixturenames", ())]
+    if config.option.collectonly or not cases:
+        return []
+    return sorted({_scale_name(config, getattr(item, "callspec", None)) for item in cases})
+
+
+def _scale_name(config: pytest.Config, call: Any) -> str:
+    """By how the test is parametrized: ``main`` is what the options ask for, as is a test that says nothing."""
+    asked = call.params.get("peft_scale", "main") if call else "main"
+    return config.stash[SESSION].main_scale if asked == "main" else str(asked)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Write the record the moment its test ends, however that ends; what the test made of the case decides the outcome."""
+    try:
+        result = yield
+    except BaseException as error:
+        if problem := _keep(item, error):
+            item.add_report_section("call", "peftbench", problem)
+        raise
+    if problem := _keep(item):
+        raise pytest.fail.Exception(problem, pytrace=False)
+    return result
+
+
+def _keep(item: pytest.Item, error: BaseException | None = None) -> str | None:
+    """Write the test's record, if it has one; what is wrong if that cannot be done."""
+    record = item.stash.get(RECORD, None)
+    if record is None:
+        return None
+    del item.stash[RECORD]
+    session = item.config.stash[SESSION]
+    if error and record.outcome == "passed" and not isinstance(error, pytest.skip.Exception):
+        record = dataclasses.replace(record, outcome="failed", error=pytest.ExceptionInfo.from_exception(error).exconly()[:2000])
+    benchmark: Any = getattr(item, "funcargs", {}).get("benchmark")
+    try:
+        path = Store(session.options.outputs, record.scale).save(record, another_attempt=item.stash.get(ATTEMPTED, False))
+        item.stash[ATTEMPTED] = True
+        if benchmark is not None:
+            benchmark.extra_info["peftbench"] = record.to_json()
+    except (OSError, ValueError) as problem:
+        return f"peftbench could not write the record: {problem}"
+    session.learn(path)  # now, as pytest makes no report of a test that was interrupted
+    item.user_properties.append(("peftbench_record", str(path)))
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Let a gate that does not hold fail the session, and a report that could not be written."""
+    own = session.config.stash.get(SESSION, None)
+    if own is None or own.is_worker:
+        return
+    status = 1 if own.unpublished else 0
+    asked = own.saw_case or (own.saw_other_test and session.config.getoption("peft_fail"))
+    if own.options.compare and (own.records or (own.options.gates and asked)):
+        from peftbench.gates import Judgement
+
+        try:
+            if not own.records:
+                raise ValueError("nothing to compare: no case has left a record")
+            status = own.judge() or status
+        except ValueError as error:
+            own.judgement = Judgement(2, [str(error)])
+            status = 2
+    if session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = status
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    session = config.stash[SESSION]
+    records = list(session.records.values())
+    if not (records or session.unreadable or session.unpublished or session.judgement):
+        return
+    terminalreporter.section("peftbench")
+    if records:
+        terminalreporter.write_line(render_summary(records))
+    if session.judgement is not None:
+        if session.comparison:
+            terminalreporter.write_line(f"\ncompared with {', '.join(printable(side.label) for side in session.bases)}:")
+            terminalreporter.write_line(render_comparison(session.comparison))
+            for line in session.changes:
+                terminalreporter.write_line(f"changed: {printable(line)}")
+        for line in session.judgement.lines if session.options.gates or not session.comparison else ():
+            terminalreporter.write_line(printable(line), red=True)
+    for line in session.describe_times(records):
+        terminalreporter.write_line(line)
+    resumed = [record for record in records if record.run_id != session.run_id]
+    for record in resumed:
+        case = f"{record.phase}-{record.name} at {record.scale} scale, seed {record.seed}"
+        terminalreporter.write_line(printable(f"resumed, not run again: {case}, passed in run {record.run_id}"))
+    for problem in session.unpublished.values():
+        terminalreporter.write_line(printable(problem), red=True)
+    for problem in sorted(session.unreadable):
+        terminalreporter.write_line(printable(f"left out of the history: {problem}"), yellow=True)
+    for folder in dict.fromkeys(path.parent for path in session.records):
+        terminalreporter.write_line(f"records: {os.path.relpath(folder)}")
+
+
+@pytest.fixture(scope="session")
+def peft_scale(request: pytest.FixtureRequest) -> Scale:
+    """The scale of this case: what the options ask for or, where a test is parametrized over it, the one of that name."""
+    asked = getattr(request, "param", "main")
+    name = request.config.stash[SESSION].main_scale if asked == "main" else asked
+    if name not in SCALES:
+        pytest.fail(f"peft_scale must be parametrized with main or one of {', '.join(SCALES)}, got {name!r}", pytrace=False)
+    return SCALES[name]
+
+
+@pytest.fixture
+def peft_seed(request: pytest.FixtureRequest) -> int:
+    """The seed of this case."""
+    return int(getattr(request, "param", request.config.stash[SESSION].options.seeds[0]))
+
+
+@pytest.fixture(scope="session")
+def peft_workbench(request: pytest.FixtureRequest, peft_scale: Scale) -> Workbench:
+    """What the cases of one scale share."""
+    from peftbench.runner import Workbench
+
+    session = request.config.stash[SESSION]
+    with explained():
+        bench = Workbench(peft_scale, session.settings, session.progress, session.progress.say)
+        bench.store.check_writable()
+    return bench
+
+
+@pytest.fixture(scope="session")
+def sst2(peft_workbench: Workbench) -> Splits:
+    """The scale's train, dev and test."""
+    with explained():
+        return peft_workbench.splits
+
+
+@pytest.fixture(scope="session")
+def teacher_logits(peft_workbench: Workbench) -> TeacherLogits:
+    """The teacher's logits on the largest standard KD subset, from the cache if they are there."""
+    with explained():
+        return peft_workbench.teacher_logits(max(STANDARD_KD_SUBSETS), KD_MAX_LENGTH)
+
+
+@pytest.fixture(scope="session")
+def kd_subsets(peft_workbench: Workbench) -> dict[str, Path]:
+    """Folders of the standard KD subsets: ``{"kd_1000": path, "kd_500": path}``."""
+    with explained():
+        return {f"kd_{size}": peft_workbench.kd_subset(size, KD_MAX_LENGTH) for size in STANDARD_KD_SUBSETS}
+
+
+@pytest.fixture
+def run_phase(
+    request: pytest.FixtureRequest, benchmark: Any, peft_workbench: Workbench, peft_seed: int
+) -> Iterator[Callable[[Phase], Record]]:
+    """
+    Train and evaluate a phase, once to a test, and return its record.
+
+    The record is written when the test ends. pytest-benchmark reports the time of the training loop.
+    """
+    session, node = request.config.stash[SESSION], request.node
+    called = False
+
+    def run(phase: Phase) -> Record:
+        from peftbench.runner import case_fingerprint, failed_record, run_phase
+
+        nonlocal called
+        if called:
+            raise RuntimeError("run_phase can be called once in a test; parametrize the test over phases")
+        called = True
+        scale, settings, store = peft_workbench.scale, session.settings, peft_workbench.store
+        try:
+            if session.options.resume:
+                fingerprint = case_fingerprint(phase, peft_workbench)
+                if found := session.find_passed(peft_workbench, fingerprint, peft_seed):
+                    session.check_phase(phase)
+                    store.link(found, session.run_id)
+                    node.user_properties.append(("peftbench_record", str(store.record_path(found))))
+                    pytest.skip(f"resumed: passed with this fingerprint at this commit in run {found.run_id}")
+
+            def train() -> Record:
+                session.check_phase(phase)
+                record = run_phase(phase, scale, peft_seed, settings, workbench=peft_workbench)
+                session.trained_seconds += record.train_runtime_seconds or 0.0
+                return record
+
+            if benchmark is not None and not phase.at(scale.name).epochs:
+                benchmark.group = "no training"  # whose 0 s would make all others infinitely slow in one table
+            record: Record = train() if benchmark is None else benchmark.pedantic(train, rounds=1, iterations=1)
+        except pytest.skip.Exception:
+            raise
+        except BaseException as error:
+            node.stash[RECORD] = failed_record(phase, peft_seed, peft_workbench, error)
+            with explained():
+                raise
+        node.stash[RECORD] = record
+        return record
+
+    yield run
+    if benchmark is not None and not called:
+        benchmark.skipped = True  # a test that failed before it got so far is told of its own error alone
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Let errors that explain themselves fail the test without the traceback of a library on top."""
+    try:
+        yield
+    except PeftbenchError as error:
+        raise pytest.fail.Exception(f"{type(error).__name__}: {error}", pytrace=False) from None

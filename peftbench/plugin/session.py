@@ -1,0 +1,262 @@
+"""One pytest session: its records, their reports, and what they are compared with."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Collection
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from peftbench.phases import Phase
+from peftbench.plugin.options import Options
+from peftbench.plugin.progress import Progress
+from peftbench.records import Record, RecordError, Store, make_run_id, read_record
+from peftbench.report import render_duration
+from peftbench.summary import phase_report, summarize
+from peftbench.verdicts import Row
+
+if TYPE_CHECKING:
+    from peftbench.device import Device
+    from peftbench.gates import Judgement
+    from peftbench.history import Side
+    from peftbench.runner import Settings, Workbench
+
+
+class Session:
+    """
+    One pytest session: its run id, its records, and the clock that pytest-benchmark reads.
+
+    Attributes:
+        records: Those measured or resumed, by their files; a case's last attempt alone.
+        unpublished: What kept a phase's report from being written, by the record's file.
+        unreadable: Files of the history that could not be read, and why.
+        saw_case: Whether there was a report of a case.
+        saw_other_test: Whether there was one of any other test.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.began = time.monotonic()
+        self.progress = Progress(config)
+        worker: dict[str, Any] = getattr(config, "workerinput", {})  # set in a worker of pytest-xdist
+        self.run_id: str = worker.get("peftbench_run_id") or make_run_id()
+        self.workers = int(worker.get("workercount", 1))
+        self.trained_seconds = 0.0
+        self.records: dict[Path, Record] = {}
+        self.unpublished: dict[Path, str] = {}
+        self.unreadable: set[str] = set()
+        self.saw_case = self.saw_other_test = False
+        self.bases: list[Side] = []
+        self.comparison: list[Row] = []
+        self.changes: list[str] = []
+        self.judgement: Judgement | None = None
+        self._phases: dict[str, Phase] = {}
+        self._history: dict[Path, list[Record]] = {}
+
+    @cached_property
+    def options(self) -> Options:
+        """What the user gave; read when a session starts, so that ``pytest --help`` needs nothing to be right."""
+        return Options.from_config(self.config)
+
+    @cached_property
+    def main_scale(self) -> str:
+        """The scale of the cases that are not tiny; ``auto`` asks torch."""
+        if self.options.scale != "auto":
+            return self.options.scale
+        from peftbench.device import auto_scale
+
+        return auto_scale()
+
+    @property
+    def asked_for(self) -> list[str]:
+        """What selects cases by name, in small letters."""
+        return [text.lower() for text in (self.config.option.keyword, *(a.partition("::")[2] for a in self.config.args))]
+
+    @property
+    def is_worker(self) -> bool:
+        """Whether this process runs cases for another one, under pytest-xdist, and tells it what came of them."""
+        return hasattr(self.config, "workerinput")
+
+    @cached_property
+    def device(self) -> Device:
+        """Where the cases run."""
+        from peftbench.device import Device
+
+        return Device.choose(self.options.device, self.options.precision)
+
+    @cached_property
+    def settings(self) -> Settings:
+        """What the runner needs to know of the session."""
+        from peftbench.measure import describe_commit
+        from peftbench.runner import Settings
+
+        options = self.options
+        return Settings(
+            outputs=options.outputs,
+            run_id=self.run_id,
+            commit=describe_commit(self.config.rootpath),
+            data=options.data,
+            device=options.device,
+            precision=options.precision,
+            evaluations=options.evaluations,
+            workers=self.workers,
+        )
+
+    def train_runtime_seconds(self) -> float:
+        """A clock that only runs in training loops: pytest-benchmark's timer for the cases."""
+        return self.trained_seconds
+
+    def describe_times(self, records: list[Record]) -> list[str]:
+        """Of a session that has trained: how soon, and how much of its time was something else."""
+        first = self.progress.first_step
+        if first is None:
+            return []
+        total = time.monotonic() - self.began
+        evaluation = sum(record.evaluation_seconds or 0.0 for record in records if record.run_id == self.run_id)
+        return [
+            f"{render_duration(first - self.began)} from the session's start to the first optimizer step; "
+            f"{render_duration(max(0.0, total - self.progress.training_seconds - evaluation))} of {render_duration(total)} "
+            "neither training nor evaluation"
+        ]
+
+    def check(self, scales: Collection[str]) -> None:
+        """
+        See, for cases of these scales, that there are data and a device, that results can be written, and what to compare with.
+
+        Raises:
+            pytest.UsageError: If the folder of the data lacks files.
+            ValueError: If the device cannot be had, or there is nothing to compare with.
+            OSError: If the outputs cannot be written.
+        """
+        if not scales:
+            return
+        self.options.check_data()
+        self.device  # noqa: B018 - it is chosen here, or cannot be
+        for scale in scales:
+            Store(self.options.outputs, scale).check_writable()
+        if self.options.compare:
+            self.choose_bases(scales)
+
+    def check_phase(self, phase: Phase) -> None:
+        """
+        Refuse two phases of one letter, whose results would replace each other.
+
+        Raises:
+            RecordError: If another phase with that letter has run in this session.
+        """
+        known = self._phases.setdefault(phase.letter.lower(), phase)
+        if known != phase:
+            raise RecordError(
+                f"phases {known.id} and {phase.id} differ but would share phase_{phase.letter.lower()}_metrics.json; rename one"
+            )
+
+    def find_passed(self, bench: Workbench, fingerprint: str, seed: int) -> Record | None:
+        """The newest passed record of the same case at the same commit and changes, on the same device."""
+        store = bench.store
+        if self.settings.commit.get("problem"):
+            return None  # as nobody knows what code it was
+        if store.runs not in self._history:
+            readable = self._history.setdefault(store.runs, [])
+            for record in store.records():
+                if isinstance(record, RecordError):
+                    self.unreadable.add(str(record))
+                else:
+                    readable.append(record)
+        same = ("device", "accelerator") if bench.device.kind == "cuda" else ("device", "processor", "cores")
+        wanted = ("passed", fingerprint, seed, self.settings.commit, [bench.machine[fact] for fact in same])
+        for record in reversed(self._history[store.runs]):
+            there = [record.machine.get(fact) for fact in same]
+            evaluations = min(self.options.evaluations, record.optimizer_steps or 0)
+            if (record.outcome, record.fingerprint, record.seed, record.commit, there) == wanted and (
+                len(record.dev_curve or ()) >= evaluations
+            ):
+                return record
+        return None
+
+    def publish(self, record: Record) -> None:
+        """
+        Write the report of a phase over the seeds that this session has measured or resumed, if one has passed.
+
+        Raises:
+            OSError: If it cannot be written.
+            RecordError: If another phase of the same letter has passed.
+        """
+        case = record.scale, record.phase.lower()
+        of_letter = [known for known in self.records.values() if (known.scale, known.phase.lower()) == case]
+        passed = {known.phase_id for known in of_letter if known.outcome == "passed"}
+        if record.phase_id not in passed:
+            return
+        if others := sorted(passed - {record.phase_id}):  # each alone in a worker of pytest-xdist
+            raise RecordError(f"phases {record.phase_id} and {', '.join(others)} would share it; rename one")
+        [summary] = summarize(known for known in of_letter if known.phase_id == record.phase_id)
+        Store(self.options.outputs, record.scale).publish(record.phase, phase_report(summary))
+
+    def choose_bases(self, scales: Collection[str]) -> None:
+        """
+        Find what this run is to be compared with, before hours are spent.
+
+        Raises:
+            ValueError: If there is no such thing at one of the scales.
+        """
+        from peftbench.history import History, read_side
+
+        for scale in scales:
+            root = Store(self.options.outputs, scale).root
+            side = read_side(
+                self.options.compare,
+                functools.partial(History.from_outputs, root, self.config.rootpath, without=self.run_id),
+            )
+            records = [record for record in side.records if record.scale == scale]
+            if not records:
+                raise ValueError(f"--peft-compare {self.options.compare}: {side.label} has no record of the {scale} scale")
+            self.bases.append(dataclasses.replace(side, records=records, paths=()))
+
+    def judge(self) -> int:
+        """
+        Compare with the bases; 0 is fine, 1 worse by a gate, 2 cannot tell.
+
+        Raises:
+            ValueError: If there is nothing to compare with, which under pytest-xdist comes out only here.
+        """
+        from peftbench.compare import compare, set_up_changes
+        from peftbench.gates import judge
+        from peftbench.history import Side, doubts
+
+        records = list(self.records.values())
+        scales = {record.scale for record in records}
+        self.bases = [side for side in self.bases if side.records[0].scale in scales]
+        self.choose_bases(scales - {record.scale for side in self.bases for record in side.records})
+        base = [record for side in self.bases for record in side.records]
+        if any(self.asked_for):  # the other phases are not missing then
+            measured = {(record.scale, record.phase_id) for record in records}
+            base = [record for record in base if (record.scale, record.phase_id) in measured]
+        self.comparison, self.changes = compare(base, records), set_up_changes(base, records)
+        problems = list(dict.fromkeys(problem for side in self.bases for problem in side.problems))
+        self.unreadable.update(problems)
+        doubtful = doubts(Side("this run", records), Side(self.options.compare, base, problems))
+        self.judgement = judge(self.comparison, self.options.gates, doubts=doubtful)
+        return self.judgement.status if self.options.gates else 0
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Learn of records that other processes have written: of workers of pytest-xdist, and of earlier runs."""
+        is_case = any(name == "peftbench_case" for name, _ in report.user_properties)
+        self.saw_case, self.saw_other_test = self.saw_case or is_case, self.saw_other_test or not is_case
+        if report.when == "call":
+            for path in [Path(str(value)) for name, value in report.user_properties if name == "peftbench_record"]:
+                self.learn(path)
+
+    def learn(self, path: Path) -> None:
+        """Take a record, or a case's next attempt, into the session's and publish it; of a worker's the main process learns."""
+        if self.is_worker:
+            return
+        self.unpublished.pop(path, None)
+        try:
+            self.records[path] = read_record(path)
+            self.publish(self.records[path])
+        except (OSError, RecordError) as error:
+            self.unpublished[path] = f"the report of {path.stem} was not written: {error}"
