@@ -195,6 +195,29 @@ def shuffled_rows(n: int, size: int, generator: torch.Generator) -> Iterator[lis
         yield order[start : start + size]
 
 
+@dataclass(frozen=True)
+class Batches:
+    """The batches of a training run: each example once an epoch, in another order each time."""
+
+    encoded: Encoded
+    size: int
+    generator: torch.Generator
+    device: str
+    packed: bool
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return -(-len(self.encoded) // self.size)
+
+    def epoch(self) -> Iterator[list[int]]:
+        """The rows of each batch of the next epoch; the last batch may be smaller."""
+        return shuffled_rows(len(self.encoded), self.size, self.generator)
+
+    def collate(self, rows: Sequence[int]) -> Batch:
+        """The batch, or a part of one, of these rows."""
+        return make_batch(self.encoded, rows, self.device, packed=self.packed)
+
+
 def predict(model: nn.Module, encoded: Encoded, device: Device, *, packed: bool, batch_size: int = 64) -> Tensor:
     """
     Logits of every example without dropout, sentences of like length together, in smaller batches where memory runs out.

@@ -48,13 +48,13 @@ from peftbench.models import (
     save_classifier,
     tokenizer_identity,
 )
-from peftbench.packing import Batch, Encoded, make_batch, predict, shuffled_rows
+from peftbench.packing import Batch, Batches, Encoded, predict
 from peftbench.parameters import SeparateParameters, flattened
 from peftbench.phases import DATA_SEED, Phase, Pretrained, Scale, Untrained
 from peftbench.plan import examples_at_once, plan_phase
 from peftbench.records import SCHEMA_VERSION, Efficiency, ParameterCounts, Plan, Record, Store, TeacherCost, phase_config
 from peftbench.sealed import building, fingerprint, lock, unseal
-from peftbench.training import Fit, Progress, fit
+from peftbench.training import Fit, Progress, Recipe, fit
 
 _THREADS = torch.get_num_threads()
 
@@ -383,7 +383,6 @@ def train(
         return float((predict(model, on, device, packed=packed).argmax(dim=1) == on.labels).float().mean())
 
     words = torch.cat([*encoded.tokens, *(dev.tokens if dev else ())])
-    generator = torch.Generator().manual_seed(seed)
     rows_stay = packed and not phase.weight_decay  # of words that do not occur: no padding and no decay touches them
     with (
         only_words(model, words) if rows_stay else nullcontext(),
@@ -392,15 +391,15 @@ def train(
         return fit(
             model,
             loss,
-            lambda: shuffled_rows(len(encoded), phase.batch_size, generator),
-            lambda rows: make_batch(encoded, rows, device.name, packed=packed),
+            Batches(encoded, phase.batch_size, torch.Generator().manual_seed(seed), device.name, packed),
             parameters,
-            epochs=phase.epochs,
-            steps_per_epoch=-(-len(encoded) // phase.batch_size),
+            Recipe(
+                epochs=phase.epochs,
+                warmup_fraction=phase.warmup_fraction,
+                clip_norm=phase.clip_norm,
+                weight_decay=phase.weight_decay,
+            ),
             examples_at_once=examples_at_once(model, encoded, phase.batch_size, device),
-            warmup_fraction=phase.warmup_fraction,
-            clip_norm=phase.clip_norm,
-            weight_decay=phase.weight_decay,
             device=device,
             progress=bench.progress,
             what=what,

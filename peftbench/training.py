@@ -1,8 +1,9 @@
 """The loop. It knows a loss of a batch; not which method, adapter or teacher is behind it."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,14 +13,14 @@ from torch import Tensor, nn
 from peftbench.device import Device, DoesNotFit, is_out_of_memory
 from peftbench.errors import PeftbenchError
 from peftbench.measure import Stopwatch
-from peftbench.packing import Batch
+from peftbench.packing import Batch, Batches
 from peftbench.records import MemoryUse
 
 CURVE_POINTS = 50
 
 
 class TrainingDiverged(PeftbenchError, RuntimeError):  # noqa: N818 - a state, not a mistake
-    """The loss is no longer a finite number."""
+    """A loss or a gradient is no longer a finite number, or overflows fp16 at any loss scale."""
 
 
 class Parameters(Protocol):
@@ -40,6 +41,23 @@ class Progress(Protocol):
     """Is told how far a long piece of work has come."""
 
     def __call__(self, what: str, done: int, total: int) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """
+    How to learn, besides the peak learning rates, which are those of the groups of parameters.
+
+    Attributes:
+        warmup_fraction: Share of the steps over which the rates rise from 0; over the rest they fall back to it.
+        clip_norm: The most that the gradients' Euclidean norm may be.
+        weight_decay: Of AdamW, times the learning rate.
+    """
+
+    epochs: int
+    warmup_fraction: float
+    clip_norm: float
+    weight_decay: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,16 +86,11 @@ class Fit:
 def fit(
     model: nn.Module,
     loss: Callable[[Batch], Tensor],
-    epoch: Callable[[], Iterator[Sequence[int]]],
-    collate: Callable[[Sequence[int]], Batch],
+    batches: Batches,
     parameters: Parameters,
+    recipe: Recipe,
     *,
-    epochs: int,
-    steps_per_epoch: int,
     examples_at_once: int,
-    warmup_fraction: float,
-    clip_norm: float,
-    weight_decay: float,
     device: Device,
     progress: Progress,
     what: str,
@@ -93,8 +106,7 @@ def fit(
     Args:
         model: Put into training mode; its parameters change in place.
         loss: Mean loss of a batch, shape (); runs under the device's autocast.
-        epoch: The rows of each step of one pass, in a fresh order each time.
-        collate: Makes the batch of some rows.
+        batches: What a step learns from.
         parameters: What AdamW changes, and the keeper of its gradients.
         examples_at_once: How many go through the device together at first.
         progress: Told each step.
@@ -106,91 +118,164 @@ def fit(
         TrainingDiverged: If a loss or a gradient is not finite, or not at any loss scale, naming step and learning rate.
         DoesNotFit: If one example at a time, with activations computed twice, is too much.
     """
-    total = epochs * steps_per_epoch
-    warmup = int(warmup_fraction * total)
-    optimizer = torch.optim.AdamW(parameters.groups, weight_decay=weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, warmup=warmup, total=total))
-    scaler = torch.amp.GradScaler(device.kind, enabled=device.precision == "fp16")
-    memory = MemoryUse(examples_at_once=examples_at_once)
-    points = min(CURVE_POINTS, total)
-    marks = {round(total * (i + 1) / points) for i in range(points)}
-    curve: list[tuple[int, float]] = []
-    evaluated: list[tuple[int, float, float]] = []
-    due = {round(total * (i + 1) / evaluations) for i in range(evaluations)} if evaluate is not None else set()
-    since_point, step, examples, tokens, skipped, scale = 0.0, 0, 0, 0, 0, scaler.get_scale()
-
-    def diverged(why: str) -> TrainingDiverged:
-        rates = ", ".join(f"{rate:.3g}" for rate in schedule.get_last_lr())
-        return TrainingDiverged(f"{what}: {why} at step {step + 1} of {total}, learning rate {rates}; lower it")
-
-    def gradients(rows: Sequence[int]) -> tuple[Tensor, int] | None:
-        """The batch's mean loss, shape (), and tokens, its gradients left in the parameters; None if memory ran out."""
-        mean, count = torch.zeros((), device=device.name), 0
-        try:
-            for start in range(0, len(rows), memory.examples_at_once):
-                batch = collate(rows[start : start + memory.examples_at_once])
-                with device.autocast():
-                    value = loss(batch) * (len(batch.rows) / len(rows))
-                scaler.scale(value).backward()  # type: ignore[no-untyped-call]
-                mean, count = mean + value.detach(), count + batch.tokens
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
-        return mean, count
-
+    total = recipe.epochs * len(batches)
+    update = _Update(parameters, recipe, total, device, what)
+    gradients = _Gradients(model, loss, batches, parameters, update.scaled, device, examples_at_once, what)
+    curve, evaluated = _Curve(total), list[tuple[int, float, float]]()
+    due = _evenly(total, evaluations) if evaluate is not None else set()
+    step, examples, tokens = 0, 0, 0
     model.train()
     with Stopwatch(device) as watch:
-        for _ in range(epochs):
-            for rows in epoch():
-                while (done := gradients(rows)) is None:
-                    parameters.clear_gradients()
-                    device.release_memory()
-                    memory = _relieve(memory, model, device, what)
-                mean, batch_tokens = done
-                # The fused AdamW divides by this as it reads the gradients; clipping them first would be a pass more over all.
-                norm = parameters.gradient_norm()
-                optimizer.grad_scale = (norm / (scale * clip_norm)).clamp(min=1.0)  # type: ignore[attr-defined]
-                number, length = torch.stack([mean, norm.to(mean.device)]).tolist()  # here a GPU is waited for
-                if not math.isfinite(number):
-                    raise diverged(f"loss is {number}")
-                if not math.isfinite(length) and not scaler.is_enabled():  # which skips such a step
-                    raise diverged(f"the gradient's norm is {length}")
-                try:
-                    scaler.step(optimizer)
-                except RuntimeError as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    raise DoesNotFit(f"{what}: weights, gradients and optimizer state alone do not fit {device.name}") from None
-                scaler.update()
-                parameters.clear_gradients()
-                before, scale = scale, scaler.get_scale()
-                if scale < before:
-                    skipped += 1
-                    if scale < 1.0:
-                        raise diverged("gradients overflow fp16 at any loss scale")
-                else:
-                    schedule.step()
-                step, examples, tokens = step + 1, examples + len(rows), tokens + batch_tokens
-                since_point += number
-                if step in marks:
-                    curve.append((step, since_point / (step - (curve[-1][0] if curve else 0))))
-                    since_point = 0.0
-                progress(what, step, total)
-                if evaluate is not None and step in due:
-                    seconds = watch.read()
-                    with watch.paused():
-                        evaluated.append((step, seconds, evaluate()))
+        for rows in itertools.chain.from_iterable(batches.epoch() for _ in range(recipe.epochs)):
+            mean, of_text = gradients.compute(rows)
+            curve.add(update.step(mean))
+            step, examples, tokens = step + 1, examples + len(rows), tokens + of_text
+            progress(what, step, total)
+            if evaluate is not None and step in due:
+                seconds = watch.read()
+                with watch.paused():
+                    evaluated.append((step, seconds, evaluate()))
     return Fit(
         runtime_seconds=watch.seconds,
         steps=step,
         examples=examples,
         tokens=tokens,
-        learning_curve=tuple(curve),
-        skipped_steps=skipped,
-        memory=memory,
+        learning_curve=tuple(curve.points),
+        skipped_steps=update.skipped,
+        memory=gradients.memory,
         dev_curve=tuple(evaluated),
     )
+
+
+class _Gradients:
+    """
+    Gradients of a step's whole batch, from as many examples at a time as the device has memory for.
+
+    Attributes:
+        memory: How many that is by now.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Batch], Tensor],
+        batches: Batches,
+        parameters: Parameters,
+        scaled: Callable[[Tensor], Tensor],
+        device: Device,
+        examples_at_once: int,
+        what: str,
+    ) -> None:
+        self.memory = MemoryUse(examples_at_once=examples_at_once)
+        self._model, self._loss, self._batches, self._parameters = model, loss, batches, parameters
+        self._scaled, self._device, self._what = scaled, device, what
+
+    def compute(self, rows: Sequence[int]) -> tuple[Tensor, int]:
+        """The batch's mean loss, shape (), and tokens of text; the gradients are left in the parameters."""
+        while (done := self._try(rows)) is None:
+            self._parameters.clear_gradients()
+            self._device.release_memory()
+            self.memory = _relieve(self.memory, self._model, self._device, self._what)
+        return done
+
+    def _try(self, rows: Sequence[int]) -> tuple[Tensor, int] | None:
+        """As `compute`; None if memory ran out, when the error, which holds on to what was computed, is gone."""
+        mean, tokens = torch.zeros((), device=self._device.name), 0
+        try:
+            for start in range(0, len(rows), self.memory.examples_at_once):
+                batch = self._batches.collate(rows[start : start + self.memory.examples_at_once])
+                with self._device.autocast():
+                    part = self._loss(batch) * (len(batch.rows) / len(rows))
+                self._scaled(part).backward()  # type: ignore[no-untyped-call]
+                mean, tokens = mean + part.detach(), tokens + batch.tokens
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+        return mean, tokens
+
+
+class _Update:
+    """
+    An optimizer step: AdamW under a schedule of learning rates, with clipped gradients and, in fp16, a scaled loss.
+
+    Attributes:
+        skipped: Steps left out because a gradient overflowed fp16.
+    """
+
+    def __init__(self, parameters: Parameters, recipe: Recipe, total: int, device: Device, what: str) -> None:
+        self.skipped = 0
+        self._taken, self._total, self._what, self._device = 0, total, what, device
+        self._parameters, self._clip_norm = parameters, recipe.clip_norm
+        warmup = int(recipe.warmup_fraction * total)
+        self._optimizer = torch.optim.AdamW(parameters.groups, weight_decay=recipe.weight_decay, fused=True)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer, lambda step: rate_factor(step, warmup=warmup, total=total)
+        )
+        self._scaler = torch.amp.GradScaler(device.kind, enabled=device.precision == "fp16")
+        self._scale = self._scaler.get_scale()
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """What to call ``backward`` of."""
+        return self._scaler.scale(loss)
+
+    def step(self, mean: Tensor) -> float:
+        """Change the parameters by the gradients at hand, and clear these; gives the batch's mean loss, shape (), as a number."""
+        # The fused AdamW divides by this as it reads the gradients; clipping them first would be a pass more over all.
+        norm = self._parameters.gradient_norm()
+        self._optimizer.grad_scale = (norm / (self._scale * self._clip_norm)).clamp(min=1.0)  # type: ignore[attr-defined]
+        loss, length = torch.stack([mean, norm.to(mean.device)]).tolist()  # here a GPU is waited for
+        if not math.isfinite(loss):
+            raise self._diverged(f"loss is {loss}")
+        if not math.isfinite(length) and not self._scaler.is_enabled():  # which skips such a step
+            raise self._diverged(f"the gradient's norm is {length}")
+        try:
+            self._scaler.step(self._optimizer)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DoesNotFit(f"{self._what}: weights, gradients and optimizer state alone do not fit {self._device.name}") from None
+        self._scaler.update()
+        self._parameters.clear_gradients()
+        before, self._scale = self._scale, self._scaler.get_scale()
+        if self._scale < before:
+            self.skipped += 1
+            if self._scale < 1.0:
+                raise self._diverged("gradients overflow fp16 at any loss scale")
+        else:
+            self._schedule.step()
+        self._taken += 1
+        return float(loss)
+
+    def _diverged(self, why: str) -> TrainingDiverged:
+        rates = ", ".join(f"{rate:.3g}" for rate in self._schedule.get_last_lr())
+        return TrainingDiverged(f"{self._what}: {why} at step {self._taken + 1} of {self._total}, learning rate {rates}; lower it")
+
+
+class _Curve:
+    """
+    The learning curve.
+
+    Attributes:
+        points: Step and mean loss since the point before.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.points: list[tuple[int, float]] = []
+        self._marks = _evenly(total, min(CURVE_POINTS, total))
+        self._step, self._sum = 0, 0.0
+
+    def add(self, loss: float) -> None:
+        """The next step's loss."""
+        self._step, self._sum = self._step + 1, self._sum + loss
+        if self._step in self._marks:
+            self.points.append((self._step, self._sum / (self._step - (self.points[-1][0] if self.points else 0))))
+            self._sum = 0.0
+
+
+def _evenly(total: int, times: int) -> set[int]:
+    """That many steps of all, at even distances, the last one among them."""
+    return {round(total * (i + 1) / times) for i in range(times)}
 
 
 def _relieve(memory: MemoryUse, model: Any, device: Device, what: str) -> MemoryUse:

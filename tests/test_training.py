@@ -1,6 +1,7 @@
 """The loop is the plain torch loop, no more and no less."""
 
 import copy
+import dataclasses
 import math
 import re
 
@@ -24,10 +25,10 @@ from peftbench.data import Split
 from peftbench.device import Device, DoesNotFit
 from peftbench.kernels import economize
 from peftbench.layers import make_packable
-from peftbench.packing import Batch, Encoded, make_batch, shuffled_rows
+from peftbench.packing import Batch, Batches, Encoded, make_batch
 from peftbench.parameters import FlatParameters, SeparateParameters, flattened
 from peftbench.records import MemoryUse
-from peftbench.training import CURVE_POINTS, TrainingDiverged, _relieve, fit, rate_factor
+from peftbench.training import CURVE_POINTS, Recipe, TrainingDiverged, _relieve, fit, rate_factor
 
 CPU = Device(name="cpu", precision="fp32", why="test")
 DEFAULTS = {
@@ -38,11 +39,8 @@ DEFAULTS = {
     "weight_decay": 0.0,
     "device": CPU,
     "what": "X-test",
+    "progress": lambda *_: None,
 }
-
-
-def silent(what, done, total):
-    pass
 
 
 def batches_of(n, size=4, seed=0):
@@ -58,10 +56,29 @@ def batches_of(n, size=4, seed=0):
     ]
 
 
+class Ready:
+    """Batches that are made already, the same ones in the same order each epoch, by the rows of each."""
+
+    def __init__(self, rows, collate):
+        self.rows, self.collate = rows, collate
+
+    def __len__(self):
+        return len(self.rows)
+
+    def epoch(self):
+        return iter(self.rows)
+
+
+def fit_with(model, loss, batches, parameters, **arguments):
+    """`fit`, the recipe's parts among the arguments."""
+    recipe = Recipe(**{field.name: arguments.pop(field.name) for field in dataclasses.fields(Recipe)})
+    return fit(model, loss, batches, parameters, recipe, **arguments)
+
+
 def fit_batches(model, loss, batches, groups, **arguments):
-    """`fit` over batches that are made already, the same ones in the same order each epoch."""
+    """`fit` over these batches."""
     rows = [[(i, row) for row in range(len(batch.rows))] for i, batch in enumerate(batches)]
-    return fit(model, loss, lambda: iter(rows), lambda some: batches[some[0][0]], SeparateParameters(groups), **arguments)
+    return fit_with(model, loss, Ready(rows, lambda some: batches[some[0][0]]), SeparateParameters(groups), **arguments)
 
 
 def perceptron(seed=0):
@@ -74,12 +91,13 @@ def fit_losses(values, **options):
     model = nn.Linear(1, 1, bias=False)
     losses = iter(values)
     batch = Batch(rows=torch.arange(2), labels=torch.zeros(2), inputs={}, tokens=3)
-    arguments = {**DEFAULTS, "progress": silent, "steps_per_epoch": len(values), **options}
+    arguments = {**DEFAULTS, **options}
+    steps = arguments.pop("steps_per_epoch", len(values))
     groups = [{"params": list(model.parameters()), "lr": arguments.pop("lr", 1e-3)}]
     return fit_batches(
         model,
         lambda _: next(losses) + 0 * model.weight.sum(),
-        [batch] * arguments["steps_per_epoch"],
+        [batch] * steps,
         groups,
         **arguments,
     )
@@ -137,8 +155,6 @@ def test_twenty_steps_are_those_of_a_plain_loop(clip_norm, weight_decay):
         batches,
         groups_of(model),
         **{**DEFAULTS, "epochs": 2, "warmup_fraction": 0.25, "clip_norm": clip_norm, "weight_decay": weight_decay},
-        steps_per_epoch=10,
-        progress=silent,
     )
     for expected, actual in zip(plain.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
@@ -185,15 +201,12 @@ def test_twenty_updates_are_those_of_trainer(config, tmp_path):
     assert make_packable(model)
     economize(model)
     with flattened([{"params": list(model.parameters()), "lr": 5e-4}]) as parameters:
-        fit(
+        fit_with(
             model,
             lambda batch: F.cross_entropy(model(**batch.inputs).logits, batch.labels),
-            lambda: iter([range(i, i + 8) for i in range(0, 80, 8)]),
-            lambda rows: make_batch(encoded, rows, "cpu", packed=True),
+            Ready([range(i, i + 8) for i in range(0, 80, 8)], lambda rows: make_batch(encoded, rows, "cpu", packed=True)),
             parameters,
             **{**DEFAULTS, "epochs": 2, "warmup_fraction": 0.2, "clip_norm": 0.5},
-            steps_per_epoch=10,
-            progress=silent,
         )
     moved = max(float((theirs.state_dict()[name] - value).abs().max()) for name, value in start.items())
     assert moved > 1e-3
@@ -209,8 +222,6 @@ def test_costs_are_counted_by_hand():
         batches,
         [{"params": list(model.parameters()), "lr": 1e-3}],
         **{**DEFAULTS, "epochs": 2},
-        steps_per_epoch=10,
-        progress=silent,
     )
     assert (20, 80, 290) == (run.steps, run.examples, run.tokens)
     assert 0 < run.runtime_seconds < 60
@@ -227,8 +238,6 @@ def test_parameters_outside_the_groups_stay():
         batches,
         [{"params": list(model[2].parameters()), "lr": 1e-2}],
         **DEFAULTS,
-        steps_per_epoch=3,
-        progress=silent,
     )
     assert torch.equal(frozen, model[0].weight)
     assert not torch.equal(head, model[2].weight)
@@ -251,7 +260,7 @@ def test_a_gradient_that_is_not_finite_stops_training(bad):
 
     model.weight.register_hook(lambda gradient: torch.full_like(gradient, bad))
     with pytest.raises(TrainingDiverged, match=r"X-test: the gradient's norm is (inf|nan) at step 1 of 1, learning rate"):
-        fit_batches(model, lambda _: model.weight.sum(), [batch], groups, **DEFAULTS, progress=silent, steps_per_epoch=1)
+        fit_batches(model, lambda _: model.weight.sum(), [batch], groups, **DEFAULTS)
     assert torch.equal(before, model.weight)
 
 
@@ -268,7 +277,7 @@ def test_diverging_training_leaves_the_weights_of_the_last_good_step():
     with pytest.raises(TrainingDiverged):
         fit_batches(
             model, loss, [batch] * 4, [{"params": list(model.parameters()), "lr": 0.1}],
-            **DEFAULTS, steps_per_epoch=4, progress=silent,
+            **DEFAULTS,
         )  # fmt: skip
     assert weights[2] == model.weight.item()
     assert 3 == len(set(weights))
@@ -316,17 +325,13 @@ def train_bert(seed):
     tokens = [torch.randint(1, 40, (1 + i % 7,), generator=draws) for i in range(n)]
     split = Split("train", tuple(range(n)), tuple(map(str, range(n))), tuple(i % 2 for i in range(n)))
     encoded = Encoded(split, tokens, torch.tensor(split.labels))
-    generator = torch.Generator().manual_seed(seed)
     with flattened([{"params": list(model.parameters()), "lr": 1e-3}]) as parameters:
-        run = fit(
+        run = fit_with(
             model,
             lambda batch: F.cross_entropy(model(**batch.inputs).logits, batch.labels),
-            lambda: shuffled_rows(n, 5, generator),
-            lambda rows: make_batch(encoded, rows, "cpu", packed=packed),
+            Batches(encoded, 5, torch.Generator().manual_seed(seed), "cpu", packed),
             parameters,
             **{**DEFAULTS, "epochs": 2},
-            steps_per_epoch=5,
-            progress=silent,
         )
     assert (10, 48, 2 * sum(map(len, tokens))) == (run.steps, run.examples, run.tokens)
     return run.learning_curve, [p.detach().clone() for p in model.parameters()]
@@ -353,8 +358,6 @@ def test_parameters_stay_fp32_and_learn(precision):
         [batch] * 30,
         [{"params": list(model.parameters()), "lr": 5e-2}],
         **{**DEFAULTS, "device": Device(name="cpu", precision=precision, why="test")},
-        steps_per_epoch=30,
-        progress=silent,
     )
     assert {torch.float32} == {p.dtype for p in model.parameters()}
     assert run.learning_curve[-1][1] < run.learning_curve[0][1] / 2
@@ -388,9 +391,9 @@ def train_within(room, *, at_once=16, model=None, error=None, parameters=Separat
     memory.error, memory.failing = error or memory.error, failing
     groups = [{"params": list(model.parameters()), "lr": 1e-2}]
     rows = list(range(40))
-    epoch = lambda: iter([rows[:16], rows[16:32], rows[32:]])  # noqa: E731
+    batches = Ready([rows[:16], rows[16:32], rows[32:]], memory.collate)
     options = {**DEFAULTS, "epochs": 2, "examples_at_once": at_once}
-    run = fit(model, memory.loss, epoch, memory.collate, parameters(groups), **options, steps_per_epoch=3, progress=silent)
+    run = fit_with(model, memory.loss, batches, parameters(groups), **options)
     return run, memory.sizes, torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -472,8 +475,8 @@ def train_scaled(losses, *, clip_norm=1e9):
     steps = iter(losses)
     batch = Batch(rows=torch.arange(1), labels=torch.zeros(1), inputs={}, tokens=1)
     groups = [{"params": list(model.parameters()), "lr": 0.25}]
-    options = {**DEFAULTS, "device": FP16, "clip_norm": clip_norm, "steps_per_epoch": len(losses)}
-    run = fit_batches(model, lambda _: next(steps)(model.weight.sum()), [batch] * len(losses), groups, **options, progress=silent)
+    options = {**DEFAULTS, "device": FP16, "clip_norm": clip_norm}
+    run = fit_batches(model, lambda _: next(steps)(model.weight.sum()), [batch] * len(losses), groups, **options)
     return run, model.weight.item()
 
 
