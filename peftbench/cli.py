@@ -243,7 +243,12 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("compare", help="tell what got better or worse between two commits, runs, folders or files")
     command.add_argument("base", nargs="?", metavar="BASE", help="a commit, a run's id, latest, a folder or a file")
     command.add_argument("head", nargs="?", metavar="HEAD", help="the same; default: latest")
-    command.add_argument("--phases", nargs=2, metavar=("PHASE", "PHASE"), help="compare two phases of BASE (default: latest)")
+    command.add_argument(
+        "--phases",
+        nargs=2,
+        metavar=("PHASE", "PHASE"),
+        help="compare phases of BASE (default: latest), several separated by commas, or all",
+    )
     command.add_argument(
         "--fail", action="append", default=[], metavar="METRIC:LIMIT", help="exit with 1 if worse by more than that"
     )
@@ -322,7 +327,7 @@ def _add_outputs(command: argparse.ArgumentParser) -> None:
 def _load_phases(path: Path) -> list[Phase]:
     spec = importlib.util.spec_from_file_location("peftbench_planned_phases", path)
     if not path.is_file() or spec is None or spec.loader is None:
-        raise ValueError(f"--phases must be a Python file with a list PHASES, got {path}, which is none")
+        raise ValueError(f"--phases must be a Python file with a list PHASES, got {path}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     phases = getattr(module, "PHASES", None)

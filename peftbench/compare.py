@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import statistics
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -115,7 +116,9 @@ def identity(metric: Metric, record: Record) -> Identity:
     if metric.kind == "size":
         return (data,)
     machine = ("machine", str(record.machine.get("id")))
-    return (data, machine) if metric.kind == "time" else (data, machine, ("scope of memory", str(record.peak_memory_scope)))
+    if metric.kind == "time":
+        return data, machine, ("load", "shared" if record.waited else "alone")
+    return data, machine, ("scope of memory", str(record.peak_memory_scope))
 
 
 def compare(base: Iterable[Record], head: Iterable[Record]) -> list[Row]:
@@ -138,36 +141,51 @@ def compare(base: Iterable[Record], head: Iterable[Record]) -> list[Row]:
 
 def compare_phases(records: Iterable[Record], base: str, head: str) -> list[Row]:
     """
-    Rows of one phase beside another, both given by letter, name or id.
+    Rows of phases beside others, each pair once.
+
+    Args:
+        base: A letter, a name or an id, several of them separated by commas, or ``all``.
+        head: The same.
 
     Raises:
-        ValueError: If a name fits no phase among the records, or several, naming those there are.
+        ValueError: If a name fits no phase among the records, or several, naming those there are, or no pair is left.
     """
     by_case = _by_case(records)
     labels = _labels(by_case)
+    known = ", ".join(sorted(labels.values())) or "none, as there are no records"
 
-    def find(name: str) -> Case:
-        fits = [case for case in by_case if name.lower() in {part.lower() for part in (case[1], case[2], labels[case])}]
-        if len(fits) != 1:
-            known = ", ".join(sorted(labels.values())) or "none, as there are no records"
-            raise ValueError(
-                f"a phase must be one of {known}; got {name!r}; "
-                "give another run as BASE, or the folder of reports, which has the latest of each"
-            )
-        return fits[0]
+    def find(names: str) -> list[Case]:
+        found = []
+        for name in sorted(labels.values()) if names.lower() == "all" else names.split(","):
+            name = name.strip()
+            fits = [case for case in by_case if name.lower() in {part.lower() for part in (case[1], case[2], labels[case])}]
+            if len(fits) != 1:
+                raise ValueError(
+                    f"a phase must be one of {known}; got {name!r}; "
+                    "give another run as BASE, or the folder of reports, which has the latest of each"
+                )
+            found += fits
+        return found
 
-    first, second = find(base), find(head)
-    if first == second:
-        raise ValueError(f"{base!r} and {head!r} are the same phase; name two of {', '.join(sorted(labels.values()))}")
-    label = f"{labels[first]} → {labels[second]}"
-    ours, theirs = by_case[first], by_case[second]
-    sides = _without_failures_elsewhere(ours, theirs), _without_failures_elsewhere(theirs, ours)
-    for case, side in zip((first, second), sides, strict=True):
-        if side.error:
-            reason = f"{labels[case]} failed: {side.error}"[:200]
-            shares = [one.share_passed for one in sides]
-            return [Row(phase=label, metric="outcome", base=shares[0], head=shares[1], verdict="not comparable", reason=reason)]
-    return _judge([(label, *sides)])
+    pairs: dict[frozenset[Case], tuple[Case, Case]] = {}
+    for first, second in itertools.product(find(base), find(head)):
+        if first != second:
+            pairs.setdefault(frozenset((first, second)), (first, second))
+    if not pairs:
+        raise ValueError(f"{base!r} and {head!r} are the same phase; name two of {known}")
+    rows, compared = [], []
+    for first, second in pairs.values():
+        label = f"{labels[first]} → {labels[second]}"
+        ours, theirs = by_case[first], by_case[second]
+        sides = _without_failures_elsewhere(ours, theirs), _without_failures_elsewhere(theirs, ours)
+        broken = [f"{labels[case]} failed: {side.error}" for case, side in zip((first, second), sides, strict=True) if side.error]
+        if broken:
+            shares = [side.share_passed for side in sides]
+            reason = broken[0][:200]
+            rows.append(Row(phase=label, metric="outcome", base=shares[0], head=shares[1], verdict="not comparable", reason=reason))
+        else:
+            compared.append((label, *sides))
+    return rows + _judge(compared, of="pairs")
 
 
 def set_up_changes(base: Iterable[Record], head: Iterable[Record]) -> list[str]:
@@ -263,8 +281,8 @@ def _labels(cases: Iterable[Case]) -> dict[Case, str]:
     return {case: f"{case[1]}-{case[2]}" + (f"-{case[0]}" if several else "") for case in cases}
 
 
-def _judge(pairs: Sequence[tuple[str, Sample, Sample]]) -> list[Row]:
-    """Rows of all pairs, the p-values of a metric adjusted for the number of pairs it was measured on."""
+def _judge(pairs: Sequence[tuple[str, Sample, Sample]], *, of: str = "phases") -> list[Row]:
+    """Rows of all pairs, the p-values of a metric adjusted for the number of pairs it was measured on, which are called so."""
     rows = [row for pair in pairs if (row := _judge_outcome(*pair))]
     settled = {row.phase for row in rows}
     measured = [pair for pair in pairs if pair[0] not in settled]
@@ -286,7 +304,7 @@ def _judge(pairs: Sequence[tuple[str, Sample, Sample]]) -> list[Row]:
             if isinstance(one, str):
                 judged = dataclasses.replace(row, reason=one)
             elif one is not None:
-                judged = _judge_difference(metric, row, one, next(adjusted), len(chances))
+                judged = _judge_difference(metric, row, one, next(adjusted), f"{len(chances)} {of}" if len(chances) > 1 else "")
             else:
                 judged = _judge_single(metric, row, len(base.values(metric)), len(head.values(metric)))
             reason = judged.reason + left_out
@@ -309,11 +327,29 @@ def _matching(metric: Metric, base: Sample, head: Sample) -> tuple[Sample, Sampl
         if left := len(whole.passed) - len(part.passed):
             why = {fact: None for other in others for (fact, value), (_, ours) in zip(other, one, strict=True) if value != ours}
             notes.append(f"; {left} of the {name}'s {len(whole.passed)} records left out: other {' and '.join(why)}")
+    if metric.kind == "quality":
+        matched = _of_all_seeds(*matched)
     seeds = set(matched[0].by_seed) & set(matched[1].by_seed)
     if metric.kind == "quality" and seeds and seeds != set(matched[0].by_seed) | set(matched[1].by_seed):
         matched = matched[0].of_seeds(seeds), matched[1].of_seeds(seeds)
         notes.append(f"; over the seeds of both sides: {', '.join(map(str, sorted(seeds)))}")
     return *matched, "".join(notes)
+
+
+def _of_all_seeds(base: Sample, head: Sample) -> tuple[Sample, Sample]:
+    """A phase that trains nothing is the same for each seed: what it measured stands beside each of the other side's."""
+    sides = base, head
+    trains = [any(record.optimizer_steps != 0 for record in side.passed) for side in sides]
+    if all(trains) or not (base.passed and head.passed):
+        return sides
+    seeds = [seed for side, trained in zip(sides, trains, strict=True) if trained for seed in side.by_seed] or [
+        base.passed[-1].seed
+    ]
+    first, second = (
+        side if trained else Sample([dataclasses.replace(side.passed[-1], seed=seed) for seed in seeds])
+        for side, trained in zip(sides, trains, strict=True)
+    )
+    return first, second
 
 
 def _without_failures_elsewhere(one: Sample, other: Sample) -> Sample:
@@ -346,7 +382,8 @@ def _judge_outcome(phase: str, base: Sample, head: Sample) -> Row | None:
     """The row of a phase that did not pass on both sides; None for one that did."""
     verdict: Verdict
     if not base.records or not head.records:
-        verdict, reason = "missing", f"no finished record in the {'head' if base.records else 'base'}"
+        lacking = "no finished record in the head" if base.records else "new: no finished record in the base"
+        verdict, reason = "missing", lacking
     elif head.error:
         failing = {seed for seed, record in head.latest.items() if record.outcome == "failed"}
         always = failing <= {*base.latest} - {*base.by_seed} or not base.passed
@@ -358,9 +395,9 @@ def _judge_outcome(phase: str, base: Sample, head: Sample) -> Row | None:
     return Row(phase=phase, metric="outcome", base=base.share_passed, head=head.share_passed, verdict=verdict, reason=reason[:200])
 
 
-def _judge_difference(metric: Metric, row: Row, found: Estimate, p: float, family: int) -> Row:
-    """By the p-value, adjusted for the phases compared."""
-    how = f"p = {found.p:.2g}" + (f", {p:.2g} adjusted for {family} phases" if family > 1 else "")
+def _judge_difference(metric: Metric, row: Row, found: Estimate, p: float, family: str) -> Row:
+    """By the p-value, adjusted for all that is compared."""
+    how = f"p = {found.p:.2g}" + (f", {p:.2g} adjusted for {family}" if family else "")
     row = dataclasses.replace(row, difference=found.value, ci95=found.ci95, reason=how)
     if p >= SHOWN:
         return dataclasses.replace(row, verdict="no difference shown")

@@ -163,8 +163,10 @@ def draw(train: Split, size: int | None) -> Split:
     if size is None:
         size = len(train)
     if not 1 <= size <= len(train):
-        room = f"a train split of {len(train)}; allowed: 1…{len(train)}; give more rows or lower subset"
-        raise DataError(f"a subset of {size} cannot be drawn from {room}")
+        raise DataError(
+            f"{size} examples cannot be drawn from a train split of {len(train)}, which is what is left where test is held out of "
+            "it; give more rows, or lower the phase's subset or kd_subsets"
+        )
     rows = list(range(len(train)))
     random.Random(DATA_SEED).shuffle(rows)
     return train.take(rows[:size])
@@ -442,8 +444,10 @@ def _parse_rows(path: Path, name: str, lines: Iterable[str]) -> Split:
     sentences, labels = [], []
     for number, line in enumerate(lines, start=2):
         sentence, tab, label = line.rpartition("\t")
-        if not tab or "\t" in sentence or not sentence.strip():
+        if not tab or "\t" in sentence:
             raise DataError(f"{path}, line {number}: wanted a sentence, a tab and a label, got {line[:60]!r}")
+        if not sentence.strip():
+            raise DataError(f"{path}, line {number}: the sentence is empty, got {line[:60]!r}; fill it in or leave the line out")
         if label.strip() not in ("0", "1"):
             unpublished = name == "test" and label.strip() == "-1"
             raise DataError(

@@ -61,7 +61,7 @@ class Device:
             torch.empty(1, device=name)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-            raise DeviceError(f"device must be one torch can use here, such as cpu or cuda, got {device!r}: {reason}") from error
+            raise DeviceError(f"device must be one that torch can use here, such as cpu, got {device!r}: {reason}") from error
         if kind not in ("cpu", "cuda"):  # on others nothing was tried; fused AdamW does not clip gradients on all of them
             raise DeviceError(f"device must be cpu, cuda or one of several such as cuda:1, got {device!r}")
         if precision not in PRECISIONS:

@@ -69,11 +69,18 @@ class Gate:
             return False
         return -self.metric.gain(row.difference) > self.allowance(row.base)
 
-    def hides(self, row: Row) -> bool:
-        """Whether a row of this metric shows no difference though there may be one beyond the limit, as single runs tell little."""
-        if row.base is None or row.ci95 is not None or row.verdict != "no difference shown":
-            return False
-        return self.allowance(row.base) < self.metric.relative * abs(row.base)
+    def hides(self, row: Row) -> str | None:
+        """What a row of this metric cannot show though it would break the limit, as single runs and few examples tell little."""
+        if row.base is None or row.verdict != "no difference shown":
+            return None
+        if row.ci95 is None:
+            shown = self.metric.relative
+            return f"single runs cannot show less than {shown:.0%}" if self.allowance(row.base) < shown * abs(row.base) else None
+        worst = max(-self.metric.gain(end) for end in row.ci95)
+        if worst <= self.allowance(row.base):
+            return None
+        much = f"{worst:.3g} {self.metric.unit}" if self.metric.unit else f"{100 * worst:.1f} pt"
+        return f"{row.phase} may be up to {much} worse, which these records cannot tell"
 
     def allowance(self, base: float) -> float:
         """How much worse than the base is not too much, in the metric's unit."""
@@ -121,8 +128,8 @@ def judge(rows: Sequence[Row], gates: Sequence[Gate], *, strict: bool = False, d
         compared = [row for row in rows if row.metric == name and row.difference is not None]
         if not compared:
             unclear.append(f"{name}:{gate.written}: compared in no phase")
-        elif not strict and any(gate.hides(row) for row in compared):
-            notes.append(f"{name}:{gate.written}: single runs cannot show less than {gate.metric.relative:.0%}")
+        elif not strict and (hidden := [what for row in compared if (what := gate.hides(row))]):
+            notes.append(f"{name}:{gate.written}: {'; '.join(dict.fromkeys(hidden))}")
         elif not any(gate.breaks(row, strict=strict) for row in compared):
             kept.append(f"{name}:{gate.written}: kept in {len(compared)} phase{'s' if len(compared) > 1 else ''}")
     return Judgement(1 if worse else 2 if unclear else 0, [*worse, *unclear, *notes, *(() if doubts else kept)])

@@ -137,6 +137,8 @@ class History:
         if at_commit:
             note = "" if clean else ", with uncommitted changes"
             count = f", {len(clean or at_commit)} runs" if len(clean or at_commit) > 1 else ""
+            if dirty := [run for run in at_commit if clean and run not in clean]:
+                count += f"; {len(dirty)} with uncommitted changes left out, which can be named: {_few(reversed(dirty))}"
             return self._runs(f"commit {wanted[:12]}{note}{count}", clean or at_commit, without)
         if wanted:
             raise HistoryError(

@@ -93,6 +93,37 @@ class PeakMemory:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
+class ProcessorWait:
+    """
+    How long the process's threads waited for a processor since this was made, because other work had it; on Linux alone.
+
+    By the scheduler's own account of each thread, in ``/proc/self/task/*/schedstat``: nanoseconds that it ran, and that it was
+    ready to run and did not.
+    """
+
+    def __init__(self) -> None:
+        self._began = self._read()
+
+    def read_fraction(self) -> float | None:
+        """Share of the time in which its threads wanted a processor that they waited for one; None where nobody counts."""
+        now = self._read()
+        if now is None or self._began is None:
+            return None
+        ran, waited = (max(0, after - before) for after, before in zip(now, self._began, strict=True))  # threads may have ended
+        return waited / (ran + waited) if ran + waited else 0.0
+
+    @staticmethod
+    def _read() -> tuple[int, int] | None:
+        ran, waited = 0, 0
+        for path in Path("/proc/self/task").glob("*/schedstat"):
+            try:
+                of_thread = [int(number) for number in path.read_text().split()]
+            except OSError:  # it has ended meanwhile
+                continue
+            ran, waited = ran + of_thread[0], waited + of_thread[1]
+        return (ran, waited) if ran else None
+
+
 def describe_machine(device: Device, threads: int, workers: int = 1) -> dict[str, Any]:
     """
     What the figures were measured on; ``id`` is equal where times may be compared.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import TaskType, get_peft_config, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
@@ -249,7 +250,12 @@ def _adapt(model: nn.Module, phase: Phase) -> nn.Module:
                 model, get_peft_config({"task_type": TaskType.SEQ_CLS, "modules_to_save": head, **peft})
             )
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:  # as of an outdated torchao beside peft
-        raise ModelError(f"{phase.id}: peft cannot apply {peft}: {type(error).__name__}: {error}") from error
+        kind = str(peft.get("peft_type"))
+        unknown = f"; peft_type must be one of {', '.join(sorted(PEFT_TYPE_TO_CONFIG_MAPPING))}"
+        raise ModelError(
+            f"{phase.id}: peft cannot apply {peft}: {type(error).__name__}: {error}"
+            + (unknown if kind not in PEFT_TYPE_TO_CONFIG_MAPPING else "")
+        ) from error
     config: Any = adapted.active_peft_config
     if config.peft_type == "ADALORA" or getattr(config, "use_asa", False):
         raise ModelError(

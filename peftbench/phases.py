@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 Role = Literal["teacher", "backbone", "student"]
 DataSource = Literal["grammar", "reviews", "glue"]
+Architecture = Literal["bert", "distilbert"]
 
 SCALE_NAMES = ("tiny", "mini", "thesis")
 
@@ -105,8 +106,12 @@ class Phase:
     at_scale: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        __tracebackhide__ = True  # pytest shows the line that made the phase, not the check
         if not re.fullmatch(r"[A-Za-z0-9]+-[A-Za-z0-9_]+", self.id):
-            raise ValueError(f"phase id must be a letter and a name joined by a hyphen, like 'E-ia3', got {self.id!r}")
+            raise ValueError(
+                "phase id must be letters or digits, one hyphen and a name of letters, digits and underscores, like 'E-ia3' or "
+                f"'G-lora_r4', got {self.id!r}"
+            )
         if len(self.id) > MAX_ID_LENGTH:
             raise ValueError(
                 f"phase id names files and must have at most {MAX_ID_LENGTH} characters, got {len(self.id)}: {self.id!r}"
@@ -137,7 +142,7 @@ class Phase:
         if self.distillation is not None and not isinstance(self.distillation, Distillation):
             raise ValueError(f"{self.id}: distillation must be a Distillation, got {self.distillation!r}")
         if self.unfrozen_learning_rate is not None and not self.unfreeze_top_layers:
-            raise ValueError(f"{self.id}: unfrozen_learning_rate is of unfreeze_top_layers, which is 0")
+            raise ValueError(f"{self.id}: unfrozen_learning_rate needs unfreeze_top_layers, which is 0")
         if self.unfreeze_top_layers and self.peft is None:
             raise ValueError(f"{self.id}: unfreeze_top_layers needs peft; without it all layers train already")
         fields = {f.name for f in dataclasses.fields(self)} - {"id", "role", "at_scale"}
@@ -180,6 +185,7 @@ class Pretrained:
     revision: str | None = None
 
     def __post_init__(self) -> None:
+        __tracebackhide__ = True
         if not isinstance(self.source, str) or not self.source:
             raise ValueError(f"source must name a folder, an asset or a repository of the Hub, got {self.source!r}")
         if not isinstance(self.layers, tuple):
@@ -192,12 +198,17 @@ class Pretrained:
 class Untrained:
     """A small encoder with random weights, drawn with the case's seed."""
 
-    architecture: Literal["bert", "distilbert"]
+    architecture: Architecture
     layers: int
     hidden_size: int
     attention_heads: int
 
     def __post_init__(self) -> None:
+        __tracebackhide__ = True
+        if self.architecture not in get_args(Architecture):
+            raise ValueError(
+                f"random weights: architecture must be {' or '.join(get_args(Architecture))}, got {self.architecture!r}"
+            )
         for name in ("layers", "hidden_size", "attention_heads"):
             _check_count(f"random weights: {name}", getattr(self, name), at_least=1)
 
@@ -231,6 +242,12 @@ class Scale:
     data_revisions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        __tracebackhide__ = True
+        if self.data not in get_args(DataSource):
+            raise ValueError(
+                f"scale {self.name}: data must be one of {', '.join(get_args(DataSource))}, got {self.data!r}; "
+                "files of your own come by --peft-data"
+            )
         if not re.fullmatch(r"[A-Za-z0-9_]+", self.name):  # it stands in file names
             raise ValueError(f"a scale's name must be of letters, digits and underscores, got {self.name!r}")
         for role, other in (("backbone", Untrained), ("student", Untrained), ("teacher", Phase)):
@@ -255,11 +272,12 @@ def check_data_folder(folder: Path, option: str) -> None:
     """
     missing = [name for name in ("train.tsv", "dev.tsv") if not (folder / name).is_file()]
     if missing:
-        why = f"has no {missing[0]}" if folder.is_dir() else "is none"
+        why = f"has no {missing[0]}" if folder.is_dir() else "is a file" if folder.is_file() else "is not there"
         raise ValueError(f"{option} must be a folder with train.tsv and dev.tsv, got {str(folder)!r}, which {why}")
 
 
 def _check_count(what: str, got: object, *, at_least: int) -> None:
+    __tracebackhide__ = True
     if isinstance(got, bool) or not isinstance(got, int) or got < at_least:
         raise ValueError(f"{what} must be a whole number of at least {at_least}, got {got!r}")
 
@@ -267,6 +285,7 @@ def _check_count(what: str, got: object, *, at_least: int) -> None:
 def _check_number(
     what: str, got: object, *, at_least: float = -math.inf, above: float = -math.inf, at_most: float = math.inf
 ) -> None:
+    __tracebackhide__ = True
     is_number = isinstance(got, int | float) and not isinstance(got, bool) and math.isfinite(got)
     if not is_number or not (at_least <= got <= at_most and got > above):  # type: ignore[operator]
         bounds = [f"at least {at_least}"] * (at_least > -math.inf) + [f"above {above}"] * (above > -math.inf)

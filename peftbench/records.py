@@ -24,7 +24,7 @@ from peftbench.errors import PeftbenchError
 from peftbench.phases import KD_MAX_LENGTH, Phase
 from peftbench.sealed import write_atomically
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 _GROUPS = frozenset(
     ("dev", "test", "parameter_counts", "efficiency", "memory_use", "teacher_cost", "config.peft", "config.distillation")
@@ -33,6 +33,9 @@ _GROUPS = frozenset(
 
 RESUMED = ".resumed"
 """Ending of a file in a run's folder that stands for a case's record in an earlier run, whose id it holds."""
+
+LONG_WAIT = 0.2
+"""Share of the time that threads waited for a processor; it makes what they do take 25% longer."""
 
 MAX_RECORD_BYTES = 64 * 2**20
 """Of a file that is read; a record has some ten thousand."""
@@ -250,6 +253,7 @@ class Record:
     peak_memory_bytes: Whole | None = None
     peak_memory_scope: str | None = None
     memory_before_bytes: Whole | None = None
+    processor_wait_fraction: Figure | None = None
     artifact_bytes: Whole | None = None
     latency_ms: Figure | None = None
     precision: str | None = None
@@ -270,6 +274,11 @@ class Record:
     def interrupted(self) -> bool:
         """Whether somebody ended the session meanwhile, which tells nothing of the phase."""
         return self.outcome == "failed" and (self.error or "").partition(":")[0] in ("KeyboardInterrupt", "Exit")
+
+    @property
+    def waited(self) -> bool:
+        """Whether other work took the processor for so long that times say little: by more than they may differ for nothing."""
+        return (self.processor_wait_fraction or 0.0) > LONG_WAIT
 
     def reaching(self, accuracy: float) -> tuple[int, float] | None:
         """Optimizer steps and seconds of training after which dev accuracy was first seen to be that high; None if it never was."""

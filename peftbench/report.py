@@ -41,8 +41,9 @@ COST: Mapping[str, Column] = {
 
 LEGEND = (
     "over maj.: dev accuracy beyond that of always answering the more frequent label; acc/M, acc/min: dev accuracy",
-    "per million trained parameters, per minute of training; front *: beats the majority, and none is as good in dev",
-    "acc, trained and train and better in one; trained: scalars an optimizer step may change; ships: bytes to store;",
+    "per million trained parameters, per minute of training; front *: the interval of dev acc is above the majority's,",
+    "and no other trained phase is as good in dev acc, trained and train and better in one; trained: scalars an optimizer",
+    "step may change; ships: bytes to store;",
     "latency: of one text alone; texts/s: in evaluation, dev and test",
 )
 
@@ -167,7 +168,8 @@ def render_comparison(rows: Sequence[Row], *, table: str = "simple") -> str:
     counts = Counter(row.verdict for row in rows)
     verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in get_args(Verdict) if counts[verdict])
     measured = any(METRICS[row.metric].kind == "quality" for row in rows if row.metric in METRICS)
-    return f"{text}\n\n{verdicts}" + (f"; {POOLED}" if measured else "")
+    note = verdicts + (f"; {POOLED}" if measured else "")
+    return f"{text}\n\n{'% ' if table == 'latex_booktabs' else ''}{note}"
 
 
 def render_history(traced: Mapping[str, Sequence[Point]], metric: Metric) -> str:
@@ -218,7 +220,7 @@ def render_name(summary: Summary) -> str:
     name, passed, seeds = summary.first.phase_id, len(summary.passed), len(summary.records)
     if passed < seeds and seeds > 1:
         return f"{name}, {passed} of {seeds} seeds"
-    return f"{name} ×{passed}" if passed > 1 else name
+    return f"{name} ×{passed}" if passed > 1 and summary.trains else name
 
 
 def render_cells(summary: Summary, columns: Mapping[str, Column], front: Collection[str]) -> list[Cell]:
@@ -235,7 +237,8 @@ def render_failures(records: Sequence[Record]) -> list[str]:
 
 def render_accuracy(summary: Summary, split: Literal["dev", "test"]) -> str:
     """In percent with its 95% interval; of several seeds the mean, with their standard deviation behind it."""
-    mean, deviation = summary.mean(f"{split}.accuracy"), summary.deviation(f"{split}.accuracy")
+    mean = summary.mean(f"{split}.accuracy")
+    deviation = summary.deviation(f"{split}.accuracy") if summary.trains else None
     quality = summary.passed[0].dev if split == "dev" else summary.passed[0].test
     if mean is None or quality is None:
         return "-"
@@ -384,7 +387,13 @@ def _notes(summaries: Sequence[Summary]) -> list[str]:
         lines += LEGEND
         which = {"data": "which", "machines": "whose times"}
         lines += [f"warning: other {what} in one table, {which[what]} do not compare; no front" for what in differing(summaries)]
+    for record in (record for record in passed if record.waited):
+        case = f"{record.phase_id} seed {record.seed}" if len(summaries) < len(records) else record.phase_id
+        share = f"{100 * (record.processor_wait_fraction or 0):.0f}%"
+        lines.append(f"warning: other work had the processor {share} of the time that {case} wanted it; its times say little")
     for record in passed[:1]:
+        if "held out of train" in str(record.data.get("label_protocol")):
+            lines.append("test is held out of train, as the data have no labelled test split")
         overlaps = {name: record.data.get(f"{name}_sentences_in_train", 0) for name in ("dev", "test")}
         lines += [f"warning: {count} {name} sentences also stand in train" for name, count in overlaps.items() if count]
     teachers: dict[tuple[str, float, float], set[str]] = {}
@@ -394,7 +403,7 @@ def _notes(summaries: Sequence[Summary]) -> list[str]:
     for (phase, training, logits), uses in sorted(teachers.items()):
         spent = f"tuning {render_duration(training)}, logits {render_duration(logits)}, when first made"
         lines.append(f"{phase} also needs the teacher: {spent}; cache {' and '.join(sorted(uses, reverse=True))} here")
-    if any(len(summary.passed) > 1 for summary in summaries):
+    if any(len(summary.passed) > 1 and summary.trains for summary in summaries):
         lines.append("×N, N of M seeds: figures are means over N seeds; ±: their standard deviation")
     return lines + render_failures(records)
 

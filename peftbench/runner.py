@@ -34,7 +34,7 @@ from peftbench.distill import (
 from peftbench.evaluation import METRICS_VERSION, latency_ms, score
 from peftbench.kernels import cast_frozen, economize, economize_words, only_words, retain_memory
 from peftbench.layers import make_packable
-from peftbench.measure import PeakMemory, Stopwatch, describe_machine, describe_versions
+from peftbench.measure import PeakMemory, ProcessorWait, Stopwatch, describe_machine, describe_versions
 from peftbench.models import (
     ModelError,
     Weights,
@@ -276,6 +276,7 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
     bench.device.release_memory()
     memory = PeakMemory(bench.device)
     memory.restart()
+    wait = ProcessorWait()
     seed_everything(seed)
     model, groups = prepare(load_classifier(weights, tuned=phase.role == "teacher"), phase)
     model, packed = bench.place(model)
@@ -295,7 +296,7 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
         for encoded in held_out:
             split = encoded.split
             quality[split.name], predictions[split.name] = score(predict(model, encoded, bench.device, packed=packed), split)
-    peak = memory.read_bytes()
+    peak, latency = memory.read_bytes(), latency_ms(model, held_out[0], bench.device, packed=packed)
     record = Record(
         schema_version=SCHEMA_VERSION,
         run_id=settings.run_id,
@@ -330,7 +331,8 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
         peak_memory_scope=memory.scope,
         memory_before_bytes=memory.before_bytes,
         artifact_bytes=artifact_bytes(model),
-        latency_ms=latency_ms(model, held_out[0], bench.device, packed=packed),
+        latency_ms=latency,
+        processor_wait_fraction=wait.read_fraction(),
         precision=bench.device.precision,
         batching="packed" if packed else "padded to the longest",
         teacher_cost=_teacher_cost(phase, bench, logits, hit=bench.misses == misses),

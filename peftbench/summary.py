@@ -43,6 +43,11 @@ class Summary:
         """Those that measured something."""
         return [record for record in self.records if record.outcome == "passed"]
 
+    @property
+    def trains(self) -> bool:
+        """Whether a seed changes anything: a phase that trains nothing evaluates one and the same model for all of them."""
+        return any(record.optimizer_steps != 0 for record in self.passed)
+
     def mean(self, figure: str) -> float | None:
         """Mean over the passed seeds; None where there is no value."""
         values = self.values(figure)
@@ -63,7 +68,7 @@ class Summary:
 
         None where no predictions were recorded. Two seeds leave it wide, as they tell little about how far seeds vary.
         """
-        seeds = [_wrong(record, splits) for record in self.passed]
+        seeds = [_wrong(record, splits) for record in (self.passed if self.trains else self.passed[-1:])]
         if not seeds or not all(n for _, n in seeds) or len({n for _, n in seeds}) > 1:
             return None
         n, wrong = seeds[0][1], [mask for mask, _ in seeds]
@@ -132,8 +137,9 @@ def pareto_front(summaries: Sequence[Summary]) -> set[str]:
     """
     Ids of the trained phases that no other beats on dev accuracy, trainable parameters and training time at once.
 
-    Left out are a phase that trains nothing, which would be on every front for free, one no better than the majority class, and one
-    of which a seed failed: the mean of those that did not is no figure of it. Of several machines or data there is no front.
+    Left out are a phase that trains nothing, which would be on every front for free, one whose interval of accuracy reaches down to
+    the majority class, and one of which a seed failed: the mean of those that did not is no figure of it. Of several machines or
+    data there is no front.
     """
     if differing(summaries):
         return set()
@@ -144,7 +150,8 @@ def pareto_front(summaries: Sequence[Summary]) -> set[str]:
         accuracy, seconds = summary.mean("dev.accuracy") or 0.0, summary.mean("train_runtime_seconds") or 0.0
         one = next(iter(summary.passed), summary.first)
         trainable = one.parameter_counts.trainable if one.parameter_counts else 0
-        if trainable and (one.majority_accuracy is None or accuracy > one.majority_accuracy):
+        low, _ = summary.accuracy_ci95("dev") or (accuracy, accuracy)
+        if trainable and (one.majority_accuracy is None or low > one.majority_accuracy):
             points[one.phase_id] = (-accuracy, trainable, seconds)
     return {
         name

@@ -197,7 +197,7 @@ def test_gates_decide_the_exit_status(outputs, capsys, arguments, expected):
         (("report", "nothing.json"), "'nothing.json' is no file"),
         (("report", "--reach", "80"), "--reach must be a fraction, such as 0.8, and the format md or latex; got 80, md"),
         (("report", "--reach", "0.8", "--format", "html"), "--reach must be a fraction, such as 0.8, and the format md or latex"),
-        (("plan", "--data", "nowhere"), "--data must be a folder with train.tsv and dev.tsv, got 'nowhere', which is none"),
+        (("plan", "--data", "nowhere"), "--data must be a folder with train.tsv and dev.tsv, got 'nowhere', which is not there"),
         (("plan", "--memory", "-3"), "--memory must be more than 0 GiB, got -3"),
         (("export", "bad.json", "--format", "bencher"), "bad.json: "),
         (("report", "empty"), "no record in empty"),

@@ -216,7 +216,7 @@ def test_faster_is_better_whichever_way_it_is_measured():
         ([failed()], [passed()], "fixed", "failed in the base"),
         ([failed()], [failed()], "not comparable", "fails on both sides"),
         ([passed()], [], "missing", "no finished record in the head"),
-        ([], [passed()], "missing", "no finished record in the base"),
+        ([], [passed()], "missing", "new: no finished record in the base"),
         ([passed(), passed(seed=43)], [passed(), failed(seed=43)], "newly failing", "seed 43: RuntimeError"),
     ],
 )
@@ -240,6 +240,50 @@ def test_a_phase_beside_another():
     assert row.reason.startswith("D-hybrid failed: RuntimeError")
     with pytest.raises(ValueError, match=r"a phase must be one of B-lora, D-hybrid; got 'X'; give another run as BASE"):
         compare_phases(records, "B", "X")
+
+
+def test_phases_beside_each_other_are_each_pair_once():
+    """Lists and `all` give every pair once, in the order asked for, with p-values adjusted for the number of pairs."""
+    records = [passed("B-lora"), passed("C1-full", wrong=LOST), passed("D-hybrid", wrong=LOST)]
+
+    def pairs(first, second):
+        rows = compare_phases(records, first, second)
+        return list(dict.fromkeys(row.phase for row in rows)), {row.phase: row for row in rows if row.metric == "accuracy"}
+
+    assert ["B-lora → D-hybrid", "B-lora → C1-full"] == pairs("B", "D, C1")[0]
+    assert ["B-lora → C1-full", "B-lora → D-hybrid"] == pairs("b", "all")[0]
+    names, rows = pairs("all", "ALL")
+    assert ["B-lora → C1-full", "B-lora → D-hybrid", "C1-full → D-hybrid"] == names
+    assert ["worse", "worse", "no difference shown"] == [rows[name].verdict for name in names]
+    single = [row for row in compare_phases(records, "B", "C1") if row.metric == "accuracy"]
+    p = float(single[0].reason.removeprefix("p = "))
+    assert f"p = {p:.2g}, {3 * p:.2g} adjusted for 3 pairs" == rows["B-lora → C1-full"].reason
+    with pytest.raises(ValueError, match=r"'B' and 'lora' are the same phase"):
+        compare_phases(records, "B", "lora")
+
+
+def test_a_phase_that_trains_nothing_stands_beside_every_seed():
+    """Its model is the same for all of them: with other seeds on the other side it is compared with each."""
+    still = passed("A-teacher", optimizer_steps=0, seed=42)
+    trained = [passed("B-lora", wrong=LOST[: 10 + seed], optimizer_steps=9, seed=seed) for seed in (1, 2, 3)]
+    [row] = [row for row in compare_phases([still, *trained], "A", "B") if row.metric == "accuracy"]
+    copies = [dataclasses.replace(still, name="copy", phase="X", optimizer_steps=9, seed=seed) for seed in (1, 2, 3)]
+    [same] = [row for row in compare_phases([*copies, *trained], "X", "B") if row.metric == "accuracy"]
+    assert (same.difference, same.ci95) == (row.difference, row.ci95)
+    again = [dataclasses.replace(still, seed=seed, run_id="20260102T000000Z-bbbbbb") for seed in (1, 2, 3)]
+    assert "no difference shown" == row_of([still], again, "accuracy").verdict
+
+
+def test_times_of_a_busy_machine_are_compared_with_such_alone():
+    """Where other work took the processor on one side, times are not comparable; runs that were alone are, if there are any."""
+    alone, busy = passed(processor_wait_fraction=0.01), passed(seconds=120.0, processor_wait_fraction=0.47)
+    row = row_of([alone], [busy], "train_runtime_seconds")
+    assert ("not comparable", "other load: alone and shared") == (row.verdict, row.reason)
+    assert "no difference shown" == row_of([alone], [busy], "accuracy").verdict
+    later = dataclasses.replace(alone, run_id="20260103T000000Z-cccccc")
+    row = row_of([alone], [busy, later], "train_runtime_seconds")
+    assert ("no difference shown", 60.0) == (row.verdict, row.head)
+    assert "1 of the head's 2 records left out: other load" in row.reason
 
 
 def test_scales_are_never_mixed():

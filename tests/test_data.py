@@ -222,7 +222,7 @@ def test_a_draw_keeps_each_rows_label_and_sentence():
 @pytest.mark.parametrize("size", [0, -1, 11])
 def test_a_draw_that_does_not_fit_is_refused(size):
     """The error names the size and the range."""
-    with pytest.raises(DataError, match=rf"subset of {size} .* train split of 10; allowed: 1…10"):
+    with pytest.raises(DataError, match=rf"^{size} examples cannot be drawn from a train split of 10,"):
         draw(split_of([0, 1] * 5), size)
 
 
@@ -292,7 +292,15 @@ def test_a_wrong_header_is_refused(folder, header):
     assert [] == [part for part in wanted if part not in message], message
 
 
-@pytest.mark.parametrize("line", ["", " ", "no tab", "\t1", " \t1", "two\ttabs\t1"])
+@pytest.mark.parametrize("line", ["\t1", " \t1"])
+def test_an_empty_sentence_is_named(folder, line):
+    """As such, with what to do about it."""
+    write_tsv(folder / "train.tsv", ["good\t1", line, *rows(40)])
+    with pytest.raises(DataError, match=r"train.tsv, line 3: the sentence is empty, got .*; fill it in or leave the line out$"):
+        read_glue_folder(folder)
+
+
+@pytest.mark.parametrize("line", ["", " ", "no tab", "two\ttabs\t1"])
 def test_a_bad_row_is_named(folder, line):
     """An empty one between others included."""
     write_tsv(folder / "train.tsv", ["good\t1", line, *rows(40)])

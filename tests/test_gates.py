@@ -123,6 +123,18 @@ def test_a_doubt_leaves_gates_open():
     assert 1 == judge(compare([passed()], [passed(wrong=LOST)]), gates, doubts=["1 file"]).status
 
 
+def test_a_gate_that_few_examples_cannot_judge_says_so():
+    """One point lower may be three for all that 900 examples tell; the gate does not break, and is not called kept."""
+    gate = Gate.from_text("accuracy:0.4pt")
+    [row] = [row for row in compare([passed(wrong=range(30))], [passed(wrong=range(20, 60))]) if row.metric == "accuracy"]
+    assert row.verdict == "no difference shown"
+    judgement = judge([row], [gate])
+    assert (0, [f"accuracy:0.4pt: B-lora may be up to {-100 * row.ci95[0]:.1f} pt worse, which these records cannot tell"]) == (
+        judgement.status,
+        judgement.lines,
+    )
+
+
 def test_a_gate_tighter_than_single_runs_can_show_says_so():
     """24% slower passes a gate of 20%, but not in silence; two runs a side do without a tolerance, and a strict gate, too."""
     gates = [Gate.from_text("train_runtime_seconds:20%"), Gate.from_text("samples_per_second:30%")]

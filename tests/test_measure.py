@@ -2,15 +2,19 @@
 
 import json
 import mmap
+import os
 import re
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
 
 from peftbench.device import Device
-from peftbench.measure import PACKAGES, PeakMemory, Stopwatch, describe_commit, describe_machine, describe_versions
+from peftbench.measure import PACKAGES, PeakMemory, ProcessorWait, Stopwatch, describe_commit, describe_machine, describe_versions
 from peftbench.sealed import fingerprint
 
 CPU = Device(name="cpu", precision="fp32", why="test")
@@ -102,6 +106,32 @@ def test_peak_memory_knows_what_was_in_use_before():
     assert 60 * MEGABYTE < memory.read_bytes() - memory.before_bytes
     assert memory.before_bytes > 50 * MEGABYTE
     kept.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the scheduler's account is Linux's")
+def test_who_shares_a_processor_waits_for_it():
+    """Two busy processes on one core each wait half of the time; one that sleeps waits for nothing."""
+    program = (
+        "import os, sys, time; os.sched_setaffinity(0, {int(sys.argv[1])})\n"
+        "from peftbench.measure import ProcessorWait\n"
+        "print('ready', flush=True); sys.stdin.readline(); wait = ProcessorWait(); began = time.monotonic()\n"
+        "while time.monotonic() - began < 1.5: pass\n"
+        "print(wait.read_fraction())"
+    )
+    core = str(min(os.sched_getaffinity(0)))
+    command = [sys.executable, "-c", program, core]
+    with ExitStack() as stack:
+        pair = [stack.enter_context(subprocess.Popen(command, stdin=-1, stdout=-1, text=True)) for _ in range(2)]
+        for process in pair:
+            assert "ready\n" == process.stdout.readline()
+        for process in pair:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        fractions = [float(process.stdout.readline()) for process in pair]
+    assert all(0.25 < fraction < 0.85 for fraction in fractions), fractions
+    idle = ProcessorWait()
+    time.sleep(0.2)
+    assert 0.0 <= idle.read_fraction() <= 1.0
 
 
 def test_workers_beside_each_other_are_another_machine():

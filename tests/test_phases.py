@@ -235,7 +235,7 @@ def test_sources_are_checked():
 
 def test_a_rate_for_layers_that_are_not_unfrozen_is_refused():
     """It would be ignored."""
-    with pytest.raises(ValueError, match="unfrozen_learning_rate is of unfreeze_top_layers, which is 0"):
+    with pytest.raises(ValueError, match="unfrozen_learning_rate needs unfreeze_top_layers, which is 0"):
         Phase(id="X-x", role="backbone", peft={"peft_type": "IA3"}, unfrozen_learning_rate=1e-4)
 
 

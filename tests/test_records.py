@@ -233,8 +233,8 @@ def without(key):
         pytest.param(json.dumps(changed("config", {"\ud800": 1})), "surrogate", id="half-a-character-key"),
         pytest.param(json.dumps(changed("versions", {"\ud800": "1"})), "surrogate", id="half-a-version"),
         pytest.param(json.dumps(changed("config.x", "@")).replace('"@"', "1e999"), "config", id="1e999-in-config"),
-        pytest.param(json.dumps(changed("schema_version", 5)), "schema_version must be 1 to 4, got 5", id="newer-schema"),
-        pytest.param(json.dumps(changed("schema_version", "1")), "schema_version must be 1 to 4, got '1'", id="schema-text"),
+        pytest.param(json.dumps(changed("schema_version", 6)), "schema_version must be 1 to 5, got 6", id="newer-schema"),
+        pytest.param(json.dumps(changed("schema_version", "1")), "schema_version must be 1 to 5, got '1'", id="schema-text"),
         pytest.param(json.dumps(changed("schema_version", True)), "schema_version", id="schema-bool"),
         pytest.param(json.dumps(changed("outcome", "skipped")), "outcome", id="unknown-outcome"),
         pytest.param(json.dumps(changed("teacher_cost.cache", "maybe")), "teacher_cost.cache", id="unknown-choice"),
@@ -502,7 +502,8 @@ def test_a_phases_configuration_holds_every_hyperparameter():
         (1, ("skipped_steps", "memory_use", "teacher_checkpoint", "metrics_version", "dev_curve", "precision")),
         (2, ("metrics_version", "dev_curve", "memory_before_bytes")),
         (3, ("precision", "memory_before_bytes")),
-        (4, ()),
+        (4, ("processor_wait_fraction",)),
+        (5, ()),
     ],
 )
 def test_records_of_each_schema_are_read(version, unknown):

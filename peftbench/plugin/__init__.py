@@ -222,7 +222,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = status
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     session = config.stash[SESSION]
     records = list(session.records.values())
     if not (records or session.unreadable or session.unpublished or session.judgement):
@@ -248,6 +248,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(printable(problem), red=True)
     for problem in sorted(session.unreadable):
         terminalreporter.write_line(printable(f"left out of the history: {problem}"), yellow=True)
+    if exitstatus == pytest.ExitCode.INTERRUPTED:
+        terminalreporter.write_line("interrupted: the same command with --peft-resume goes on with what has not passed")
     for folder in dict.fromkeys(path.parent for path in session.records):
         terminalreporter.write_line(f"records: {os.path.relpath(folder)}")
 

@@ -130,7 +130,7 @@ class Session:
 
         Raises:
             pytest.UsageError: If the folder of the data lacks files.
-            ValueError: If the device cannot be had, or there is nothing to compare with.
+            ValueError: If the device cannot be had, the data cannot be read, or there is nothing to compare with.
             OSError: If the outputs cannot be written.
         """
         if not scales:
@@ -139,6 +139,10 @@ class Session:
         self.device  # noqa: B018 - it is chosen here, or cannot be
         for scale in scales:
             Store(self.options.outputs, scale).check_writable()
+        if self.options.data:
+            from peftbench.data import read_glue_folder
+
+            read_glue_folder(self.options.data)
         if self.options.compare:
             self.choose_bases(scales)
 
@@ -176,7 +180,22 @@ class Session:
                 len(record.dev_curve or ()) >= evaluations
             ):
                 return record
+        self._say_why_not(fingerprint, seed, self._history[store.runs])
         return None
+
+    def _say_why_not(self, fingerprint: str, seed: int, history: list[Record]) -> None:
+        """Of a case that has passed elsewhere, what keeps it from being resumed."""
+        passed = [r for r in history if (r.outcome, r.fingerprint, r.seed) == ("passed", fingerprint, seed)]
+        if passed:
+            last = passed[-1]
+            where = f"in run {last.run_id} at commit {str(last.commit.get('id'))[:12]}"
+            dirty = " with uncommitted changes" if last.commit.get("dirty") else ""
+            other = (
+                "of this commit and these changes"
+                if last.commit != self.settings.commit
+                else "of this machine and as many evaluations"
+            )
+            self.progress.say(f"{last.phase_id} is run again: it passed {where}{dirty}, and only what is {other} is resumed")
 
     def publish(self, record: Record) -> None:
         """

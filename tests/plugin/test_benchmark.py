@@ -69,7 +69,7 @@ def test_workers_of_xdist_write_one_run(study, records, pytester, data_folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--peft-device=abacus"], "DeviceError: device must be one torch can use here, such as cpu or cuda, got 'abacus'"),
+        (["--peft-device=abacus"], "DeviceError: device must be one that torch can use here, such as cpu, got 'abacus'"),
         (["--peft-outputs=occupied"], "OutputsError: cannot write to the outputs folder"),
     ],
 )

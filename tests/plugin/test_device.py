@@ -7,7 +7,7 @@ import pytest
     ("arguments", "message"),
     [
         (["--peft-precision", "fp8"], "*--peft-precision must be one of auto, fp32, bf16, fp16, got 'fp8'"),
-        (["--peft-device", "abacus"], "*device must be one torch can use here, such as cpu or cuda, got 'abacus'*"),
+        (["--peft-device", "abacus"], "*device must be one that torch can use here, such as cpu, got 'abacus'*"),
         (["--peft-device", "cpu", "--peft-precision", "fp16"], "*precision fp16 needs a CUDA device, got cpu*"),
     ],
 )
