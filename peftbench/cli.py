@@ -95,7 +95,8 @@ def compare(options: argparse.Namespace) -> int:
 @uncollected()
 def history(options: argparse.Namespace) -> int:
     """Print a metric over commits."""
-    from peftbench.history import History, commits_in_order, trace
+    from peftbench.commits import commits_in_order
+    from peftbench.history import History, trace
 
     if options.metric not in METRICS:
         raise ValueError(f"the metric must be one of {', '.join(METRICS)}, got {options.metric!r}")
@@ -194,7 +195,8 @@ def export(options: argparse.Namespace) -> None:
 
 def _accuracy_over_commits(options: argparse.Namespace, side: "Side") -> Mapping[str, Sequence[Point]]:
     """Of all runs where the side is one of them; of what a file or a folder holds where it is that."""
-    from peftbench.history import History, commits_in_order, trace
+    from peftbench.commits import commits_in_order
+    from peftbench.history import History, trace
 
     records = side.records if Path(options.side).exists() else History.from_outputs(options.outputs).everything().records
     scales = {record.scale for record in side.records}

@@ -223,7 +223,7 @@ def _excerpts(before: str, after: str) -> str:
 
 
 def incomparable(metric: Metric, base: Sample, head: Sample) -> str | None:
-    """What is another on the two sides; None if they can be compared."""
+    """The reason why two sides cannot be compared; None if they can."""
     ours, theirs = base.facts(metric), head.facts(metric)
     for name, values in ours.items():
         if values != theirs.get(name) or (len(values) > 1 and name != "seed set"):
@@ -316,7 +316,7 @@ def _judge(pairs: Sequence[tuple[str, Sample, Sample]], *, of: str = "phases") -
 
 
 def _matching(metric: Metric, base: Sample, head: Sample) -> tuple[Sample, Sample, str]:
-    """What of both sides is of one machine, data, seed set and so on, and what to say of the rest; all of it where nothing is."""
+    """Keep the records that share machine, data and seeds, and describe the ones dropped; keep all where none are shared."""
     parts = base.by_identity(metric), head.by_identity(metric)
     shared = [one for one in parts[1] if one in parts[0]]
     if not shared:
@@ -353,7 +353,7 @@ def _of_all_seeds(base: Sample, head: Sample) -> tuple[Sample, Sample]:
 
 
 def _without_failures_elsewhere(one: Sample, other: Sample) -> Sample:
-    """A side less what failed on data that the other is not of; all of it where nothing passed, or where data is not known."""
+    """Drop failures on data that the other side did not use; keep everything where nothing passed or the data are not known."""
     known = {record.data.get("fingerprint") for record in other.records}
     if not one.passed or not known or None in known:
         return one

@@ -15,7 +15,7 @@ class DeviceError(PeftbenchError, ValueError):
 
 
 class DoesNotFit(PeftbenchError, RuntimeError):  # noqa: N818 - a state, not a mistake
-    """Not even one example at a time fits the device's memory."""
+    """Weights, or one example at a time, need more memory than the device has."""
 
 
 def auto_scale() -> str:

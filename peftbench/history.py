@@ -2,7 +2,6 @@
 
 import re
 import statistics
-import subprocess
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from peftbench.commits import Commit, git
 from peftbench.compare import Sample, judge_quality, judge_runs, other_memory_before
 from peftbench.errors import PeftbenchError
 from peftbench.metrics import Metric
@@ -22,20 +22,6 @@ LEVEL = 0.01
 
 class HistoryError(PeftbenchError, ValueError):
     """What was asked for names no records."""
-
-
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """
-    A commit that git knows.
-
-    Attributes:
-        on_line: Whether it is HEAD or one that leads to it.
-    """
-
-    id: str
-    subject: str
-    on_line: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +115,7 @@ class History:
             return _read(f"run {text} of the tiny scale", _record_files(tiny.iterdir()), str(tiny))
         known = {run: facts for run in runs if (facts := self.commit_of(run)).get("id")}
         ids = {str(facts["id"]) for facts in known.values()}
-        commit = _git(self.repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{text}^{{commit}}")
+        commit = git(self.repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{text}^{{commit}}")
         wanted = commit.strip() if commit else _completed(text, ids)
         at_commit = [run for run, facts in known.items() if facts["id"] == wanted]
         at_commit = [run for run in at_commit if {path.parent.name for path in self.files[run]} - {*without}] or at_commit
@@ -168,7 +154,7 @@ class History:
         return _read(label, left, str(self.folder))
 
     def _describe_depth(self) -> str:
-        shallow = (_git(self.repository, "rev-parse", "--is-shallow-repository") or "").strip() == "true"
+        shallow = (git(self.repository, "rev-parse", "--is-shallow-repository") or "").strip() == "true"
         return "; this clone is shallow, and git fetch --unshallow brings the commits before it" if shallow else ""
 
 
@@ -182,14 +168,6 @@ def doubts(head: Side, base: Side | None = None) -> list[str]:
     if count := sum((record.run_id, record.case) in known for record in head.records):
         lines.append(f"compared with themselves, as they are in the base, too: {count} of {len(head.records)} records of the head")
     return lines
-
-
-def commits_in_order(repository: Path) -> list[Commit]:
-    """The commits that git knows, each after its parents; none without git."""
-    log = _git(repository, "log", "--all", "HEAD", "--topo-order", "--reverse", "--format=%H%x00%s") or ""
-    line = set((_git(repository, "rev-list", "HEAD") or "").split())
-    found = [text.partition("\0") for text in log.splitlines() if text]
-    return [Commit(id=one, subject=subject, on_line=one in line) for one, _, subject in found]
 
 
 def trace(records: Iterable[Record], metric: Metric, commits: Sequence[Commit]) -> dict[str, list[Point]]:
@@ -403,7 +381,7 @@ class _Line:
         self._place = 0
 
     def take(self, sample: Sample) -> tuple[str | None, str | None]:
-        """Whether the line's next commit is better or worse than its level, and what is another than at the commit before it."""
+        """Whether the next commit is better or worse than its level, and which fact has changed since the commit before it."""
         self._place += 1
         facts = sample.facts(self._metric)
         changed = [name for name, values in facts.items() if self._facts.get(name, values) != values]
@@ -416,7 +394,7 @@ class _Line:
         return next(iter(shifts), None), next(iter(changed), None)
 
     def _take(self, key: object, sample: Sample) -> tuple[str | None, str | None]:
-        """The same for the part of a commit that one level is for."""
+        """As `take`, for those records of a commit that belong to one level."""
         metric, values = self._metric, sample.values(self._metric)
         level, other = self._levels.get(key), None
         if level and metric.kind == "memory":
@@ -457,16 +435,6 @@ def _shift(metric: Metric, level: _Level, sample: Sample, values: Sequence[float
         difference = found.value
     certain = abs(difference) > metric.relative * abs(level.mean) if found is None else found.p < LEVEL
     return ("better" if metric.gain(difference) > 0 else "worse") if certain else None
-
-
-def _git(repository: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=repository, capture_output=True, text=True, errors="replace", timeout=20, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
 
 
 def _completed(text: str, ids: Iterable[str]) -> str:

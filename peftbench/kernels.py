@@ -32,7 +32,7 @@ class LayerNorm(nn.LayerNorm):
     """`torch.nn.LayerNorm` that can make the addition and the dropout before it a part of it."""
 
     def after_adding(self, x: Tensor, added: Tensor, dropout: Dropout | None) -> Tensor:
-        """What it makes of x + dropout(added), tensors of one shape; adds to its gradients by itself."""
+        """Normalize x + dropout(added), tensors of one shape; accumulates its own gradients."""
         drawn = None if dropout is None else dropout.draw(added)
         out: Tensor = _AddAndNormalize.apply(x, added, self, *drawn or (None, 1.0))  # type: ignore[no-untyped-call]
         return out

@@ -1,9 +1,7 @@
-"""What only the machine knows: elapsed time, peak memory, what it is and what runs on it."""
+"""What only the machine knows: elapsed time, peak memory, waiting for a processor, what it is and what runs on it."""
 
 import os
 import platform
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +13,7 @@ from typing import Any
 import torch
 
 from peftbench.device import Device
-from peftbench.sealed import file_sha256, fingerprint
+from peftbench.sealed import fingerprint
 
 PACKAGES = ("peftbench", "torch", "transformers", "peft", "datasets", "evaluate", "tokenizers", "pytest", "pytest-benchmark")
 
@@ -149,45 +147,6 @@ def describe_machine(device: Device, threads: int, workers: int = 1) -> dict[str
 def describe_versions() -> dict[str, str]:
     """Python and the packages whose version can change a figure."""
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
-
-
-def describe_commit(folder: Path) -> dict[str, Any]:
-    """
-    The commit that is checked out.
-
-    Returns:
-        ``id`` (null without git), ``dirty``, and ``changes``: a fingerprint of what differs
-        in tracked files and of untracked Python modules; the latter two null where git does not say.
-        ``problem`` where there is a repository that git will not read, such as one of another user.
-    """
-    unknown = {"id": None, "dirty": None, "changes": None}
-    top = _git(folder, "rev-parse", "--show-toplevel")
-    nearest = next((parent for parent in (folder, *folder.parents) if (parent / ".git").exists()), None)
-    if shutil.which("git") and nearest and (top is None or Path(top.rstrip("\n")).resolve() != nearest.resolve()):
-        return {**unknown, "problem": f"git does not read the repository in {nearest.name or nearest}; ask it by git status"}
-    if top is None:
-        return unknown
-    folder = Path(top.rstrip("\n"))
-    commit = _git(folder, "rev-parse", "HEAD")
-    if not commit:
-        return unknown
-    changes = _git(folder, "diff", "HEAD", "--", ".", ":(exclude)*.ipynb")  # notebooks save what they print
-    modules = _git(folder, "ls-files", "--others", "--exclude-standard", "-z", "--", "*.py")
-    if changes is None or modules is None:
-        return {"id": commit.strip(), "dirty": None, "changes": None}
-    sums = {name: file_sha256(folder / name) for name in modules.split("\0") if (folder / name).is_file()}
-    dirty = bool(changes or sums)
-    return {"id": commit.strip(), "dirty": dirty, "changes": fingerprint([changes, sums])[:16] if dirty else None}
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, errors="replace", timeout=20, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
 
 
 def _version(package: str) -> str:

@@ -20,10 +20,10 @@ from peftbench.phases import DATA_SEED, Phase
 from peftbench.records import Plan
 
 SAMPLED_STEPS = {"packed": 2, "padded": 8}
-"""Steps of an epoch whose arithmetic is counted; the rest is taken to cost the same a token, which padding makes less true."""
+"""Steps whose operations are counted; the others are taken to cost the same per token, which padding makes less exact."""
 
 ASKED_FOR_NUMBERS = (RuntimeError, AssertionError, AttributeError, TypeError, OSError)
-"""What adapters raise whose code looks at the numbers in a tensor, where there are shapes alone."""
+"""Errors of adapters that read the values of tensors, where tensors have shapes alone."""
 
 MATRIX_SHARE = 0.4
 """
@@ -38,7 +38,7 @@ USABLE = 0.9
 """Share of the free memory that a plan may fill; the rest is left to fragments and to the libraries."""
 
 STEP_SECONDS = 0.008
-"""Of an optimizer step beside its products, however small the model: what one of the tiny scale takes on a CPU."""
+"""Fixed cost of an optimizer step beside its matrix products, as one of the tiny scale takes it on a CPU."""
 
 
 def plan_phase(
@@ -153,7 +153,7 @@ def _flops_per_token(model: nn.Module, encoded: Encoded, phase: Phase, *, packed
             except ASKED_FOR_NUMBERS as error:
                 why = next(iter(str(error).splitlines()), type(error).__name__)[:160]
                 raise ModelError(
-                    f"{phase.id} cannot be planned, as its model asks for numbers where it has shapes: {why}"
+                    f"{phase.id} cannot be planned: its model reads the values of tensors, and planning has shapes only: {why}"
                 ) from error
             tokens += batch.tokens
     return float(counter.get_total_flops()) / tokens

@@ -406,7 +406,7 @@ def read_content(path: Path) -> bytes:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """No search for garbage meanwhile: among thousands of records, none of which is any, it takes a quarter of the time."""
+    """Pause garbage collection: reading thousands of records would spend a quarter of its time there, and free nothing."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

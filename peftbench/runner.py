@@ -1,13 +1,14 @@
 """
 One phase, from settings to record: wires data, models, teacher, loop and evaluation together.
 
-Free of pytest and of global state: arguments and result can be pickled, so a case can run in any process.
+Free of pytest; arguments and result can be pickled, so a case can run in any process. Of the process's own state a case seeds the
+generators of random numbers, sets how a GPU multiplies and, on CPU, has the C library keep freed memory.
 """
 
 import functools
 import random
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -56,8 +57,6 @@ from peftbench.records import SCHEMA_VERSION, Efficiency, ParameterCounts, Plan,
 from peftbench.sealed import building, fingerprint, lock, unseal
 from peftbench.training import Fit, Progress, Recipe, fit
 
-_THREADS = torch.get_num_threads()
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
@@ -70,7 +69,7 @@ class Settings:
         device: ``auto``, ``cpu``, ``cuda`` or one of several, such as ``cuda:1``.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         run_id: The run that the records belong to.
-        commit: What `peftbench.measure.describe_commit` said when the session began.
+        commit: What `peftbench.commits.describe_commit` said when the session began.
         evaluations: How often each phase is evaluated on dev while it trains; takes no part in the training time.
         workers: Processes that run cases beside each other.
     """
@@ -108,7 +107,7 @@ class Workbench:
         self.scale, self.settings, self.progress, self.notify = scale, settings, progress, notify
         self.store = Store(settings.outputs, scale.name)
         self.device = Device.choose(settings.device, settings.precision)
-        self.threads = (self.scale.threads if self.device.kind == "cpu" else None) or _THREADS
+        self.threads = (self.scale.threads if self.device.kind == "cpu" else None) or torch.get_num_threads()
         self.machine = describe_machine(self.device, self.threads, settings.workers)  # now, as a broken device may not tell
         self.misses = 0  # how often the teacher or its logits were not on disk
         self._weights: dict[Pretrained | Untrained, Weights] = {}
@@ -186,11 +185,20 @@ class Workbench:
         """The folder of a KD subset, written or left as it is if it already says the same."""
         return publish_subset(self.teacher_logits(size, max_length), self.store.kd_path(size, max_length))
 
+    @contextmanager
+    def own_threads(self) -> Iterator[None]:
+        """For a while, an operation on the CPU takes as many threads as the scale asks for."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
     def place(self, model: nn.Module) -> tuple[nn.Module, bool]:
         """Bring a model to the device, ready to run there; also says whether it takes packed rows."""
         packed = make_packable(model)
         if self.device.kind == "cpu":
-            torch.set_num_threads(self.threads)
             retain_memory()
             economize(model)
         else:
@@ -218,7 +226,8 @@ class Workbench:
         def compute(examples: Split) -> Tensor:
             model, packed = load()
             encoded = Encoded.from_split(examples, load_tokenizer(weights), max_length=max_length)
-            logits = predict(model, encoded, self.device, packed=packed)
+            with self.own_threads():
+                logits = predict(model, encoded, self.device, packed=packed)
             if broken := int((~torch.isfinite(logits)).any(dim=1).sum()):
                 raise ModelError(
                     f"the teacher's logits of {broken} of {len(examples)} texts are not finite in {self.device.precision}; "
@@ -266,28 +275,32 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
     asks_to_train = phase.subset is not None or phase.peft is not None or phase.distillation is not None
     if asks_to_train and not phase.epochs:
         raise ModelError(f"{phase.id}: with 0 epochs its subset, peft or distillation would train nothing; say how many epochs")
+    with bench.own_threads():
+        record = _measure(phase, seed, bench)
+    bench.device.release_memory()
+    return record
+
+
+def _measure(phase: Phase, seed: int, bench: Workbench) -> Record:
+    scale, misses = bench.scale, bench.misses
     identity = case_fingerprint(phase, bench)
-    misses = bench.misses
     for size in phase.kd_subsets:
         bench.kd_subset(size, phase.max_length)
     examples, logits, kd_path = _training_examples(phase, bench)
     weights = bench.teacher.weights if phase.role == "teacher" else bench.weights(_source(phase, scale))
 
     bench.device.release_memory()
-    memory = PeakMemory(bench.device)
+    memory, wait = PeakMemory(bench.device), ProcessorWait()
     memory.restart()
-    wait = ProcessorWait()
     seed_everything(seed)
     model, groups = prepare(load_classifier(weights, tuned=phase.role == "teacher"), phase)
     model, packed = bench.place(model)
     total, trainable = count_parameters(model)
-    if not phase.epochs:
-        trainable = 0
     run = None
     if phase.epochs:
         encoded = bench.encoded(examples, weights, phase.max_length)
         aligned = logits.align(examples) if logits else None
-        dev = bench.encoded(bench.splits.dev, weights, phase.max_length) if settings.evaluations else None
+        dev = bench.encoded(bench.splits.dev, weights, phase.max_length) if bench.settings.evaluations else None
         run = train(phase, model, groups, encoded, bench, teacher=aligned, packed=packed, seed=seed, what=phase.id, dev=dev)
 
     held_out = [bench.encoded(split, weights, phase.max_length) for split in (bench.splits.dev, bench.splits.test)]
@@ -297,36 +310,23 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
             split = encoded.split
             quality[split.name], predictions[split.name] = score(predict(model, encoded, bench.device, packed=packed), split)
     peak, latency = memory.read_bytes(), latency_ms(model, held_out[0], bench.device, packed=packed)
-    record = Record(
-        schema_version=SCHEMA_VERSION,
-        run_id=settings.run_id,
-        phase=phase.letter,
-        name=phase.name,
-        scale=scale.name,
-        seed=seed,
+    counts = ParameterCounts(total=total, trainable=trainable if run else 0)
+    seconds = run.runtime_seconds if run else 0.0
+    return Record(
+        **_describe_case(phase, seed, bench),
+        **_describe_training(run),
         outcome="passed",
         fingerprint=identity,
-        config=phase_config(phase),
         checkpoint=_describe_checkpoint(phase.role, scale, weights),
         teacher_checkpoint=_describe_checkpoint("teacher", scale, bench.teacher.weights) if logits else None,
         dev=quality["dev"],
         test=quality["test"],
         majority_accuracy=bench.splits.dev.majority_accuracy,
         metrics_version=METRICS_VERSION,
-        parameter_counts=ParameterCounts(total=total, trainable=trainable),
-        train_runtime_seconds=run.runtime_seconds if run else 0.0,
+        parameter_counts=counts,
         evaluation_seconds=evaluating.seconds,
-        efficiency=Efficiency.from_costs(
-            accuracy=quality["dev"].accuracy, trainable=trainable, seconds=run.runtime_seconds if run else 0.0
-        ),
+        efficiency=Efficiency.from_costs(accuracy=quality["dev"].accuracy, trainable=counts.trainable, seconds=seconds),
         kd_path=kd_path,
-        samples_per_second=run.examples / run.runtime_seconds if run else None,
-        tokens_per_second=run.tokens / run.runtime_seconds if run else None,
-        optimizer_steps=run.steps if run else 0,
-        skipped_steps=run.skipped_steps if run else 0,
-        memory_use=run.memory if run else None,
-        learning_curve=run.learning_curve if run else (),
-        dev_curve=run.dev_curve if run else (),
         peak_memory_bytes=peak,
         peak_memory_scope=memory.scope,
         memory_before_bytes=memory.before_bytes,
@@ -336,15 +336,8 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
         precision=bench.device.precision,
         batching="packed" if packed else "padded to the longest",
         teacher_cost=_teacher_cost(phase, bench, logits, hit=bench.misses == misses),
-        data=bench.splits.describe(),
         predictions=predictions,
-        machine=bench.machine,
-        versions=describe_versions(),
-        commit=settings.commit,
     )
-    del model, groups
-    bench.device.release_memory()
-    return record
 
 
 def train(
@@ -387,6 +380,7 @@ def train(
     words = torch.cat([*encoded.tokens, *(dev.tokens if dev else ())])
     rows_stay = packed and not phase.weight_decay  # of words that do not occur: no padding and no decay touches them
     with (
+        bench.own_threads(),
         only_words(model, words) if rows_stay else nullcontext(),
         flattened(groups) if device.kind == "cpu" else nullcontext(SeparateParameters(groups)) as parameters,
     ):
@@ -445,25 +439,13 @@ def plan_phases(phases: Sequence[Phase], bench: Workbench, *, memory_bytes: int 
 
 def failed_record(phase: Phase, seed: int, bench: Workbench, error: BaseException) -> Record:
     """The record of a case that an error ended, with the data that it got so far to load."""
-    settings, scale = bench.settings, bench.scale
-    phase = phase.at(scale.name)
     return Record(
-        schema_version=SCHEMA_VERSION,
-        run_id=settings.run_id,
-        phase=phase.letter,
-        name=phase.name,
-        scale=scale.name,
-        seed=seed,
+        **_describe_case(phase.at(bench.scale.name), seed, bench),
         outcome="failed",
         fingerprint=None,
         error=": ".join(filter(None, (type(error).__name__, str(error))))[:2000],
-        config=phase_config(phase),
         learning_curve=(),
-        data=bench.splits.describe() if "splits" in vars(bench) else {},
         predictions={},
-        machine=bench.machine,
-        versions=describe_versions(),
-        commit=settings.commit,
     )
 
 
@@ -490,6 +472,39 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def _describe_case(phase: Phase, seed: int, bench: Workbench) -> dict[str, Any]:
+    """What is known of a case however it ends."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": bench.settings.run_id,
+        "phase": phase.letter,
+        "name": phase.name,
+        "scale": bench.scale.name,
+        "seed": seed,
+        "config": phase_config(phase),
+        "data": bench.splits.describe() if "splits" in vars(bench) else {},
+        "machine": bench.machine,
+        "versions": describe_versions(),
+        "commit": bench.settings.commit,
+    }
+
+
+def _describe_training(run: Fit | None) -> dict[str, Any]:
+    """What the loop took and how it went; None for a phase that trains nothing."""
+    if run is None:
+        return {"train_runtime_seconds": 0.0, "optimizer_steps": 0, "skipped_steps": 0, "learning_curve": (), "dev_curve": ()}
+    return {
+        "train_runtime_seconds": run.runtime_seconds,
+        "samples_per_second": run.examples / run.runtime_seconds,
+        "tokens_per_second": run.tokens / run.runtime_seconds,
+        "optimizer_steps": run.steps,
+        "skipped_steps": run.skipped_steps,
+        "memory_use": run.memory,
+        "learning_curve": run.learning_curve,
+        "dev_curve": run.dev_curve,
+    }
 
 
 def _source(phase: Phase, scale: Scale) -> Pretrained | Untrained:

@@ -124,7 +124,7 @@ def phase_report(summary: Summary) -> dict[str, Any]:
 
 
 def differing(summaries: Iterable[Summary]) -> list[str]:
-    """Of what the records that passed are of several, so that they do not compare: ``data``, ``machines``."""
+    """Name the facts, ``data`` or ``machines``, in which the records that passed differ, so that they cannot be compared."""
     passed = [record for summary in summaries for record in summary.passed]
     facts = {
         "data": {str(record.data.get("fingerprint")) for record in passed},

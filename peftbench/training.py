@@ -20,7 +20,7 @@ CURVE_POINTS = 50
 
 
 class TrainingDiverged(PeftbenchError, RuntimeError):  # noqa: N818 - a state, not a mistake
-    """A loss or a gradient is no longer a finite number, or overflows fp16 at any loss scale."""
+    """A loss or a gradient is no longer a finite number, or overflows fp16 at every loss scale."""
 
 
 class Parameters(Protocol):
@@ -115,7 +115,7 @@ def fit(
         evaluations: How often to evaluate, evenly, the last time after the last step; takes no part in the runtime.
 
     Raises:
-        TrainingDiverged: If a loss or a gradient is not finite, or not at any loss scale, naming step and learning rate.
+        TrainingDiverged: If a loss or gradient is not finite, or overflows fp16 at every loss scale, naming step and learning rate.
         DoesNotFit: If one example at a time, with activations computed twice, is too much.
     """
     total = recipe.epochs * len(batches)

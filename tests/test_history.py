@@ -8,7 +8,8 @@ import pytest
 from samples import failed, passed
 
 from peftbench import load_records
-from peftbench.history import Commit, History, HistoryError, Side, commits_in_order, read_side, trace
+from peftbench.commits import Commit, commits_in_order
+from peftbench.history import History, HistoryError, Side, read_side, trace
 from peftbench.metrics import METRICS
 from peftbench.records import Predictions, Store, make_run_id
 from peftbench.summary import Summary, phase_report
@@ -63,7 +64,9 @@ def test_a_commits_clean_runs_come_before_its_dirty_ones(repository, store):
     side = History.from_outputs(store.outputs, folder).select(ids[0])
     assert ([dirty], f"commit {ids[0][:12]}, with uncommitted changes") == (list(side.records), side.label)
     clean = keep(store, ids[0], day=2)
-    assert [clean] == list(History.from_outputs(store.outputs, folder).select(ids[0]).records)
+    side = History.from_outputs(store.outputs, folder).select(ids[0])
+    left_out = f"1 with uncommitted changes left out, which can be named: {dirty.run_id}"
+    assert ([clean], f"commit {ids[0][:12]}; {left_out}") == (list(side.records), side.label)
 
 
 def test_a_folder_of_runs_is_a_side_and_so_is_a_run_of_the_tiny_scale(store):

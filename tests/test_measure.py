@@ -3,7 +3,6 @@
 import json
 import mmap
 import os
-import re
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 from peftbench.device import Device
-from peftbench.measure import PACKAGES, PeakMemory, ProcessorWait, Stopwatch, describe_commit, describe_machine, describe_versions
+from peftbench.measure import PACKAGES, PeakMemory, ProcessorWait, Stopwatch, describe_machine, describe_versions
 from peftbench.sealed import fingerprint
 
 CPU = Device(name="cpu", precision="fp32", why="test")
@@ -144,108 +143,6 @@ def test_workers_beside_each_other_are_another_machine():
 def test_peak_memory_is_of_a_process_with_torch():
     """Bytes, not kilobytes: torch alone takes more than 50 MB and a test no terabyte."""
     assert 50 * MEGABYTE < PeakMemory(CPU).read_bytes() < 10**12
-
-
-@pytest.fixture
-def git(tmp_path, monkeypatch):
-    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "no-config"))
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-    folder = tmp_path / "project"
-    folder.mkdir()
-
-    def run(*arguments):
-        identity = ["-c", "user.name=Test", "-c", "user.email=test@example.org"]
-        done = subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    run.folder = folder
-    return run
-
-
-def commit_a_file(git):
-    git("init", "--quiet")
-    (git.folder / "code.py").write_text("x = 1\n")
-    git("add", "code.py")
-    git("commit", "--quiet", "-m", "first")
-    return git("rev-parse", "HEAD")
-
-
-def test_clean_checkout_is_its_commit(git):
-    """No changes, no fingerprint of them; files that git does not track do not count."""
-    head = commit_a_file(git)
-    (git.folder / "notes.txt").write_text("untracked")
-    assert {"id": head, "dirty": False, "changes": None} == describe_commit(git.folder)
-
-
-def test_what_a_notebook_has_printed_is_no_change(git):
-    """Running a tracked notebook saves its output into it; that must not hide the records of before from `--peft-resume`."""
-    commit_a_file(git)
-    (git.folder / "notebooks").mkdir()
-    (git.folder / "notebooks/run.ipynb").write_text("{}")
-    git("add", ".")
-    git("commit", "--quiet", "-m", "a notebook")
-    (git.folder / "notebooks/run.ipynb").write_text('{"outputs": ["42"]}')
-    assert describe_commit(git.folder)["dirty"] is False
-    assert describe_commit(git.folder / "notebooks")["dirty"] is False
-
-
-@pytest.mark.parametrize("staged", [True, False])
-def test_dirty_checkout_is_told_apart_by_its_changes(git, staged):
-    """The same change gives the same fingerprint, another change another one, staged or not."""
-    head = commit_a_file(git)
-    seen = []
-    for text in ("x = 2\n", "x = 3\n", "x = 2\n"):
-        (git.folder / "code.py").write_text(text)
-        if staged:
-            git("add", "code.py")
-        seen.append(describe_commit(git.folder))
-    assert {(head, True)} == {(commit["id"], commit["dirty"]) for commit in seen}
-    assert seen[0] == seen[2] != seen[1]
-    assert re.fullmatch("[0-9a-f]{16}", seen[0]["changes"])
-
-
-def test_commit_is_found_from_a_folder_inside(git):
-    """A project may be a part of its repository; changes elsewhere in it count."""
-    head = commit_a_file(git)
-    (git.folder / "inner").mkdir()
-    (git.folder / "code.py").write_text("x = 4\n")
-    assert (head, True) == (describe_commit(git.folder / "inner")["id"], describe_commit(git.folder / "inner")["dirty"])
-
-
-@pytest.mark.parametrize("kind", ["no repository", "no commit", "no folder"])
-def test_without_a_commit_all_is_null(git, kind):
-    """Nothing is made up where git has nothing to say."""
-    if kind == "no commit":
-        git("init", "--quiet")
-    folder = git.folder / "missing" if kind == "no folder" else git.folder
-    assert {"id": None, "dirty": None, "changes": None} == describe_commit(folder)
-
-
-def test_a_repository_that_git_refuses_is_told_from_none(git):
-    """So that nobody takes other code for the same: here its HEAD is broken, elsewhere another user owns it."""
-    commit_a_file(git)
-    (git.folder / ".git/HEAD").write_text("?")
-    assert "git does not read the repository in " in describe_commit(git.folder)["problem"]
-
-
-def test_untracked_modules_count_wherever_they_are(git):
-    """In a folder beside, and with a name that git would quote."""
-    commit_a_file(git)
-    (git.folder / "inner").mkdir()
-    for name in ("hälfte.py", "beside it.py"):
-        (git.folder / name).write_text("x = 5\n")
-        assert describe_commit(git.folder / "inner")["dirty"] is True
-        assert describe_commit(git.folder / "inner") == describe_commit(git.folder)
-        (git.folder / name).unlink()
-
-
-def test_without_git_all_is_null(git, monkeypatch):
-    """A machine without git still measures."""
-    commit_a_file(git)
-    monkeypatch.setenv("PATH", str(git.folder))
-    assert {"id": None, "dirty": None, "changes": None} == describe_commit(git.folder)
 
 
 def test_machine_is_described_with_an_id_of_its_facts():

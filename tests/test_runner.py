@@ -234,6 +234,17 @@ def test_case_runs_in_any_process(fresh):
     assert record == pickle.loads(pickle.dumps(record))
 
 
+def test_a_case_leaves_the_number_of_threads_as_it_was(fresh):
+    """The tiny scale's one thread is not that of the tests that come after it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        record = run_phase(dataclasses.replace(FULL, epochs=1), TINY, 42, fresh[0])
+        assert (2, 1) == (torch.get_num_threads(), record.machine["threads"])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_phase_is_changed_for_its_scale(fresh):
     """The record has the hyperparameters that ran, not those of another scale."""
     phase = dataclasses.replace(FULL, at_scale={"tiny": {"epochs": 1}, "mini": {"epochs": 9}})

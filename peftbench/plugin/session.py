@@ -92,7 +92,7 @@ class Session:
     @cached_property
     def settings(self) -> Settings:
         """What the runner needs to know of the session."""
-        from peftbench.measure import describe_commit
+        from peftbench.commits import describe_commit
         from peftbench.runner import Settings
 
         options = self.options

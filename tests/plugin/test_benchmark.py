@@ -60,7 +60,8 @@ def test_workers_of_xdist_write_one_run(study, records, pytester, data_folder):
     assert 1 == len({record["run_id"] for record in new.values()})
     assert {2} == {record["machine"]["workers"] for record in new.values()}
     assert 1 == len(list((pytester.path / "outputs/tiny/cache/teachers").glob("[!.]*")))
-    assert all(f"{phase} ×2" in done.stdout for phase in ("A-teacher", "S-small", "K-kd"))
+    assert all(f"{phase} ×2" in done.stdout for phase in ("S-small", "K-kd"))
+    assert "A-teacher ×" not in done.stdout  # it trains nothing, and is the same for every seed
     for letter in "ask":
         report = json.loads((pytester.path / f"outputs/tiny/reports/phase_{letter}_metrics.json").read_text())
         assert [7, 8] == report["seeds"]
@@ -90,7 +91,7 @@ def test_a_gate_judges_what_workers_of_xdist_measured(study, pytester, data_fold
     assert 0 == study("-k", "small").ret
     done = in_two_workers(pytester, data_folder, *gate, "outputs/tiny/reports")
     assert 0 == done.returncode, done.stdout + done.stderr
-    assert "accuracy:1pt: kept in 1 phase" in done.stdout
+    assert "accuracy:1pt: S-small may be up to " in done.stdout  # as 120 examples cannot tell
     done = in_two_workers(pytester, data_folder, *gate, "no-such")
     assert pytest.ExitCode.USAGE_ERROR == done.returncode
     assert "'no-such' is no file, no folder" in done.stderr

@@ -60,7 +60,9 @@ def test_ctrl_c_in_training_leaves_a_failed_record_and_the_table(pytester, data_
     outcomes = {name: record["outcome"] for name, record in records().items()}
     assert {"S-small-tiny-s42.json": "passed", "K-killed-tiny-s42.json": "failed"} == outcomes
     assert "KeyboardInterrupt" == records()["K-killed-tiny-s42.json"]["error"]
-    assert "S-small" in done.stdout.partition("= peftbench =")[2]
+    summary = done.stdout.partition("= peftbench =")[2]
+    assert "S-small" in summary
+    assert "interrupted: the same command with --peft-resume goes on with what has not passed" in summary
 
 
 def test_a_seed_that_was_interrupted_is_in_the_report(pytester, data_folder):

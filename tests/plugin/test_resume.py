@@ -92,6 +92,24 @@ def test_another_processor_is_another_device(study, pytester):
     study("-k", "small", "--peft-resume").assert_outcomes(passed=1, deselected=5)
 
 
+def test_what_keeps_a_passed_case_from_being_resumed_is_said(study, pytester):
+    """That it passed at another commit, and where."""
+    study("--collect-only", "-q")
+    commit(pytester.path)
+    study("-k", "small").assert_outcomes(passed=1, deselected=5)
+    (pytester.path / "test_other.py").write_text("")
+    for arguments in (
+        ["add", "test_other.py"],
+        ["-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-q", "-m", "other"],
+    ):
+        subprocess.run(["git", *arguments], cwd=pytester.path, check=True)
+    result = study("-k", "small", "--peft-resume")
+    result.assert_outcomes(passed=1, deselected=5)
+    result.stdout.fnmatch_lines(
+        ["peftbench: S-small is run again: it passed in run * at commit *, and only what is of this commit *"]
+    )
+
+
 def test_where_git_does_not_answer_nothing_is_resumed(study, pytester):
     """A repository that is there and cannot be read: nobody knows whether the code is the same."""
     (pytester.path / ".git").mkdir()

@@ -1,0 +1,71 @@
+"""What git knows of the code: the commit that is checked out, and the order of commits."""
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftbench.sealed import file_sha256, fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """
+    A commit that git knows.
+
+    Attributes:
+        on_line: Whether it is HEAD or one that leads to it.
+    """
+
+    id: str
+    subject: str
+    on_line: bool = True
+
+
+def describe_commit(folder: Path) -> dict[str, Any]:
+    """
+    The commit that is checked out.
+
+    Returns:
+        ``id`` (null without git), ``dirty``, and ``changes``: a fingerprint of what differs
+        in tracked files and of untracked Python modules; the latter two null where git does not say.
+        ``problem`` where there is a repository that git will not read, such as one of another user.
+    """
+    unknown = {"id": None, "dirty": None, "changes": None}
+    top = git(folder, "rev-parse", "--show-toplevel")
+    nearest = next((parent for parent in (folder, *folder.parents) if (parent / ".git").exists()), None)
+    if shutil.which("git") and nearest and (top is None or Path(top.rstrip("\n")).resolve() != nearest.resolve()):
+        return {**unknown, "problem": f"git does not read the repository in {nearest.name or nearest}; ask it by git status"}
+    if top is None:
+        return unknown
+    folder = Path(top.rstrip("\n"))
+    commit = git(folder, "rev-parse", "HEAD")
+    if not commit:
+        return unknown
+    changes = git(folder, "diff", "HEAD", "--", ".", ":(exclude)*.ipynb")  # notebooks save what they print
+    modules = git(folder, "ls-files", "--others", "--exclude-standard", "-z", "--", "*.py")
+    if changes is None or modules is None:
+        return {"id": commit.strip(), "dirty": None, "changes": None}
+    sums = {name: file_sha256(folder / name) for name in modules.split("\0") if (folder / name).is_file()}
+    dirty = bool(changes or sums)
+    return {"id": commit.strip(), "dirty": dirty, "changes": fingerprint([changes, sums])[:16] if dirty else None}
+
+
+def commits_in_order(repository: Path) -> list[Commit]:
+    """The commits that git knows, each after its parents; none without git."""
+    log = git(repository, "log", "--all", "HEAD", "--topo-order", "--reverse", "--format=%H%x00%s") or ""
+    line = set((git(repository, "rev-list", "HEAD") or "").split())
+    found = [text.partition("\0") for text in log.splitlines() if text]
+    return [Commit(id=one, subject=subject, on_line=one in line) for one, _, subject in found]
+
+
+def git(folder: Path, *arguments: str) -> str | None:
+    """What git prints in a folder; None where it fails, is not there, or takes longer than 20 s."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, errors="replace", timeout=20, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
