@@ -11,19 +11,20 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftbench.assets import ASSETS, AssetError, asset_path
+from peftbench.assets import ASSETS, asset_path
+from peftbench.errors import PeftbenchError
 from peftbench.metrics import METRICS
 from peftbench.phases import PRECISIONS, SCALES, Phase, check_data_folder
 from peftbench.records import Record, Store, uncollected
 from peftbench.report import printable, render_comparison, render_csv, render_history, render_notes, render_results
-from peftbench.sealed import CorruptError, write_atomically
+from peftbench.sealed import write_atomically
 from peftbench.verdicts import Point
 
 if TYPE_CHECKING:
     from peftbench.history import Side
 
-EXPLAINED = (AssetError, CorruptError, ValueError, OSError)
-"""Errors whose message says what was wanted and what to do; bad data and checkpoints are ValueErrors, a failing Hub an OSError."""
+EXPLAINED = (PeftbenchError, ValueError, OSError)
+"""Errors that are told by their message alone; what a command was given wrongly is a ValueError."""
 
 CLOSED_PIPE = 141
 """Exit status of what a shell's pipe has ended: 128 and the number of its signal."""

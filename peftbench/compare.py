@@ -49,7 +49,7 @@ class Sample:
         if record is None:
             return None
         seed = f"seed {record.seed}: " if len(self.latest) > 1 else ""
-        return seed + next(iter((record.error or "").splitlines()), "no reason recorded")
+        return seed + record.reason
 
     @property
     def teacher_seconds(self) -> float:
@@ -169,13 +169,14 @@ def compare_phases(records: Iterable[Record], base: str, head: str) -> list[Row]
 
     pairs: dict[frozenset[Case], tuple[Case, Case]] = {}
     for first, second in itertools.product(find(base), find(head)):
-        if first != second:
+        if first != second and (first[0] == second[0] or "all" not in (base.lower(), head.lower())):
             pairs.setdefault(frozenset((first, second)), (first, second))
     if not pairs:
-        raise ValueError(f"{base!r} and {head!r} are the same phase; name two of {known}")
-    rows, compared = [], []
+        raise ValueError(f"{base!r} and {head!r} are one phase; there must be two of {known}")
+    rows, compared, order = [], [], []
     for first, second in pairs.values():
         label = f"{labels[first]} → {labels[second]}"
+        order.append(label)
         ours, theirs = by_case[first], by_case[second]
         sides = _without_failures_elsewhere(ours, theirs), _without_failures_elsewhere(theirs, ours)
         broken = [f"{labels[case]} failed: {side.error}" for case, side in zip((first, second), sides, strict=True) if side.error]
@@ -185,7 +186,7 @@ def compare_phases(records: Iterable[Record], base: str, head: str) -> list[Row]
             rows.append(Row(phase=label, metric="outcome", base=shares[0], head=shares[1], verdict="not comparable", reason=reason))
         else:
             compared.append((label, *sides))
-    return rows + _judge(compared, of="pairs")
+    return sorted(rows + _judge(compared, of="pairs"), key=lambda row: order.index(row.phase))
 
 
 def set_up_changes(base: Iterable[Record], head: Iterable[Record]) -> list[str]:
@@ -248,7 +249,7 @@ def judge_quality(metric: Metric, base: Sample, head: Sample) -> Estimate | str:
     sides = base.by_seed, head.by_seed
     seeds = sorted(sides[0])
     splits = sorted(sides[0][seeds[0]].predictions)
-    bits = [[_bits(side[seed], splits) for seed in seeds] for side in sides]
+    bits = [[side[seed].labels(splits) for seed in seeds] for side in sides]
     fingerprints = {
         tuple(record.predictions[split].split_fingerprint if split in record.predictions else None for split in splits)
         for side in sides
@@ -321,14 +322,14 @@ def _matching(metric: Metric, base: Sample, head: Sample) -> tuple[Sample, Sampl
     shared = [one for one in parts[1] if one in parts[0]]
     if not shared:
         return base, head, ""
-    one = max(shared, key=lambda one: len(parts[1][one].passed))
+    one = max(shared, key=lambda one: (("load", "alone") in one, len(parts[1][one].passed)))
     matched, notes = (parts[0][one], parts[1][one]), []
     for name, whole, part, others in zip(("base", "head"), (base, head), matched, parts, strict=True):
         if left := len(whole.passed) - len(part.passed):
             why = {fact: None for other in others for (fact, value), (_, ours) in zip(other, one, strict=True) if value != ours}
             notes.append(f"; {left} of the {name}'s {len(whole.passed)} records left out: other {' and '.join(why)}")
     if metric.kind == "quality":
-        matched = _of_all_seeds(*matched)
+        matched = of_all_seeds(*matched)
     seeds = set(matched[0].by_seed) & set(matched[1].by_seed)
     if metric.kind == "quality" and seeds and seeds != set(matched[0].by_seed) | set(matched[1].by_seed):
         matched = matched[0].of_seeds(seeds), matched[1].of_seeds(seeds)
@@ -336,7 +337,7 @@ def _matching(metric: Metric, base: Sample, head: Sample) -> tuple[Sample, Sampl
     return *matched, "".join(notes)
 
 
-def _of_all_seeds(base: Sample, head: Sample) -> tuple[Sample, Sample]:
+def of_all_seeds(base: Sample, head: Sample) -> tuple[Sample, Sample]:
     """A phase that trains nothing is the same for each seed: what it measured stands beside each of the other side's."""
     sides = base, head
     trains = [any(record.optimizer_steps != 0 for record in side.passed) for side in sides]
@@ -417,12 +418,3 @@ def _judge_single(metric: Metric, row: Row, base_runs: int, head_runs: int) -> R
     how = f"{how}, tolerance {metric.relative:.0%}" if metric.relative else "exact"
     verdict: Verdict = "no difference shown" if within else "better" if metric.gain(difference) > 0 else "worse"
     return dataclasses.replace(row, difference=difference, verdict=verdict, reason=how)
-
-
-def _bits(record: Record, splits: Sequence[str]) -> tuple[int, int, int]:
-    """How many examples the splits have, and their gold and predicted labels, end to end, as the bits of a number."""
-    n, gold, predicted = 0, 0, 0
-    for predictions in (record.predictions[split] for split in splits if split in record.predictions):
-        of_split = predictions.masks()
-        n, predicted, gold = (n + predictions.n, predicted << predictions.n | of_split[0], gold << predictions.n | of_split[1])
-    return n, gold, predicted

@@ -164,8 +164,8 @@ def draw(train: Split, size: int | None) -> Split:
         size = len(train)
     if not 1 <= size <= len(train):
         raise DataError(
-            f"{size} examples cannot be drawn from a train split of {len(train)}, which is what is left where test is held out of "
-            "it; give more rows, or lower the phase's subset or kd_subsets"
+            f"{size} examples cannot be drawn from a train split of {len(train)}; allowed: 1…{len(train)}; give more rows, "
+            "or change the phase's subset or kd_subsets"
         )
     rows = list(range(len(train)))
     random.Random(DATA_SEED).shuffle(rows)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from peftbench.metrics import METRICS, Metric
+from peftbench.report import render_difference
 from peftbench.verdicts import Row
 
 Status = Literal[0, 1, 2]
@@ -70,17 +71,19 @@ class Gate:
         return -self.metric.gain(row.difference) > self.allowance(row.base)
 
     def hides(self, row: Row) -> str | None:
-        """What a row of this metric cannot show though it would break the limit, as single runs and few examples tell little."""
-        if row.base is None or row.verdict != "no difference shown":
+        """What keeps a row of this metric, which does not break the limit, from showing that it is kept; None if nothing does."""
+        if row.base is None or row.difference is None:
             return None
         if row.ci95 is None:
+            if row.verdict != "no difference shown":
+                return None
             shown = self.metric.relative
             return f"single runs cannot show less than {shown:.0%}" if self.allowance(row.base) < shown * abs(row.base) else None
         worst = max(-self.metric.gain(end) for end in row.ci95)
         if worst <= self.allowance(row.base):
             return None
-        much = f"{worst:.3g} {self.metric.unit}" if self.metric.unit else f"{100 * worst:.1f} pt"
-        return f"{row.phase} may be up to {much} worse, which these records cannot tell"
+        much = render_difference(self.metric, worst).removeprefix("+")
+        return f"{row.phase} may be up to {much} worse, which these records cannot rule out"
 
     def allowance(self, base: float) -> float:
         """How much worse than the base is not too much, in the metric's unit."""
@@ -128,8 +131,10 @@ def judge(rows: Sequence[Row], gates: Sequence[Gate], *, strict: bool = False, d
         compared = [row for row in rows if row.metric == name and row.difference is not None]
         if not compared:
             unclear.append(f"{name}:{gate.written}: compared in no phase")
+        elif any(gate.breaks(row, strict=strict) for row in compared):
+            continue
         elif not strict and (hidden := [what for row in compared if (what := gate.hides(row))]):
             notes.append(f"{name}:{gate.written}: {'; '.join(dict.fromkeys(hidden))}")
-        elif not any(gate.breaks(row, strict=strict) for row in compared):
+        else:
             kept.append(f"{name}:{gate.written}: kept in {len(compared)} phase{'s' if len(compared) > 1 else ''}")
     return Judgement(1 if worse else 2 if unclear else 0, [*worse, *unclear, *notes, *(() if doubts else kept)])

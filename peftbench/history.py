@@ -1,4 +1,4 @@
-"""Which records are meant: runs on disk, named by commit, run, folder or file, and the order of their commits."""
+"""Which records are meant: runs on disk, named by commit, run, folder or file, and a metric over commits."""
 
 import re
 import statistics
@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from peftbench.commits import Commit, git
-from peftbench.compare import Sample, judge_quality, judge_runs, other_memory_before
+from peftbench.compare import Sample, judge_quality, judge_runs, of_all_seeds, other_memory_before
 from peftbench.errors import PeftbenchError
 from peftbench.metrics import Metric
 from peftbench.records import RESUMED, Record, RecordError, decode_json, decode_record, read_content, read_record, uncollected
@@ -364,8 +364,8 @@ class _Level:
 
     def of_seeds(self, sample: Sample) -> tuple[Sample, Sample]:
         """The first records and a sample, both of the seeds that they share alone."""
-        shared = self.first.by_seed.keys() & sample.by_seed.keys()
-        sides = (self.first, sample)
+        sides = of_all_seeds(self.first, sample)
+        shared = sides[0].by_seed.keys() & sides[1].by_seed.keys()
         base, head = (side if side.by_seed.keys() == shared else side.of_seeds(shared) for side in sides)
         return base, head
 

@@ -93,33 +93,40 @@ class PeakMemory:
 
 class ProcessorWait:
     """
-    How long the process's threads waited for a processor since this was made, because other work had it; on Linux alone.
+    How long the process's threads have waited for a processor since this was made; on Linux alone.
 
-    By the scheduler's own account of each thread, in ``/proc/self/task/*/schedstat``: nanoseconds that it ran, and that it was
-    ready to run and did not.
+    They wait where other work has it, where they are more than there are processors, and where the system allows the process no
+    more. By the scheduler's own account of each thread: nanoseconds that it ran, and that it was ready to run and did not.
+
+    Args:
+        tasks: Where the system keeps the account of each thread, as ``schedstat`` in a folder of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tasks: Path = Path("/proc/self/task")) -> None:
+        self._tasks = tasks
         self._began = self._read()
 
     def read_fraction(self) -> float | None:
-        """Share of the time in which its threads wanted a processor that they waited for one; None where nobody counts."""
-        now = self._read()
-        if now is None or self._began is None:
-            return None
-        ran, waited = (max(0, after - before) for after, before in zip(now, self._began, strict=True))  # threads may have ended
-        return waited / (ran + waited) if ran + waited else 0.0
+        """
+        Share of the time in which its threads wanted a processor that they waited for one.
 
-    @staticmethod
-    def _read() -> tuple[int, int] | None:
+        Of the threads that there are by now; None where nobody counts.
+        """
         ran, waited = 0, 0
-        for path in Path("/proc/self/task").glob("*/schedstat"):
+        for thread, (has_run, has_waited) in self._read().items():
+            run_before, waited_before = self._began.get(thread, (0, 0))
+            ran, waited = ran + has_run - run_before, waited + has_waited - waited_before
+        return waited / (ran + waited) if ran + waited else None
+
+    def _read(self) -> dict[str, tuple[int, int]]:
+        account = {}
+        for path in self._tasks.glob("*/schedstat"):
             try:
-                of_thread = [int(number) for number in path.read_text().split()]
+                ran, waited, _ = path.read_text().split()
             except OSError:  # it has ended meanwhile
                 continue
-            ran, waited = ran + of_thread[0], waited + of_thread[1]
-        return (ran, waited) if ran else None
+            account[path.parent.name] = int(ran), int(waited)
+        return account
 
 
 def describe_machine(device: Device, threads: int, workers: int = 1) -> dict[str, Any]:

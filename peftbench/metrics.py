@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from peftbench.records import Predictions, Record
+from peftbench.records import Record
 
 Kind = Literal["quality", "time", "memory", "size"]
 
@@ -36,8 +36,8 @@ class Metric:
         """The record's figure; None where it measured none, as a phase that trains nothing has no training time."""
         if self.kind == "quality":
             return _quality(record, self.name)
-        value = _look_up(record, self.place)
-        return None if self.kind == "time" and not value else value
+        value = record.look_up(self.place)
+        return None if value is None or (self.kind == "time" and not value) else float(value)
 
     def gain(self, difference: float) -> float:
         """The difference, its sign such that more is better."""
@@ -46,26 +46,13 @@ class Metric:
 
 def _quality(record: Record, name: str) -> float | None:
     """Accuracy, or F1 of the positive class, over all splits that the record has predictions for."""
-    counts = [_count(predictions) for predictions in record.predictions.values()]
-    hits, wrong, n = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0, 0)
+    n, gold, predicted = record.labels(record.predictions)
+    hits, wrong = (predicted & gold).bit_count(), (predicted ^ gold).bit_count()
     if not n:
         return None
     if name == "accuracy":
         return (n - wrong) / n
     return 2 * hits / (2 * hits + wrong) if hits or wrong else 0.0
-
-
-def _count(predictions: Predictions) -> tuple[int, int, int]:
-    """Positives predicted as such, wrong predictions, and all."""
-    predicted, gold = predictions.masks()
-    return (predicted & gold).bit_count(), (predicted ^ gold).bit_count(), predictions.n
-
-
-def _look_up(record: Record, place: str) -> float | None:
-    value: object = record
-    for name in place.split("."):
-        value = None if value is None else getattr(value, name)
-    return float(value) if isinstance(value, int | float) else None
 
 
 _TABLE: tuple[tuple[str, str, str, Kind, Literal["higher", "lower"], float, float], ...] = (

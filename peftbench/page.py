@@ -31,6 +31,7 @@ from peftbench.report import (
     render_failures,
     render_name,
     render_value,
+    render_warnings,
 )
 from peftbench.summary import Summary, pareto_front, summarize
 from peftbench.verdicts import Point
@@ -134,6 +135,7 @@ def render_page(
         seeds = max(len(summary.passed) for summary in summaries)
         body.append("; ±: standard deviation over seeds.</p>" if seeds > 1 else ".</p>")
         body += [f"<p>{escape(line)}</p>" for line in render_failures(of_scale)]
+        body += [f"<p>{escape(line)}</p>" for line in render_warnings(measured)]
         if measured:
             body.append(f"<p>{escape(render_data(measured[0].passed[0]))}</p>")
             charts = [_trade_off(measured, cost, place, looks) for cost in ("parameters", "minutes")]

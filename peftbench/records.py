@@ -11,7 +11,7 @@ import reprlib
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -35,7 +35,7 @@ RESUMED = ".resumed"
 """Ending of a file in a run's folder that stands for a case's record in an earlier run, whose id it holds."""
 
 LONG_WAIT = 0.2
-"""Share of the time that threads waited for a processor; it makes what they do take 25% longer."""
+"""Share of the time that threads waited for a processor; beyond it times are not compared with those of less."""
 
 MAX_RECORD_BYTES = 64 * 2**20
 """Of a file that is read; a record has some ten thousand."""
@@ -203,11 +203,6 @@ class Predictions:
         fillers = -self.n % 8
         return int.from_bytes(self.predicted, "big") >> fillers, int.from_bytes(self.gold, "big") >> fillers
 
-    def correct(self) -> list[bool]:
-        """Whether each example was predicted right, in the split's order."""
-        predicted, gold = self.masks()
-        return [bit == "0" for bit in f"{predicted ^ gold:0{self.n}b}"[: self.n]]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
@@ -279,6 +274,30 @@ class Record:
     def waited(self) -> bool:
         """Whether other work took the processor for so long that times say little: by more than they may differ for nothing."""
         return (self.processor_wait_fraction or 0.0) > LONG_WAIT
+
+    @property
+    def reason(self) -> str:
+        """The first line of the error of a case that failed."""
+        return next(iter((self.error or "").splitlines()), "no reason recorded")
+
+    def look_up(self, place: str) -> Any:
+        """The value at a dotted path, such as ``dev.accuracy``; None where a part of the path is null."""
+        value: Any = self
+        for name in place.split("."):
+            value = None if value is None else getattr(value, name)
+        return value
+
+    def labels(self, splits: Iterable[str]) -> tuple[int, int, int]:
+        """How many examples the splits have, and their gold and predicted labels, end to end, as the bits of whole numbers."""
+        n, gold, predicted = 0, 0, 0
+        for predictions in (self.predictions[split] for split in splits if split in self.predictions):
+            of_split = predictions.masks()
+            n, predicted, gold = (
+                n + predictions.n,
+                predicted << predictions.n | of_split[0],
+                gold << predictions.n | of_split[1],
+            )
+        return n, gold, predicted
 
     def reaching(self, accuracy: float) -> tuple[int, float] | None:
         """Optimizer steps and seconds of training after which dev accuracy was first seen to be that high; None if it never was."""
@@ -446,7 +465,7 @@ class Store:
 
     @property
     def runs(self) -> Path:
-        """Append-only history: a folder per run, a file per case."""
+        """The history, to which runs are added and nothing else: a folder a run, a file a case."""
         return self.root / "runs"
 
     def report_path(self, letter: str) -> Path:
@@ -498,7 +517,7 @@ class Store:
                 record stays beside it under another name, which nothing reads.
 
         Raises:
-            RecordError: If it could not be read again, or the run has a record of that case already; history is never replaced.
+            RecordError: If it could not be read again, or the run has a record of that case already, which is no attempt's.
         """
         path = self.record_path(record)
         content = json.dumps(record.to_json(), indent=1) + "\n"
@@ -548,9 +567,8 @@ def _encode_bytes(value: object) -> str:
 def _pack_bits(labels: Sequence[int]) -> bytes:
     if wrong := sorted({label for label in labels if label not in (0, 1)}):
         raise ValueError(f"labels must be 0 or 1, got {wrong[0]!r}")
-    bits = "".join("1" if label else "0" for label in labels)
-    padded = bits.ljust(-(-len(bits) // 8) * 8, "0")
-    return bytes(int(padded[i : i + 8], 2) for i in range(0, len(padded), 8))
+    n, bits = len(labels), "".join("1" if label else "0" for label in labels)
+    return (int(bits or "0", 2) << -n % 8).to_bytes(-(-n // 8), "big")
 
 
 def _checked(record: Record) -> Record:

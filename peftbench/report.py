@@ -40,11 +40,10 @@ COST: Mapping[str, Column] = {
 """What a phase is good for, and what it takes, by heading: two tables, as one would be too wide for a terminal or a page."""
 
 LEGEND = (
-    "over maj.: dev accuracy beyond that of always answering the more frequent label; acc/M, acc/min: dev accuracy",
-    "per million trained parameters, per minute of training; front *: the interval of dev acc is above the majority's,",
-    "and no other trained phase is as good in dev acc, trained and train and better in one; trained: scalars an optimizer",
-    "step may change; ships: bytes to store;",
-    "latency: of one text alone; texts/s: in evaluation, dev and test",
+    "over maj.: dev accuracy beyond that of always answering the more frequent label; acc/M, acc/min: dev accuracy per",
+    "million trained parameters, per minute of training; front *: the interval of dev acc is above the majority, and no",
+    "other trained phase is as good in dev acc, trained and train and better in one; trained: scalars an optimizer step",
+    "may change; ships: bytes to store; latency: of one text alone; texts/s: in evaluation, dev and test",
 )
 
 POOLED = "accuracy and f1 are over dev and test together"
@@ -232,7 +231,26 @@ def render_cells(summary: Summary, columns: Mapping[str, Column], front: Collect
 
 def render_failures(records: Sequence[Record]) -> list[str]:
     """A line for each case that failed, with the first line of its error."""
-    return [f"{r.phase_id} seed {r.seed} failed: {_first_line(r.error)}" for r in records if r.outcome == "failed"]
+    return [f"{r.phase_id} seed {r.seed} failed: {r.reason[:300]}" for r in records if r.outcome == "failed"]
+
+
+def render_warnings(summaries: Sequence[Summary]) -> list[str]:
+    """A line for each thing that makes figures say less than they seem to."""
+    which = {"data": "which", "machines": "whose times"}
+    lines = [f"warning: other {what} in one table, {which[what]} do not compare; no front" for what in differing(summaries)]
+    for summary in summaries:
+        for record in (record for record in summary.passed if record.waited):
+            case = f"{record.phase_id} seed {record.seed}" if len(summary.passed) > 1 else record.phase_id
+            share = f"{100 * (record.processor_wait_fraction or 0):.0f}%"
+            lines.append(
+                f"warning: {case} waited for a processor {share} of its time, as where other work runs; its times say little"
+            )
+    for record in [record for summary in summaries for record in summary.passed][:1]:
+        if "held out of train" in str(record.data.get("label_protocol")):
+            lines.append("test is held out of train, as the data have no labelled test split")
+        overlaps = {name: record.data.get(f"{name}_sentences_in_train", 0) for name in ("dev", "test")}
+        lines += [f"warning: {count} {name} sentences also stand in train" for name, count in overlaps.items() if count]
+    return lines
 
 
 def render_accuracy(summary: Summary, split: Literal["dev", "test"]) -> str:
@@ -385,17 +403,7 @@ def _notes(summaries: Sequence[Summary]) -> list[str]:
     lines = [f"{scale}: {data}" for data in dict.fromkeys(map(render_data, passed))] or [f"{scale}: nothing passed"]
     if passed:
         lines += LEGEND
-        which = {"data": "which", "machines": "whose times"}
-        lines += [f"warning: other {what} in one table, {which[what]} do not compare; no front" for what in differing(summaries)]
-    for record in (record for record in passed if record.waited):
-        case = f"{record.phase_id} seed {record.seed}" if len(summaries) < len(records) else record.phase_id
-        share = f"{100 * (record.processor_wait_fraction or 0):.0f}%"
-        lines.append(f"warning: other work had the processor {share} of the time that {case} wanted it; its times say little")
-    for record in passed[:1]:
-        if "held out of train" in str(record.data.get("label_protocol")):
-            lines.append("test is held out of train, as the data have no labelled test split")
-        overlaps = {name: record.data.get(f"{name}_sentences_in_train", 0) for name in ("dev", "test")}
-        lines += [f"warning: {count} {name} sentences also stand in train" for name, count in overlaps.items() if count]
+        lines += render_warnings(summaries)
     teachers: dict[tuple[str, float, float], set[str]] = {}
     for phase, cost in ((record.phase, record.teacher_cost) for record in passed):
         if cost:
@@ -414,7 +422,3 @@ def _safe(value: object) -> object:
         return value
     text = "\n".join(map(printable, value.split("\n")))
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
-
-
-def _first_line(text: str | None) -> str:
-    return next(iter((text or "").splitlines()), "no reason recorded")[:300]

@@ -2,7 +2,7 @@
 One phase, from settings to record: wires data, models, teacher, loop and evaluation together.
 
 Free of pytest; arguments and result can be pickled, so a case can run in any process. Of the process's own state a case seeds the
-generators of random numbers, sets how a GPU multiplies and, on CPU, has the C library keep freed memory.
+generators of random numbers, sets how a GPU multiplies and attends and, on CPU, has the C library keep freed memory.
 """
 
 import functools

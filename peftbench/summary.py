@@ -60,7 +60,7 @@ class Summary:
 
     def values(self, figure: str) -> list[float]:
         """The single values, by seed."""
-        return [float(value) for record in self.passed if (value := _look_up(record, figure)) is not None]
+        return [float(value) for record in self.passed if (value := record.look_up(figure)) is not None]
 
     def accuracy_ci95(self, *splits: str) -> tuple[float, float] | None:
         """
@@ -68,10 +68,10 @@ class Summary:
 
         None where no predictions were recorded. Two seeds leave it wide, as they tell little about how far seeds vary.
         """
-        seeds = [_wrong(record, splits) for record in (self.passed if self.trains else self.passed[-1:])]
-        if not seeds or not all(n for _, n in seeds) or len({n for _, n in seeds}) > 1:
+        seeds = [record.labels(splits) for record in (self.passed if self.trains else self.passed[-1:])]
+        if not seeds or not all(n for n, _, _ in seeds) or len({n for n, _, _ in seeds}) > 1:
             return None
-        n, wrong = seeds[0][1], [mask for mask, _ in seeds]
+        n, wrong = seeds[0][0], [gold ^ predicted for _, gold, predicted in seeds]
         if len(seeds) == 1:
             return wilson_interval(n - wrong[0].bit_count(), n)
         rates = [mask.bit_count() / n for mask in wrong]
@@ -158,20 +158,3 @@ def pareto_front(summaries: Sequence[Summary]) -> set[str]:
         for name, point in points.items()
         if not any(other != point and all(o <= p for o, p in zip(other, point, strict=True)) for other in points.values())
     }
-
-
-def _wrong(record: Record, splits: Sequence[str]) -> tuple[int, int]:
-    """The wrong predictions of the splits as bits, end to end, and how many examples there are."""
-    wrong, n = 0, 0
-    for split in splits:
-        if predictions := record.predictions.get(split):
-            predicted, gold = predictions.masks()
-            wrong, n = wrong << predictions.n | (predicted ^ gold), n + predictions.n
-    return wrong, n
-
-
-def _look_up(record: Record, figure: str) -> Any:
-    place: Any = record
-    for name in figure.split("."):
-        place = None if place is None else getattr(place, name)
-    return place

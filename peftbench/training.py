@@ -216,7 +216,7 @@ class _Update:
         self._scale = self._scaler.get_scale()
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """What to call ``backward`` of."""
+        """The loss times fp16's scale, to call ``backward`` on."""
         return self._scaler.scale(loss)
 
     def step(self, mean: Tensor) -> float:

@@ -258,7 +258,15 @@ def test_phases_beside_each_other_are_each_pair_once():
     single = [row for row in compare_phases(records, "B", "C1") if row.metric == "accuracy"]
     p = float(single[0].reason.removeprefix("p = "))
     assert f"p = {p:.2g}, {3 * p:.2g} adjusted for 3 pairs" == rows["B-lora → C1-full"].reason
-    with pytest.raises(ValueError, match=r"'B' and 'lora' are the same phase"):
+    tiny = dataclasses.replace(records[0], scale="tiny")
+    assert [*names[:2], names[2]] == [
+        phase.replace("-mini", "") for phase in dict.fromkeys(row.phase for row in compare_phases([*records, tiny], "all", "all"))
+    ]
+    broken = [*records, failed("A-teacher")]
+    assert ["A-teacher → B-lora", "A-teacher → C1-full", "A-teacher → D-hybrid", *names] == list(
+        dict.fromkeys(row.phase for row in compare_phases(broken, "all", "all"))
+    )
+    with pytest.raises(ValueError, match=r"'B' and 'lora' are one phase; there must be two of B-lora, C1-full, D-hybrid"):
         compare_phases(records, "B", "lora")
 
 
@@ -374,5 +382,5 @@ def test_long_settings_are_compared_whole():
 
 def test_a_phase_is_not_compared_with_itself():
     """However it is named."""
-    with pytest.raises(ValueError, match="'B' and 'lora' are the same phase; name two of B-lora, C1-full"):
+    with pytest.raises(ValueError, match="'B' and 'lora' are one phase; there must be two of B-lora, C1-full"):
         compare_phases([passed(), passed("C1-full")], "B", "lora")

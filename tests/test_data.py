@@ -222,7 +222,7 @@ def test_a_draw_keeps_each_rows_label_and_sentence():
 @pytest.mark.parametrize("size", [0, -1, 11])
 def test_a_draw_that_does_not_fit_is_refused(size):
     """The error names the size and the range."""
-    with pytest.raises(DataError, match=rf"^{size} examples cannot be drawn from a train split of 10,"):
+    with pytest.raises(DataError, match=rf"^{size} examples cannot be drawn from a train split of 10; allowed: 1…10; "):
         draw(split_of([0, 1] * 5), size)
 
 

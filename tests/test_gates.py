@@ -1,5 +1,7 @@
 """Gates: how they are written, what breaks them, and the exit status."""
 
+import dataclasses
+
 import pytest
 from samples import failed, passed
 
@@ -129,7 +131,10 @@ def test_a_gate_that_few_examples_cannot_judge_says_so():
     [row] = [row for row in compare([passed(wrong=range(30))], [passed(wrong=range(20, 60))]) if row.metric == "accuracy"]
     assert row.verdict == "no difference shown"
     judgement = judge([row], [gate])
-    assert (0, [f"accuracy:0.4pt: B-lora may be up to {-100 * row.ci95[0]:.1f} pt worse, which these records cannot tell"]) == (
+    surely = dataclasses.replace(row, verdict="worse", difference=-0.003, ci95=(-0.009, -0.001))  # and by how much is not sure
+    said = ["accuracy:0.4pt: B-lora may be up to 0.9 pt worse, which these records cannot rule out"]
+    assert said == judge([surely], [gate]).lines
+    assert (0, [f"accuracy:0.4pt: B-lora may be up to {-100 * row.ci95[0]:.1f} pt worse, which these records cannot rule out"]) == (
         judgement.status,
         judgement.lines,
     )

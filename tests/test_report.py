@@ -325,6 +325,29 @@ def test_scales_have_a_table_each():
     assert ("scale tiny:" in first, "scale mini:" in second) == (False, False)
 
 
+def test_what_makes_figures_say_less_is_said():
+    """A case that waited long for a processor, the seed with it where there are several, and a test held out of train."""
+    data = {**measured().data, "label_protocol": "labels of the files; test held out of train, stratified, seed 42"}
+    waited = measured("B-lora", processor_wait_fraction=0.47, data=data)
+    others = [measured("D-hybrid", seed=seed, processor_wait_fraction=seed / 100, data=data) for seed in (3, 30)]
+    lines = render_summary([waited, *others]).splitlines()
+    why = "as where other work runs; its times say little"
+    assert f"warning: B-lora waited for a processor 47% of its time, {why}" in lines
+    seeds = [line for line in lines if "D-hybrid seed" in line]
+    assert [f"warning: D-hybrid seed 30 waited for a processor 30% of its time, {why}"] == seeds
+    assert "test is held out of train, as the data have no labelled test split" in lines
+    assert not [line for line in render_summary([measured()]).splitlines() if "waited" in line or "held out" in line]
+
+
+def test_the_count_of_verdicts_is_a_comment_in_latex():
+    """So that the file can be taken into a document as it is."""
+    row = Row(phase="B-lora", metric="accuracy", base=0.9, head=0.8, verdict="worse", reason="p = 0.01", difference=-0.1)
+    assert (
+        "% 1 worse; accuracy and f1 are over dev and test together"
+        == render_comparison([row], table="latex_booktabs").splitlines()[-1]
+    )
+
+
 def test_what_does_not_compare_is_said_below_the_table_and_has_no_front():
     """Phases of other data, or measured on other machines, in one folder."""
     one = measured("B-lora")

@@ -274,6 +274,15 @@ def test_always_answering_the_same_is_on_no_front():
     assert {"B-lora"} == front_of(useless, passed("B-lora", majority_accuracy=0.5))
 
 
+def test_what_may_be_chance_is_on_no_front():
+    """Of 900 examples 52% right are above a majority of half, and their interval is not."""
+    chance, better = measured("C-chance", wrong=range(432), trainable=1), measured("B-lora", wrong=range(90))
+    assert 0.52 == chance.dev.accuracy
+    assert {"B-lora"} == pareto_front(summarize([chance, better]))
+    sure = measured("C-sure", wrong=range(396), trainable=1)
+    assert {"B-lora", "C-sure"} == pareto_front(summarize([sure, better]))
+
+
 def test_a_failed_phase_is_on_no_front():
     """And with nobody left the front is empty."""
     assert {"C1-full"} == front_of(failed("B-lora"), passed("C1-full"))

@@ -1,4 +1,4 @@
-"""All of pytest: options, cases, fixtures, records, progress and the table at the end."""
+"""All of pytest: cases, fixtures, records and the table at the end; what the user asks for and a session knows, beside it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 SESSION = pytest.StashKey[Session]()
 RECORD = pytest.StashKey[Record]()
 """Of the test that is running, until it is written."""
-ATTEMPTED = pytest.StashKey[bool]()
-"""Set once a test has left a record: one that comes after it, as where failed tests are run again, replaces it."""
+ATTEMPTED = pytest.StashKey[Path]()
+"""Where a test has left a record: the next one of the same case, as where failed tests are run again, takes its place."""
 
 
 class NoBenchmark:
@@ -161,7 +161,7 @@ def _scales(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
 def _scale_name(config: pytest.Config, call: Any) -> str:
     """By how the test is parametrized: ``main`` is what the options ask for, as is a test that says nothing."""
     asked = call.params.get("peft_scale", "main") if call else "main"
-    return config.stash[SESSION].main_scale if asked == "main" else str(asked)
+    return config.stash[SESSION].main_scale if asked == "main" else str(getattr(asked, "name", asked))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -189,8 +189,9 @@ def _keep(item: pytest.Item, error: BaseException | None = None) -> str | None:
         record = dataclasses.replace(record, outcome="failed", error=pytest.ExceptionInfo.from_exception(error).exconly()[:2000])
     benchmark: Any = getattr(item, "funcargs", {}).get("benchmark")
     try:
-        path = Store(session.options.outputs, record.scale).save(record, another_attempt=item.stash.get(ATTEMPTED, False))
-        item.stash[ATTEMPTED] = True
+        store = Store(session.options.outputs, record.scale)
+        again = item.stash.get(ATTEMPTED, None) == store.record_path(record)
+        path = item.stash[ATTEMPTED] = store.save(record, another_attempt=again)
         if benchmark is not None:
             benchmark.extra_info["peftbench"] = record.to_json()
     except (OSError, ValueError) as problem:
@@ -248,7 +249,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
         terminalreporter.write_line(printable(problem), red=True)
     for problem in sorted(session.unreadable):
         terminalreporter.write_line(printable(f"left out of the history: {problem}"), yellow=True)
-    if exitstatus == pytest.ExitCode.INTERRUPTED:
+    if exitstatus == pytest.ExitCode.INTERRUPTED and not session.settings.commit.get("problem"):
         terminalreporter.write_line("interrupted: the same command with --peft-resume goes on with what has not passed")
     for folder in dict.fromkeys(path.parent for path in session.records):
         terminalreporter.write_line(f"records: {os.path.relpath(folder)}")
@@ -276,6 +277,8 @@ def peft_workbench(request: pytest.FixtureRequest, peft_scale: Scale) -> Workben
     from peftbench.runner import Workbench
 
     session = request.config.stash[SESSION]
+    if not isinstance(peft_scale, Scale):
+        pytest.fail(f"peft_scale must be a Scale, got {peft_scale!r}; parametrize over it with indirect=True", pytrace=False)
     with explained():
         bench = Workbench(peft_scale, session.settings, session.progress, session.progress.say)
         bench.store.check_writable()

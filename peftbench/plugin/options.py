@@ -69,7 +69,7 @@ class Options:
         """
         typed = {name: config.getoption(f"peft_{name}") for name in OPTIONS}
         given = {
-            name: str(config.getini(f"peft_{name}") if value is None else value or OPTIONS[name][0])  # empty: the default
+            name: str((config.getini(f"peft_{name}") if value is None else value) or OPTIONS[name][0])  # empty: the default
             for name, value in typed.items()
         }
         spelled = {name: f"the ini key peft_{name}" if value is None else f"--peft-{name}" for name, value in typed.items()}
@@ -93,12 +93,11 @@ class Options:
         if not (evaluations.isascii() and evaluations.isdigit() and int(evaluations) <= 1000):
             raise pytest.UsageError(f"{spelled['evaluations']} must be a whole number from 0 to 1000, got {evaluations!r}")
         limits = config.getoption("peft_fail")
+        option = "the ini key peft_fail" if limits is None else "--peft-fail"
         if limits is None:  # an ini file's base that the command line has switched off takes its limits with it
             limits = [] if typed["compare"] == "" else config.getini("peft_fail")
         if limits and not given["compare"]:
-            raise pytest.UsageError(
-                f"--peft-fail {limits[0]} judges a comparison; name what to compare with by --peft-compare BASE"
-            )
+            raise pytest.UsageError(f"{option} {limits[0]} judges a comparison; name what to compare with by --peft-compare BASE")
         options = cls(
             scale=given["scale"],
             seeds=tuple(map(int, seeds)),
@@ -108,7 +107,7 @@ class Options:
             precision=given["precision"],
             evaluations=int(evaluations),
             compare=given["compare"],
-            gates=_parse_gates(limits),
+            gates=_parse_gates(limits, option),
             resume=bool(config.getoption("peft_resume") or config.getini("peft_resume")),
         )
         if typed["data"]:
@@ -129,12 +128,12 @@ class Options:
                 raise pytest.UsageError(str(error)) from None
 
 
-def _parse_gates(limits: list[str]) -> tuple[Gate, ...]:
+def _parse_gates(limits: list[str], option: str) -> tuple[Gate, ...]:
     if not limits:
         return ()
     from peftbench.gates import Gate
 
     try:
-        return tuple(Gate.from_text(text, "--peft-fail") for text in limits)
+        return tuple(Gate.from_text(text, option) for text in limits)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error

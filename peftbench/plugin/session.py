@@ -186,16 +186,14 @@ class Session:
     def _say_why_not(self, fingerprint: str, seed: int, history: list[Record]) -> None:
         """Of a case that has passed elsewhere, what keeps it from being resumed."""
         passed = [r for r in history if (r.outcome, r.fingerprint, r.seed) == ("passed", fingerprint, seed)]
-        if passed:
-            last = passed[-1]
-            where = f"in run {last.run_id} at commit {str(last.commit.get('id'))[:12]}"
-            dirty = " with uncommitted changes" if last.commit.get("dirty") else ""
-            other = (
-                "of this commit and these changes"
-                if last.commit != self.settings.commit
-                else "of this machine and as many evaluations"
-            )
-            self.progress.say(f"{last.phase_id} is run again: it passed {where}{dirty}, and only what is {other} is resumed")
+        if not passed:
+            return
+        last = passed[-1]
+        where = f"in run {last.run_id}" + (f" at commit {commit[:12]}" if (commit := last.commit.get("id")) else "")
+        dirty = " with uncommitted changes" if last.commit.get("dirty") else ""
+        same = "this machine and as many evaluations" if last.commit == self.settings.commit else "this commit and these changes"
+        case = f"{last.phase_id} with seed {seed}"
+        self.progress.say(f"{case} is run again: it passed {where}{dirty}, and only what is of {same} is resumed")
 
     def publish(self, record: Record) -> None:
         """

@@ -72,26 +72,31 @@ def test_workers_of_xdist_write_one_run(study, records, pytester, data_folder):
     [
         (["--peft-device=abacus"], "DeviceError: device must be one that torch can use here, such as cpu, got 'abacus'"),
         (["--peft-outputs=occupied"], "OutputsError: cannot write to the outputs folder"),
+        (["--peft-data=bad"], "train.tsv, line 3: split 'train' has label '-1'; wanted 0 or 1"),
     ],
 )
 def test_what_workers_of_xdist_cannot_use_fails_their_cases_before_training(study, pytester, data_folder, arguments, message):
     """In one line each, as the session that they work for does not collect and cannot know."""
     study("--collect-only", "-q")
     pytester.makefile("", occupied="a file")
+    (pytester.path / "bad").mkdir()
+    (pytester.path / "bad/train.tsv").write_text("sentence\tlabel\ngood\t1\nbad\t-1\n")
+    (pytester.path / "bad/dev.tsv").write_text("sentence\tlabel\ngood\t1\nbad\t0\n")
     done = in_two_workers(pytester, data_folder, "-k", "small", *arguments)
     assert 1 == done.returncode, done.stdout + done.stderr
     assert message in done.stdout
     assert "Traceback" not in done.stdout
-    assert "1 error" in done.stdout
+    assert "1 error" in done.stdout or "1 failed" in done.stdout
 
 
 def test_a_gate_judges_what_workers_of_xdist_measured(study, pytester, data_folder):
     """By what the base was before they began; a base that is none is said before they do."""
-    gate = ["-k", "small", "--peft-fail", "accuracy:1pt", "--peft-compare"]
+    gate = ["-k", "small", "--peft-fail", "accuracy:1pt", "--peft-fail", "accuracy:50pt", "--peft-compare"]
     assert 0 == study("-k", "small").ret
     done = in_two_workers(pytester, data_folder, *gate, "outputs/tiny/reports")
     assert 0 == done.returncode, done.stdout + done.stderr
     assert "accuracy:1pt: S-small may be up to " in done.stdout  # as 120 examples cannot tell
+    assert "accuracy:50pt: kept in 1 phase" in done.stdout
     done = in_two_workers(pytester, data_folder, *gate, "no-such")
     assert pytest.ExitCode.USAGE_ERROR == done.returncode
     assert "'no-such' is no file, no folder" in done.stderr

@@ -106,7 +106,7 @@ def test_what_keeps_a_passed_case_from_being_resumed_is_said(study, pytester):
     result = study("-k", "small", "--peft-resume")
     result.assert_outcomes(passed=1, deselected=5)
     result.stdout.fnmatch_lines(
-        ["peftbench: S-small is run again: it passed in run * at commit *, and only what is of this commit *"]
+        ["peftbench: S-small with seed 42 is run again: it passed in run * at commit *, and only what is of this commit *"]
     )
 
 
