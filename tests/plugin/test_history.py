@@ -28,17 +28,18 @@ CLOCK = """
     import pytest
     import peftbench.training
     from peftbench.measure import Stopwatch
+    from peftbench.packing import Batches
 
     @pytest.fixture(autouse=True)
     def one_second_a_step(monkeypatch):
         steps = [0.0]
-        collate = peftbench.runner.make_batch
+        collate = Batches.collate
 
-        def slow(*arguments, **options):
+        def slow(batches, rows):
             steps[0] += {seconds}
-            return collate(*arguments, **options)
+            return collate(batches, rows)
 
-        monkeypatch.setattr(peftbench.runner, "make_batch", slow)
+        monkeypatch.setattr(Batches, "collate", slow)
         monkeypatch.setattr(peftbench.training, "Stopwatch", functools.partial(Stopwatch, clock=lambda: steps[0]))
 """
 
