@@ -168,7 +168,7 @@ def economize(model: nn.Module) -> None:
         if type(module) is nn.Dropout:
             module.__class__ = Dropout
             module.masks = masks  # type: ignore[assignment]
-        elif type(module) is nn.Embedding and module.weight.requires_grad and not _has_special_gradient(module):
+        elif _learns_row_by_row(module):
             module.__class__ = RowEmbedding
         elif type(module) is nn.LayerNorm:
             module.__class__ = LayerNorm
@@ -179,7 +179,7 @@ def economize(model: nn.Module) -> None:
 def economize_words(model: nn.Module) -> None:
     """Let a trained word embedding be narrowed by `only_words`, in place: what `economize` does to it, for a GPU."""
     words = model.get_input_embeddings()  # type: ignore[operator]
-    if type(words) is nn.Embedding and words.weight.requires_grad and not _has_special_gradient(words):
+    if _learns_row_by_row(words):
         words.__class__ = RowEmbedding
 
 
@@ -211,8 +211,11 @@ def only_words(model: nn.Module, ids: Tensor) -> Iterator[None]:
         yield
 
 
-def _has_special_gradient(embedding: nn.Embedding) -> bool:
-    return embedding.sparse or embedding.scale_grad_by_freq or embedding.max_norm is not None
+def _learns_row_by_row(module: nn.Module) -> bool:
+    """Whether it is torch's embedding, trained, with no option that gives its gradient another form."""
+    if type(module) is not nn.Embedding or not module.weight.requires_grad:
+        return False
+    return not (module.sparse or module.scale_grad_by_freq or module.max_norm is not None)
 
 
 class _AddAndNormalize(torch.autograd.Function):

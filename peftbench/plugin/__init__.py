@@ -1,4 +1,4 @@
-"""All of pytest: cases, fixtures, records and the table at the end; what the user asks for and a session knows, beside it."""
+"""The hooks of pytest and the fixtures; what they go by stands in options.py, session.py and progress.py."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
                 terminalreporter.write_line(f"changed: {printable(line)}")
         for line in session.judgement.lines if session.options.gates or not session.comparison else ():
             terminalreporter.write_line(printable(line), red=True)
-    for line in session.describe_times(records):
+    for line in session.describe_times():
         terminalreporter.write_line(line)
     resumed = [record for record in records if record.run_id != session.run_id]
     for record in resumed:

@@ -111,13 +111,13 @@ class Session:
         """A clock that only runs in training loops: pytest-benchmark's timer for the cases."""
         return self.trained_seconds
 
-    def describe_times(self, records: list[Record]) -> list[str]:
+    def describe_times(self) -> list[str]:
         """Of a session that has trained: how soon, and how much of its time was something else."""
         first = self.progress.first_step
         if first is None:
             return []
         total = time.monotonic() - self.began
-        evaluation = sum(record.evaluation_seconds or 0.0 for record in records if record.run_id == self.run_id)
+        evaluation = sum(record.evaluation_seconds or 0.0 for record in self.records.values() if record.run_id == self.run_id)
         return [
             f"{render_duration(first - self.began)} from the session's start to the first optimizer step; "
             f"{render_duration(max(0.0, total - self.progress.training_seconds - evaluation))} of {render_duration(total)} "
@@ -263,8 +263,10 @@ class Session:
         """Learn of records that other processes have written: of workers of pytest-xdist, and of earlier runs."""
         is_case = any(name == "peftbench_case" for name, _ in report.user_properties)
         self.saw_case, self.saw_other_test = self.saw_case or is_case, self.saw_other_test or not is_case
-        if report.when == "call":
-            for path in [Path(str(value)) for name, value in report.user_properties if name == "peftbench_record"]:
+        if report.when != "call":
+            return
+        for path in [Path(str(value)) for name, value in report.user_properties if name == "peftbench_record"]:
+            if path not in self.records or hasattr(report, "node"):  # of a worker it may be another attempt
                 self.learn(path)
 
     def learn(self, path: Path) -> None:
