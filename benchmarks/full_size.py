@@ -11,13 +11,13 @@ import math
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForSequenceClassification, BertConfig, DistilBertConfig
 
+from benchmarks.stand_ins import CONFIGS, write_checkpoint
 from peftbench import runner
 from peftbench.assets import ENCODER, asset_path
 from peftbench.data import draw, read_glue_folder
 from peftbench.kernels import ONEDNN_LINEAR
-from peftbench.models import load_tokenizer, locate, save_classifier
+from peftbench.models import load_tokenizer, locate
 from peftbench.phases import LORA, SCALES, Distillation, Phase, Pretrained
 from peftbench.plugin import SESSION
 from peftbench.records import Store
@@ -29,10 +29,6 @@ FLOPS = {
     torch.ops.aten.addmm_: lambda _, x, y, **__: 2 * math.prod(x) * y[1],
 }
 """Of matrix products that torch's counter does not know, from the operands' shapes."""
-CONFIGS = {
-    "bert-large": BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
-    "distilbert": DistilBertConfig(),
-}
 PHASES = [
     Phase(id="A-teacher", role="teacher"),
     Phase(id="B-lora", role="backbone", peft=LORA, epochs=1, subset=STEPS * BATCH),
@@ -64,8 +60,7 @@ def bench(pytestconfig, tmp_path_factory):
         (folder / f"{split.name}.tsv").write_text("sentence\tlabel\n" + "".join(lines), "utf-8")
     words = locate(Pretrained(source=str(asset_path(ENCODER, Store(options.outputs, "mini").assets))), fetch=None)
     for name, config in CONFIGS.items():
-        torch.manual_seed(0)
-        save_classifier(AutoModelForSequenceClassification.from_config(config), load_tokenizer(words), folder / name)
+        write_checkpoint(config, load_tokenizer(words), folder / name)
     large, small = Pretrained(source=str(folder / "bert-large")), Pretrained(source=str(folder / "distilbert"))
     scale = dataclasses.replace(SCALES["thesis"], backbone=large, teacher=large, student=small)
     return Workbench(scale, Settings(outputs=folder / "outputs", run_id="full-size", data=folder))

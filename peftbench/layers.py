@@ -12,7 +12,7 @@ from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 from peftbench import kernels
 from peftbench.attention import attend
 from peftbench.dropout import Dropout
-from peftbench.packing import Spans
+from peftbench.packing import Cells, RowSpans, Spans
 
 ACROSS_TOKENS = {"LILY"}
 """Types of adapters that average over all tokens at hand, padding included: without it they would be other adapters."""
@@ -56,7 +56,7 @@ class PackedBertLayer(BertLayer):  # type: ignore[misc]
 
     firsts_alone = False
 
-    def forward(self, hidden_states: Tensor, *args: Any, spans: Spans | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, spans: Spans | RowSpans | None = None, **kwargs: Any) -> Tensor:
         """(1, T, E) → (1, T, E) or, with the firsts alone, (1, B, E)."""
         if spans is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
@@ -75,7 +75,7 @@ class PackedDistilBertLayer(TransformerBlock):  # type: ignore[misc]
 
     firsts_alone = False
 
-    def forward(self, hidden_states: Tensor, *args: Any, spans: Spans | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, spans: Spans | RowSpans | None = None, **kwargs: Any) -> Tensor:
         """(1, T, E) → (1, T, E) or, with the firsts alone, (1, B, E)."""
         if spans is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
@@ -109,16 +109,18 @@ def _project(x: Tensor, tokens: Tensor, query: Any, key: Any, value: Any) -> Seq
     return query(x), *kernels.project(tokens, [key, value])
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, spans: Spans, firsts_alone: bool, heads: int, dropout: nn.Dropout) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans | RowSpans, firsts_alone: bool, heads: int, dropout: nn.Dropout
+) -> Tensor:
     """Attention within sentences: (Q, E) over keys and values of (T, E) gives (Q, E); Q is T, or B for the firsts alone."""
     queries, keys, size = spans.firsts if firsts_alone else spans.tokens, spans.tokens, query.shape[1] // heads
     rate = dropout.p if dropout.training else 0.0
-    if rate and isinstance(dropout, Dropout):
+    if rate and isinstance(dropout, Dropout) and isinstance(queries, Cells) and isinstance(keys, Cells):
         return attend(query, key, value, queries.indices(heads), keys.indices(heads), queries.bias, dropout)
     q = queries.spread(query.view(-1, heads, size))
     k, v = (keys.spread(x.view(-1, heads, size)) for x in (key, value))
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=queries.bias_in(q.dtype), dropout_p=rate)
-    return queries.collect(attended).view(query.shape)
+    return queries.collect(attended).reshape(query.shape)
 
 
 def _add_and_normalize(x: Tensor, added: Tensor, dropout: Any, norm: Callable[[Tensor], Tensor]) -> Tensor:

@@ -23,6 +23,12 @@ Packed rows have a multiple of the one as tokens, and the rows that attention ru
 of matrix products prepares code for each shape that it meets, which in bf16 on CPU takes as long as a third of the product.
 """
 
+LONG_ROW_STEP, LONGEST_ROW = 64, 2048
+"""
+A `Row` has a multiple of the one as tokens, so that a training run meets few shapes, and at most the other: attention over the
+whole row is a twentieth of BERT-large's arithmetic at 300 tokens, and a third at this many.
+"""
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -136,6 +142,40 @@ class Spans:
         self.firsts = Cells(first, slot, bias[torch.arange(rows)[:, None], :, columns].transpose(1, 2), device)
 
 
+class WholeRow:
+    """As `Cells`, for attention over a packed row as it is: each item is its own cell."""
+
+    def __init__(self, apart: Tensor) -> None:
+        """Which of the T tokens each of N items does not attend to, shape (N, T)."""
+        self._apart = apart
+        self._bias_in: dict[torch.dtype, Tensor] = {}
+
+    def spread(self, items: Tensor) -> Tensor:
+        """(N, H, D) → (1, H, N, D)."""
+        return items.transpose(0, 1)[None]
+
+    def collect(self, cells: Tensor) -> Tensor:
+        """(1, H, N, D) → (N, H, D)."""
+        return cells[0].transpose(0, 1)
+
+    def bias_in(self, dtype: torch.dtype) -> Tensor:
+        """What is added to attention's scores, shape (1, 1, N, T), made once for all layers."""
+        if dtype not in self._bias_in:
+            bias = torch.zeros(self._apart.shape, dtype=dtype, device=self._apart.device)
+            self._bias_in[dtype] = bias.masked_fill_(self._apart, -math.inf)[None, None]
+        return self._bias_in[dtype]
+
+
+class RowSpans:
+    """As `Spans`, of a `Row`, made on its device: by the number of each token's sentence and of each sentence's first token."""
+
+    def __init__(self, sentence: Tensor, starts: Tensor) -> None:
+        """Shapes (T,) and (B,)."""
+        self.starts = starts
+        self.tokens = WholeRow(sentence[:, None] != sentence)
+        self.firsts = WholeRow(sentence[starts][:, None] != sentence)
+
+
 def _share_rows(sizes: Sequence[int], room: int) -> list[tuple[int, int, int]]:
     """Row, first column and number in the row of each sentence: the longest first, each where it fits first."""
     places: list[tuple[int, int, int]] = [(0, 0, 0)] * len(sizes)
@@ -156,7 +196,7 @@ class Batch:
     The examples of one step, on the device.
 
     Attributes:
-        rows: Their positions in the `Encoded` they come from, shape (B,).
+        rows: Their positions in the `Encoded` they come from, shape (B,); on the device or the CPU.
         labels: Shape (B,).
         inputs: What the model's forward takes.
         tokens: How many tokens of text go in, padding not counted.
@@ -166,6 +206,41 @@ class Batch:
     labels: Tensor
     inputs: dict[str, Any]
     tokens: int
+
+
+class Row:
+    """
+    A batch of packed sentences as a single tensor, which reaches a GPU in one copy and has one of a few shapes.
+
+    Attention runs over the row as it is, behind a mask. Filling is a sentence of its own, as in `Spans`.
+
+    Attributes:
+        shape: Tokens with the filling, and sentences.
+        numbers: All that the device must be told, int64, on the CPU.
+        text: Tokens of text.
+    """
+
+    def __init__(self, encoded: Encoded, rows: Sequence[int]) -> None:
+        tokens = [encoded.tokens[i] for i in rows]
+        lengths = torch.tensor([len(t) for t in tokens])
+        self.text = int(lengths.sum())
+        filling = -self.text % LONG_ROW_STEP
+        self.shape = self.text + filling, len(rows)
+        sizes = torch.cat([lengths, torch.tensor([filling])])
+        starts = sizes.cumsum(0) - sizes
+        sentence = torch.arange(len(sizes)).repeat_interleave(sizes)
+        positions = torch.arange(len(sentence)) - starts[sentence]
+        positions[self.text :] = 0  # the filling may be longer than a model has positions
+        index = torch.tensor(rows)
+        ids = torch.cat([*tokens, tokens[0][:1].expand(filling)])
+        self.numbers = torch.cat([ids, positions, sentence, starts[: len(rows)], encoded.labels[index], index])
+
+    def batch(self, numbers: Tensor) -> Batch:
+        """The batch over a copy of the numbers, which decides the device."""
+        tokens, sentences = self.shape
+        ids, positions, sentence, starts, labels, rows = torch.split(numbers, [tokens] * 3 + [sentences] * 3)
+        inputs = {"input_ids": ids[None], "position_ids": positions[None], "spans": RowSpans(sentence, starts)}
+        return Batch(rows, labels, inputs, self.text)
 
 
 def make_batch(encoded: Encoded, rows: Sequence[int], device: str, *, packed: bool) -> Batch:
@@ -216,6 +291,14 @@ class Batches:
     def collate(self, rows: Sequence[int]) -> Batch:
         """The batch, or a part of one, of these rows."""
         return make_batch(self.encoded, rows, self.device, packed=self.packed)
+
+    def row(self, rows: Sequence[int]) -> Row | None:
+        """The batch of these rows as a single tensor; None if it would be too long."""
+        return Row(self.encoded, rows) if self.tokens(rows) <= LONGEST_ROW else None
+
+    def tokens(self, rows: Sequence[int]) -> int:
+        """Tokens of text of these rows."""
+        return sum(len(self.encoded.tokens[i]) for i in rows)
 
 
 def predict(model: nn.Module, encoded: Encoded, device: Device, *, packed: bool, batch_size: int = 64) -> Tensor:

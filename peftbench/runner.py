@@ -33,7 +33,7 @@ from peftbench.distill import (
     read_subset,
 )
 from peftbench.evaluation import METRICS_VERSION, latency_ms, score
-from peftbench.kernels import cast_frozen, economize, economize_words, only_words, retain_memory
+from peftbench.kernels import cast_frozen, economize, economize_words, launches_alike, only_words, retain_memory
 from peftbench.layers import make_packable
 from peftbench.measure import PeakMemory, ProcessorWait, Stopwatch, describe_machine, describe_versions
 from peftbench.models import (
@@ -399,6 +399,7 @@ def train(
             device=device,
             progress=bench.progress,
             what=what,
+            capture=packed and device.kind == "cuda" and launches_alike(model),
             evaluate=functools.partial(accuracy, dev) if dev else None,
             evaluations=bench.settings.evaluations,
         )

@@ -3,20 +3,23 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from peftbench.device import Device, DoesNotFit, is_out_of_memory
 from peftbench.errors import PeftbenchError
+from peftbench.graphs import Graphs
 from peftbench.measure import Stopwatch
-from peftbench.packing import Batch, Batches
+from peftbench.packing import Batch, Batches, Row
 from peftbench.records import MemoryUse
 
 CURVE_POINTS = 50
+
+T = TypeVar("T")
 
 
 class TrainingDiverged(PeftbenchError, RuntimeError):  # noqa: N818 - a state, not a mistake
@@ -94,6 +97,7 @@ def fit(
     device: Device,
     progress: Progress,
     what: str,
+    capture: bool = False,
     evaluate: Callable[[], float] | None = None,
     evaluations: int = 0,
 ) -> Fit:
@@ -111,6 +115,8 @@ def fit(
         examples_at_once: How many go through the device together at first.
         progress: Told each step.
         what: Name of the work, for progress and errors.
+        capture: Replay steps as CUDA graphs. Loss and model must launch the same operations for each `Row` of a shape and wait
+            for none.
         evaluate: A figure of the model as it is; draws no random numbers and leaves the model in training mode.
         evaluations: How often to evaluate, evenly, the last time after the last step; takes no part in the runtime.
 
@@ -120,16 +126,18 @@ def fit(
     """
     total = recipe.epochs * len(batches)
     update = _Update(parameters, recipe, total, device, what)
-    gradients = _Gradients(model, loss, batches, parameters, update.scaled, device, examples_at_once, what)
+    steps = _Steps(model, loss, batches, parameters, update, device, examples_at_once, what, capture=capture)
     curve, evaluated = _Curve(total), list[tuple[int, float, float]]()
     due = _evenly(total, evaluations) if evaluate is not None else set()
     step, examples, tokens = 0, 0, 0
     model.train()
     with Stopwatch(device) as watch:
-        for rows in itertools.chain.from_iterable(batches.epoch() for _ in range(recipe.epochs)):
-            mean, of_text = gradients.compute(rows)
-            curve.add(update.step(mean))
-            step, examples, tokens = step + 1, examples + len(rows), tokens + of_text
+        order = itertools.chain.from_iterable(batches.epoch() for _ in range(recipe.epochs))
+        for rows, following in _with_following(order):
+            outcome = steps.launch(rows)
+            steps.prepare(following)
+            curve.add(update.settle(outcome))
+            step, examples, tokens = step + 1, examples + len(rows), tokens + batches.tokens(rows)
             progress(what, step, total)
             if evaluate is not None and step in due:
                 seconds = watch.read()
@@ -142,14 +150,14 @@ def fit(
         tokens=tokens,
         learning_curve=tuple(curve.points),
         skipped_steps=update.skipped,
-        memory=gradients.memory,
+        memory=steps.memory,
         dev_curve=tuple(evaluated),
     )
 
 
-class _Gradients:
+class _Steps:
     """
-    Gradients of a step's whole batch, from as many examples at a time as the device has memory for.
+    Optimizer steps, each over its whole batch, from as many examples at a time as the device has memory for.
 
     Attributes:
         memory: How many that is by now.
@@ -161,43 +169,65 @@ class _Gradients:
         loss: Callable[[Batch], Tensor],
         batches: Batches,
         parameters: Parameters,
-        scaled: Callable[[Tensor], Tensor],
+        update: "_Update",
         device: Device,
         examples_at_once: int,
         what: str,
+        *,
+        capture: bool,
     ) -> None:
         self.memory = MemoryUse(examples_at_once=examples_at_once)
         self._model, self._loss, self._batches, self._parameters = model, loss, batches, parameters
-        self._scaled, self._device, self._what = scaled, device, what
+        self._update, self._device, self._what = update, device, what
+        self._graphs = Graphs(lambda batch: self._learn([batch], len(batch.rows)), device.name) if capture else None
+        self._prepared: tuple[Sequence[int], Row | None] = ((), None)
 
-    def compute(self, rows: Sequence[int]) -> tuple[Tensor, int]:
-        """The batch's mean loss, shape (), and tokens of text; the gradients are left in the parameters."""
-        while (done := self._try(rows)) is None:
+    def launch(self, rows: Sequence[int]) -> Tensor:
+        """Change the parameters by what these examples teach; gives what `_Update.settle` reads, and a GPU is not waited for."""
+        while (outcome := self._try(rows)) is None:
             self._parameters.clear_gradients()
+            if self._graphs is not None:
+                self._graphs = None  # they hold what would have been enough, maybe
+                self._device.release_memory()
+                continue
             self._device.release_memory()
             self.memory = _relieve(self.memory, self._model, self._device, self._what)
-        return done
+        return outcome
 
-    def _try(self, rows: Sequence[int]) -> tuple[Tensor, int] | None:
-        """As `compute`; None if memory ran out, when the error, which holds on to what was computed, is gone."""
-        mean, tokens = torch.zeros((), device=self._device.name), 0
+    def prepare(self, rows: Sequence[int] | None) -> None:
+        """Make the next step's batch ready, while a GPU is at work on this one's; None if there is no next step."""
+        if self._graphs is not None and rows is not None:
+            self._prepared = rows, self._batches.row(rows)
+
+    def _try(self, rows: Sequence[int]) -> Tensor | None:
+        """As `launch`; None if memory ran out, when the error, which holds on to what was computed, is gone."""
+        size = self.memory.examples_at_once
         try:
-            for start in range(0, len(rows), self.memory.examples_at_once):
-                batch = self._batches.collate(rows[start : start + self.memory.examples_at_once])
-                with self._device.autocast():
-                    part = self._loss(batch) * (len(batch.rows) / len(rows))
-                self._scaled(part).backward()  # type: ignore[no-untyped-call]
-                mean, tokens = mean + part.detach(), tokens + batch.tokens
+            if self._graphs is not None and len(rows) <= size:
+                if self._prepared[0] is not rows:
+                    self.prepare(rows)
+                if (row := self._prepared[1]) is not None:
+                    return self._graphs.take(row)
+            return self._learn((self._batches.collate(rows[i : i + size]) for i in range(0, len(rows), size)), len(rows))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             return None
-        return mean, tokens
+
+    def _learn(self, parts: Iterable[Batch], examples: int) -> Tensor:
+        """One optimizer step over the parts of a batch of that many examples."""
+        mean = torch.zeros((), device=self._device.name)
+        for batch in parts:
+            with self._device.autocast():
+                part = self._loss(batch) * (len(batch.rows) / examples)
+            self._update.scaled(part).backward()  # type: ignore[no-untyped-call]
+            mean = mean + part.detach()
+        return self._update.launch(mean)
 
 
 class _Update:
     """
-    An optimizer step: AdamW under a schedule of learning rates, with clipped gradients and, in fp16, a scaled loss.
+    AdamW under a schedule of learning rates, with clipped gradients and, in fp16, a scaled loss.
 
     Attributes:
         skipped: Steps left out because a gradient overflowed fp16.
@@ -205,30 +235,32 @@ class _Update:
 
     def __init__(self, parameters: Parameters, recipe: Recipe, total: int, device: Device, what: str) -> None:
         self.skipped = 0
-        self._taken, self._total, self._what, self._device = 0, total, what, device
-        self._parameters, self._clip_norm = parameters, recipe.clip_norm
-        warmup = int(recipe.warmup_fraction * total)
-        self._optimizer = torch.optim.AdamW(parameters.groups, weight_decay=recipe.weight_decay, fused=True)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer, lambda step: rate_factor(step, warmup=warmup, total=total)
-        )
+        self._settled, self._total, self._what, self._clip_norm = 0, total, what, recipe.clip_norm
+        self._parameters, self._device = parameters, device
+        self._peaks = [group["lr"] for group in parameters.groups]
+        self._warmup = int(recipe.warmup_fraction * total)
+        on_gpu = device.kind == "cuda"  # where a graph reads the rates from memory
+        groups = [
+            {**group, "lr": torch.tensor(peak, device=device.name) if on_gpu else peak}
+            for group, peak in zip(parameters.groups, self._peaks, strict=True)
+        ]
+        self._optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True, capturable=on_gpu)
         self._scaler = torch.amp.GradScaler(device.kind, enabled=device.precision == "fp16")
-        self._scale = self._scaler.get_scale()
+        self._one = torch.ones((), device=device.name)
+        self._set_rates()
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss times fp16's scale, to call ``backward`` on."""
         return self._scaler.scale(loss)
 
-    def step(self, mean: Tensor) -> float:
-        """Change the parameters by the gradients at hand, and clear these; gives the batch's mean loss, shape (), as a number."""
+    def launch(self, mean: Tensor) -> Tensor:
+        """Change the parameters by the gradients at hand, and clear these; gives what `settle` reads, shape (4,)."""
+        scale = self.scaled(self._one)
         # The fused AdamW divides by this as it reads the gradients; clipping them first would be a pass more over all.
         norm = self._parameters.gradient_norm()
-        self._optimizer.grad_scale = (norm / (self._scale * self._clip_norm)).clamp(min=1.0)  # type: ignore[attr-defined]
-        loss, length = torch.stack([mean, norm.to(mean.device)]).tolist()  # here a GPU is waited for
-        if not math.isfinite(loss):
-            raise self._diverged(f"loss is {loss}")
-        if not math.isfinite(length) and not self._scaler.is_enabled():  # which skips such a step
-            raise self._diverged(f"the gradient's norm is {length}")
+        self._optimizer.grad_scale = (norm / (scale * self._clip_norm)).clamp(min=1.0)  # type: ignore[attr-defined]
+        if not self._scaler.is_enabled():  # which tells it by itself: nothing is learned from what is not finite
+            self._optimizer.found_inf = (~(norm + mean).isfinite()).float()  # type: ignore[attr-defined]
         try:
             self._scaler.step(self._optimizer)
         except RuntimeError as error:
@@ -237,19 +269,36 @@ class _Update:
             raise DoesNotFit(f"{self._what}: weights, gradients and optimizer state alone do not fit {self._device.name}") from None
         self._scaler.update()
         self._parameters.clear_gradients()
-        before, self._scale = self._scale, self._scaler.get_scale()
-        if self._scale < before:
+        return torch.stack([mean, norm, scale, self.scaled(self._one)])
+
+    def settle(self, outcome: Tensor) -> float:
+        """Wait for the step and see what came of it; gives the batch's mean loss."""
+        loss, norm, scale, scale_after = outcome.tolist()  # here a GPU is waited for
+        self._settled += 1
+        if not math.isfinite(loss):
+            raise self._diverged(f"loss is {loss}")
+        if not math.isfinite(norm) and not self._scaler.is_enabled():  # which skips such a step
+            raise self._diverged(f"the gradient's norm is {norm}")
+        if scale_after < scale:
             self.skipped += 1
-            if self._scale < 1.0:
+            if scale_after < 1.0:
                 raise self._diverged("gradients overflow fp16 at any loss scale")
         else:
-            self._schedule.step()
-        self._taken += 1
+            self._set_rates()
         return float(loss)
 
+    def _set_rates(self) -> None:
+        factor = rate_factor(self._settled - self.skipped, warmup=self._warmup, total=self._total)
+        self._rates = [peak * factor for peak in self._peaks]
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
     def _diverged(self, why: str) -> TrainingDiverged:
-        rates = ", ".join(f"{rate:.3g}" for rate in self._schedule.get_last_lr())
-        return TrainingDiverged(f"{self._what}: {why} at step {self._taken + 1} of {self._total}, learning rate {rates}; lower it")
+        rates = ", ".join(f"{rate:.3g}" for rate in self._rates)
+        return TrainingDiverged(f"{self._what}: {why} at step {self._settled} of {self._total}, learning rate {rates}; lower it")
 
 
 class _Curve:
@@ -271,6 +320,13 @@ class _Curve:
         if self._step in self._marks:
             self.points.append((self._step, self._sum / (self._step - (self.points[-1][0] if self.points else 0))))
             self._sum = 0.0
+
+
+def _with_following(items: Iterable[T]) -> Iterator[tuple[T, T | None]]:
+    """Each item and the one after it."""
+    one, other = itertools.tee(items)
+    next(other, None)
+    yield from itertools.zip_longest(one, other)
 
 
 def _evenly(total: int, times: int) -> set[int]:

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, Roberta
 from peftbench.kernels import economize, only_words
 from peftbench.layers import make_packable
 from peftbench.models import prepare
-from peftbench.packing import make_batch
+from peftbench.packing import Row, make_batch
 from peftbench.phases import Phase
 from peftbench.training import checkpoint_activations
 
@@ -23,6 +23,14 @@ def loss_and_gradients(model, batch):
     logits = model(**batch.inputs).logits
     F.cross_entropy(logits, batch.labels).backward()
     return logits, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def packed_batch(encoded, rows, *, one_row=False):
+    """In rows that sentences share for attention, as on a CPU, or in a single one, as on a GPU."""
+    if not one_row:
+        return make_batch(encoded, rows, "cpu", packed=True)
+    row = Row(encoded, rows)
+    return row.batch(row.numbers)
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +58,15 @@ architectures = pytest.mark.parametrize("architecture", ["bert", "distilbert"])
 
 @architectures
 @methods
-@economized
+@pytest.mark.parametrize(("economized", "one_row"), [(False, False), (True, False), (False, True)])
 @settings(max_examples=12, deadline=None)
 @given(lengths=st.lists(st.integers(1, LONGEST), min_size=1, max_size=6), seed=st.integers(0, 99))
-def test_packed_logits_and_gradients_are_the_padded_model_s(twins, architecture, method, economized, lengths, seed):
+def test_packed_logits_and_gradients_are_the_padded_model_s(twins, architecture, method, economized, one_row, lengths, seed):
     """Whatever the mix of lengths, packing changes neither a logit nor the gradient of any parameter that trains."""
     untouched, packable = twins[architecture, method][0], twins[architecture, method][1 + economized]
     encoded, rows = encoded_of(lengths, seed), range(len(lengths))
     expected, expected_gradients = loss_and_gradients(untouched, make_batch(encoded, rows, "cpu", packed=False))
-    actual, gradients = loss_and_gradients(packable, make_batch(encoded, rows, "cpu", packed=True))
+    actual, gradients = loss_and_gradients(packable, packed_batch(encoded, rows, one_row=one_row))
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-10)
     assert expected_gradients.keys() == gradients.keys()
     for name, gradient in expected_gradients.items():
@@ -82,12 +90,13 @@ def test_padded_input_works_as_before(twins, architecture, method, economized, t
 
 
 @architectures
-def test_packed_sentences_do_not_see_each_other(twins, architecture):
+@pytest.mark.parametrize("one_row", [False, True])
+def test_packed_sentences_do_not_see_each_other(twins, architecture, one_row):
     """Each sentence of a row gets the logits it gets alone, without padding or neighbours."""
     untouched, packable, _ = twins[architecture, "plain"]
     encoded = encoded_of([4, 12, 1, 7])
     alone = torch.cat([untouched(input_ids=tokens[None]).logits for tokens in encoded.tokens])
-    together = packable(**make_batch(encoded, range(4), "cpu", packed=True).inputs).logits
+    together = packable(**packed_batch(encoded, range(4), one_row=one_row).inputs).logits
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-12)
 
 

@@ -68,6 +68,9 @@ class Ready:
     def epoch(self):
         return iter(self.rows)
 
+    def tokens(self, rows):
+        return self.collate(rows).tokens
+
 
 def fit_with(model, loss, batches, parameters, **arguments):
     """`fit`, the recipe's parts among the arguments."""
