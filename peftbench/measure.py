@@ -50,8 +50,8 @@ class PeakMemory:
     """
     The most memory in use since `restart`, and what was in use then.
 
-    On CUDA what torch's allocator held; on Linux the process's resident set; elsewhere the resident set since the process
-    began, which earlier cases share. ``scope`` says which.
+    On CUDA what torch's allocator had taken from the device, which is what must fit there; on Linux the process's resident set;
+    elsewhere the resident set since the process began, which earlier cases share. ``scope`` says which.
     """
 
     def __init__(self, device: Device) -> None:
@@ -63,7 +63,7 @@ class PeakMemory:
         """Forget earlier peaks."""
         if self._device.kind == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device.name)
-            self.scope = "CUDA allocator during the case"
+            self.scope = "taken from the GPU during the case"
         else:
             try:
                 Path("/proc/self/clear_refs").write_text("5")
@@ -75,7 +75,7 @@ class PeakMemory:
     def read_bytes(self) -> int:
         """The peak in bytes."""
         if self._device.kind == "cuda":
-            return torch.cuda.max_memory_allocated(self._device.name)
+            return torch.cuda.max_memory_reserved(self._device.name)
         try:
             status = Path("/proc/self/status").read_text()
             return int(status.split("VmHWM:")[1].split()[0]) * 1024
