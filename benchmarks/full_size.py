@@ -1,8 +1,9 @@
 """
 BERT-large and DistilBERT at full size with random weights, on real sentence lengths: does each phase run, does the plan hold?
 
-Not part of the study: `pytest benchmarks/full_size.py --peft-data DIR` runs 20 optimizer steps of each phase through the code of a
-real run and counts their arithmetic. It needs the data, some 5 GiB of memory and ten minutes.
+Not part of the study: `pytest benchmarks/full_size.py -k twenty --peft-data DIR` runs 20 optimizer steps of each phase on the CPU
+through the code of a real run and counts their arithmetic. It needs the data, some 5 GiB of memory and ten minutes. On a GPU,
+`-k study --peft-scale thesis --peft-data DIR` runs all of the study over what stand_ins.py has put into the Hub's cache.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.stand_ins import CONFIGS, write_checkpoint
+from benchmarks.test_phases import PHASES as STUDY
 from peftbench import runner
 from peftbench.assets import ENCODER, asset_path
 from peftbench.data import draw, read_glue_folder
@@ -63,7 +65,7 @@ def bench(pytestconfig, tmp_path_factory):
         write_checkpoint(config, load_tokenizer(words), folder / name)
     large, small = Pretrained(source=str(folder / "bert-large")), Pretrained(source=str(folder / "distilbert"))
     scale = dataclasses.replace(SCALES["thesis"], backbone=large, teacher=large, student=small)
-    return Workbench(scale, Settings(outputs=folder / "outputs", run_id="full-size", data=folder))
+    return Workbench(scale, Settings(outputs=folder / "outputs", run_id="full-size", data=folder, device="cpu"))
 
 
 @pytest.mark.parametrize("phase", PHASES, ids=lambda phase: phase.id)
@@ -90,3 +92,12 @@ def test_plan_holds_over_twenty_steps(phase, bench, monkeypatch, capsys, pytestc
             f"GiB planned {planned.memory_bytes / gib:.1f}, peak {record.peak_memory_bytes / gib:.1f}"
         )
     assert planned.training_flops == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("phase", STUDY, ids=lambda phase: phase.id)
+def test_study_costs_what_it_costs(phase, peft_workbench, request):
+    """Every epoch of a phase; the record tells time and memory, which do not depend on the weights, as accuracy does."""
+    if peft_workbench.device.kind != "cuda":
+        pytest.skip("takes days on a CPU")
+    assert request.getfixturevalue("run_phase")(phase).optimizer_steps >= phase.epochs

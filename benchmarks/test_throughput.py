@@ -21,7 +21,7 @@ from peftbench.sealed import lock, write_atomically
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("default")]
 
-EXAMPLES, EXAMPLES_ON_GPU, TINY_EXAMPLES, BATCH = 256, 4096, 32, 16
+EXAMPLES, EXAMPLES_ON_GPU, TINY_EXAMPLES, BATCH = 256, 1024, 32, 16
 """A GPU is through with 256 before its first shapes of batches are captured."""
 ROUNDS = 3
 AHEAD = 1.4

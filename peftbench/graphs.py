@@ -5,6 +5,7 @@ At sixteen phrases to a step a GPU waits for its host: BERT-large under LoRA lau
 longer to launch than to do. A graph of them is launched at once.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -41,7 +42,7 @@ class Graphs:
         self._step, self._device = step, device
         self._captured: dict[tuple[int, int], _Captured] = {}
         self._met: set[tuple[int, int]] = set()
-        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), _capture_stream(device)
 
     def take(self, row: Row) -> Tensor:
         """What the step gives; the host does not wait for it."""
@@ -62,3 +63,9 @@ class Graphs:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             outcome = self._step(row.batch(numbers))
         return _Captured(graph, numbers, outcome)
+
+
+@functools.cache
+def _capture_stream(device: str) -> torch.cuda.Stream:
+    """The same for all: the library of matrix products keeps memory for each stream it has worked on."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from peftbench.device import Device
-from peftbench.kernels import cast_frozen
+from peftbench.kernels import cast_frozen, launches_alike
 from peftbench.layers import make_packable
 from peftbench.measure import Stopwatch
 from peftbench.models import ModelError, Weights, count_parameters, load_classifier, prepare, shipped
@@ -28,7 +28,7 @@ ASKED_FOR_NUMBERS = (RuntimeError, AssertionError, AttributeError, TypeError, OS
 MATRIX_SHARE = 0.4
 """
 Share of a step that matrix multiplication takes: a round figure below what a profile of MiniLM's operations showed on two CPU
-cores, 0.46 under LoRA and 0.49 in full tuning. On a GPU it was not measured.
+cores, 0.46 under LoRA and 0.49 in full tuning.
 """
 
 LEAST_SECONDS = 0.05
@@ -37,8 +37,11 @@ LEAST_SECONDS = 0.05
 USABLE = 0.9
 """Share of the free memory that a plan may fill; the rest is left to fragments and to the libraries."""
 
-STEP_SECONDS = 0.008
-"""Fixed cost of an optimizer step beside its matrix products, as one of the tiny scale takes it on a CPU."""
+STEP_SECONDS = {"cpu": 0.008, "cuda": 0.001}
+"""Fixed cost of an optimizer step beside its matrix products: as one of the tiny scale takes it on a CPU; on an H100."""
+
+REPLAYED_LAYER_SECONDS, LAUNCHED_LAYER_SECONDS = 0.0003, 0.004
+"""What a layer adds to that on an H100, as part of a CUDA graph or launched by its host, of BERT-large under LoRA."""
 
 
 def plan_phase(
@@ -82,18 +85,20 @@ def plan_phase(
         cast_frozen(model, device.dtype)
     weight_bytes = _weight_bytes(model, trainable, device)
     at_once = _fitting(model, train, phase.batch_size, device, None if free is None else free - weight_bytes)
+    steps = phase.epochs * -(-len(train) // phase.batch_size)
     return Plan(
         phase=phase.id,
         parameters=total,
         trainable=trainable,
         examples=len(train) if phase.epochs else 0,
-        steps=phase.epochs * -(-len(train) // phase.batch_size),
+        steps=steps,
         tokens=phase.epochs * tokens,
         training_flops=training,
         other_flops=other,
         examples_at_once=at_once,
         weight_bytes=weight_bytes,
         activation_bytes=_activation_bytes(model, _longest(train, at_once), device) if phase.epochs else 0,
+        fixed_seconds=steps * _fixed_step_seconds(model, device, captured=packed and launches_alike(model)),
     )
 
 
@@ -107,7 +112,7 @@ def examples_at_once(model: nn.Module, encoded: Encoded, batch_size: int, device
 
 def estimate_seconds(plan: Plan, matrix_rate: float) -> float:
     """Duration of a phase on a device that does that many multiplications and additions of matrix products a second."""
-    return (plan.training_flops + plan.other_flops) / (matrix_rate * MATRIX_SHARE) + plan.steps * STEP_SECONDS
+    return (plan.training_flops + plan.other_flops) / (matrix_rate * MATRIX_SHARE) + plan.fixed_seconds
 
 
 def measure_matrix_rate(device: Device, *, tokens: int = 512, width: int = 1024, rounds: int = 5) -> float:
@@ -175,6 +180,13 @@ def _weight_bytes(model: nn.Module, trainable: int, device: Device) -> int:
     in_fp32 = sum(parameter.numel() for _, parameter in shipped(model) if parameter.dtype == torch.float32)
     copies = 0 if device.precision == "fp32" else 2 * in_fp32
     return _held_bytes(model) + copies + 12 * trainable
+
+
+def _fixed_step_seconds(model: nn.Module, device: Device, *, captured: bool) -> float:
+    if device.kind != "cuda":
+        return STEP_SECONDS["cpu"]
+    layers = getattr(model.config, "num_hidden_layers", 0)
+    return STEP_SECONDS["cuda"] + layers * (REPLAYED_LAYER_SECONDS if captured else LAUNCHED_LAYER_SECONDS)
 
 
 def _held_bytes(model: nn.Module) -> int:

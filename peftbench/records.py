@@ -150,6 +150,7 @@ class Plan:
         other_flops: The same for evaluation on dev and test, and for the teacher's logits that the phase learns from.
         weight_bytes: Weights, their 16-bit copies, gradients and AdamW's state.
         activation_bytes: Kept for the backward pass of the longest batch, as many examples at once as fit.
+        fixed_seconds: What the steps take besides their matrix products, however small these are.
     """
 
     phase: str
@@ -163,6 +164,7 @@ class Plan:
     examples_at_once: int
     weight_bytes: int
     activation_bytes: int
+    fixed_seconds: float
 
     @property
     def memory_bytes(self) -> int:

@@ -161,10 +161,23 @@ def test_loaded_model_asks_its_device(monkeypatch):
 
 
 def test_seconds_by_hand():
-    """Arithmetic over rate, matrix products being only a share of a step, and what the one step takes besides."""
+    """Arithmetic over rate, matrix products being only a share of a step, and what the steps take besides."""
     numbers = dict.fromkeys(("parameters", "trainable", "examples", "steps", "tokens", "weight_bytes", "activation_bytes"), 1)
-    planned = Plan(phase="X", training_flops=3e12, other_flops=1e12, examples_at_once=1, **numbers)
-    assert estimate_seconds(planned, 1e12) == pytest.approx(4 / planning.MATRIX_SHARE + planning.STEP_SECONDS)
+    planned = Plan(phase="X", training_flops=3e12, other_flops=1e12, examples_at_once=1, fixed_seconds=0.5, **numbers)
+    assert estimate_seconds(planned, 1e12) == pytest.approx(4 / planning.MATRIX_SHARE + 0.5)
+
+
+@pytest.mark.parametrize(
+    ("method", "per_layer"), [("LORA", planning.REPLAYED_LAYER_SECONDS), ("LOHA", planning.LAUNCHED_LAYER_SECONDS)]
+)
+def test_a_gpu_s_steps_cost_by_the_layer(method, per_layer, monkeypatch):
+    """Two epochs of three steps of three layers; what is not known to be the same each time is launched by the host."""
+    monkeypatch.setattr(Device, "free_memory", lambda _: None)
+    peft = {"peft_type": method, "r": 2, "target_modules": ["query"]}
+    phase = Phase(id="X-test", role="backbone", epochs=2, peft=peft)
+    planned = plan_phase(phase, located(), encoded_of(40), [], Device(name="cuda", precision="bf16", why="test"))
+    assert planned.fixed_seconds == pytest.approx(6 * (planning.STEP_SECONDS["cuda"] + 3 * per_layer))
+    assert plan_phase(phase, located(), encoded_of(40), [], CPU).fixed_seconds == pytest.approx(6 * planning.STEP_SECONDS["cpu"])
 
 
 def test_matrix_rate_counts_the_products_arithmetic():

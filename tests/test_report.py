@@ -430,6 +430,7 @@ PLAN = Plan(
     examples_at_once=16,
     weight_bytes=200 << 20,
     activation_bytes=51 << 20,
+    fixed_seconds=8.3,
 )
 
 
