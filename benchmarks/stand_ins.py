@@ -23,6 +23,8 @@ CONFIGS = {
     "bert-large": BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
     "distilbert": DistilBertConfig(),
 }
+ADDED = ("output.dense.weight", "out_lin.weight", "lin2.weight")
+"""Names of BERT's and DistilBERT's weights that make what is added to a layer's input."""
 
 
 def write_repositories(tokenizer_folder: Path, cache: Path) -> None:
@@ -50,9 +52,17 @@ def write_repositories(tokenizer_folder: Path, cache: Path) -> None:
 
 
 def write_checkpoint(config: PretrainedConfig, tokenizer: Any, folder: Path) -> None:
-    """A two-label classifier with random weights, always the same, and its tokenizer."""
+    """
+    A two-label classifier with random weights, always the same, and its tokenizer.
+
+    What a layer adds to its input is drawn smaller the more layers there are, as in GPT-2 (Radford et al. 2019, section 2.3).
+    """
     torch.manual_seed(0)
-    save_classifier(AutoModelForSequenceClassification.from_config(config), tokenizer, folder)
+    model = AutoModelForSequenceClassification.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(ADDED):
+            parameter.data.mul_((2 * config.num_hidden_layers) ** -0.5)
+    save_classifier(model, tokenizer, folder)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,12 @@ STEP_SECONDS = {"cpu": 0.008, "cuda": 0.001}
 REPLAYED_LAYER_SECONDS, LAUNCHED_LAYER_SECONDS = 0.0003, 0.004
 """What a layer adds to that on an H100, as part of a CUDA graph or launched by its host, of BERT-large under LoRA."""
 
+CAPTURE_SECONDS = 0.04
+"""What a layer takes once a phase, while the first steps are launched and then captured."""
+
+RATE_TOKENS = {"cpu": 512, "cuda": 8192}
+"""Of the product that the matrix rate is measured with; a GPU would wait for its host between smaller ones."""
+
 
 def plan_phase(
     phase: Phase,
@@ -98,7 +104,7 @@ def plan_phase(
         examples_at_once=at_once,
         weight_bytes=weight_bytes,
         activation_bytes=_activation_bytes(model, _longest(train, at_once), device) if phase.epochs else 0,
-        fixed_seconds=steps * _fixed_step_seconds(model, device, captured=packed and launches_alike(model)),
+        fixed_seconds=_fixed_seconds(model, steps, device, captured=packed and launches_alike(model)),
     )
 
 
@@ -115,8 +121,9 @@ def estimate_seconds(plan: Plan, matrix_rate: float) -> float:
     return (plan.training_flops + plan.other_flops) / (matrix_rate * MATRIX_SHARE) + plan.fixed_seconds
 
 
-def measure_matrix_rate(device: Device, *, tokens: int = 512, width: int = 1024, rounds: int = 5) -> float:
+def measure_matrix_rate(device: Device, *, tokens: int | None = None, width: int = 1024, rounds: int = 5) -> float:
     """Multiplications and additions a second of a feed-forward layer's product on this device, in its precision; median."""
+    tokens = tokens or RATE_TOKENS[device.kind]
     x = torch.ones(tokens, width, dtype=device.dtype, device=device.name)
     w = torch.ones(width, 4 * width, dtype=device.dtype, device=device.name)
     device.set_up()
@@ -182,11 +189,12 @@ def _weight_bytes(model: nn.Module, trainable: int, device: Device) -> int:
     return _held_bytes(model) + copies + 12 * trainable
 
 
-def _fixed_step_seconds(model: nn.Module, device: Device, *, captured: bool) -> float:
-    if device.kind != "cuda":
-        return STEP_SECONDS["cpu"]
+def _fixed_seconds(model: nn.Module, steps: int, device: Device, *, captured: bool) -> float:
     layers = getattr(model.config, "num_hidden_layers", 0)
-    return STEP_SECONDS["cuda"] + layers * (REPLAYED_LAYER_SECONDS if captured else LAUNCHED_LAYER_SECONDS)
+    if device.kind != "cuda" or not steps:
+        return steps * STEP_SECONDS[device.kind]
+    per_layer = steps * REPLAYED_LAYER_SECONDS + CAPTURE_SECONDS if captured else steps * LAUNCHED_LAYER_SECONDS
+    return float(steps * STEP_SECONDS["cuda"] + layers * per_layer)
 
 
 def _held_bytes(model: nn.Module) -> int:

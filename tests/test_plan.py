@@ -167,17 +167,21 @@ def test_seconds_by_hand():
     assert estimate_seconds(planned, 1e12) == pytest.approx(4 / planning.MATRIX_SHARE + 0.5)
 
 
-@pytest.mark.parametrize(
-    ("method", "per_layer"), [("LORA", planning.REPLAYED_LAYER_SECONDS), ("LOHA", planning.LAUNCHED_LAYER_SECONDS)]
-)
-def test_a_gpu_s_steps_cost_by_the_layer(method, per_layer, monkeypatch):
+def test_a_gpu_s_steps_cost_by_the_layer(monkeypatch):
     """Two epochs of three steps of three layers; what is not known to be the same each time is launched by the host."""
     monkeypatch.setattr(Device, "free_memory", lambda _: None)
-    peft = {"peft_type": method, "r": 2, "target_modules": ["query"]}
-    phase = Phase(id="X-test", role="backbone", epochs=2, peft=peft)
-    planned = plan_phase(phase, located(), encoded_of(40), [], Device(name="cuda", precision="bf16", why="test"))
-    assert planned.fixed_seconds == pytest.approx(6 * (planning.STEP_SECONDS["cuda"] + 3 * per_layer))
-    assert plan_phase(phase, located(), encoded_of(40), [], CPU).fixed_seconds == pytest.approx(6 * planning.STEP_SECONDS["cpu"])
+    gpu = Device(name="cuda", precision="bf16", why="test")
+
+    def planned(method, device):
+        peft = {"peft_type": method, "r": 2, "target_modules": ["query"]}
+        phase = Phase(id="X-test", role="backbone", epochs=2, peft=peft)
+        return plan_phase(phase, located(), encoded_of(40), [], device).fixed_seconds
+
+    steps = 6 * planning.STEP_SECONDS["cuda"]
+    replayed = 3 * (6 * planning.REPLAYED_LAYER_SECONDS + planning.CAPTURE_SECONDS)
+    assert planned("LORA", gpu) == pytest.approx(steps + replayed)
+    assert planned("LOHA", gpu) == pytest.approx(steps + 3 * 6 * planning.LAUNCHED_LAYER_SECONDS)
+    assert planned("LORA", CPU) == pytest.approx(6 * planning.STEP_SECONDS["cpu"])
 
 
 def test_matrix_rate_counts_the_products_arithmetic():
