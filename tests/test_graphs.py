@@ -5,11 +5,13 @@ import torch
 from encoders import adapted, encoded_of
 from torch.nn import functional as F
 
+from peftbench import training
 from peftbench.device import Device
 from peftbench.kernels import cast_frozen, economize_words, launches_alike, only_words
 from peftbench.layers import make_packable
 from peftbench.packing import LONG_ROW_STEP, LONGEST_ROW, Batches, Row
 from peftbench.parameters import SeparateParameters
+from peftbench.records import MemoryUse
 from peftbench.training import Recipe, TrainingDiverged, fit
 
 with_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -17,9 +19,9 @@ LENGTHS = [1 + 5 * i % 12 for i in range(83)]
 """Of texts that make rows of one to three steps' length, with a last batch of three."""
 
 
-def train(architecture, method, *, capture, precision="fp32", epochs=4, dropout=0.0, spoil=None, rate=5e-3):
-    """A run on the GPU: what `fit` says, and the trained parameters."""
-    device = Device(name="cuda", precision=precision, why="test")
+def train(architecture, method, *, capture, on="cuda", precision="fp32", epochs=4, dropout=0.0, spoil=None, rate=5e-3):
+    """A run: what `fit` says, and the trained parameters."""
+    device = Device(name=on, precision=precision, why="test")
     model, groups = adapted(architecture, method, dropout=dropout)
     assert make_packable(model)
     economize_words(model)
@@ -103,6 +105,34 @@ def test_an_overflow_in_a_replay_is_skipped_and_counted():
     run, weights = train("bert", "LORA", capture=True, precision="fp16", spoil=(12, 1e4))
     assert run.skipped_steps >= 1
     assert all(weight.isfinite().all() for weight in weights.values())
+
+
+class Launches:
+    """In place of `Graphs`, for a CPU: steps over rows as they are; memory runs out in the one after ``room``."""
+
+    room = 1000
+
+    def __init__(self, step, _):
+        self.step, self.taken = step, 0
+
+    def take(self, row):
+        self.taken += 1
+        if self.taken > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.step(row.batch(row.numbers))
+
+
+@pytest.mark.parametrize(("room", "times"), [(1000, 0), (7, 1), (0, 1)])
+def test_without_room_for_graphs_steps_are_launched(room, times, monkeypatch):
+    """From where memory runs out: it is counted, as many examples as before go through at once, and nothing is lost."""
+    monkeypatch.setattr(training, "Graphs", type("Short", (Launches,), {"room": room}))
+    run, weights = train("bert", "LORA", on="cpu", capture=True)
+    expected, expected_weights = train("bert", "LORA", on="cpu", capture=False)
+    assert MemoryUse(examples_at_once=16, times_out_of_memory=times) == run.memory
+    assert (expected.steps, expected.examples, expected.tokens) == (run.steps, run.examples, run.tokens)
+    assert [loss for _, loss in expected.learning_curve] == pytest.approx([loss for _, loss in run.learning_curve], rel=1e-5)
+    for name, weight in expected_weights.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["plain", "LORA", "IA3"])
