@@ -57,8 +57,9 @@ def write_checkpoint(config: PretrainedConfig, tokenizer: Any, folder: Path) -> 
 
     What a layer adds to its input is drawn smaller the more layers there are, as in GPT-2 (Radford et al. 2019, section 2.3).
     """
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_config(config)
     for name, parameter in model.named_parameters():
         if name.endswith(ADDED):
             parameter.data.mul_((2 * config.num_hidden_layers) ** -0.5)

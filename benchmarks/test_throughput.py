@@ -22,7 +22,7 @@ from peftbench.sealed import lock, write_atomically
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("default")]
 
 EXAMPLES, EXAMPLES_ON_GPU, TINY_EXAMPLES, BATCH = 256, 1024, 32, 16
-"""A GPU is through with 256 before its first shapes of batches are captured."""
+"""Sentences that each contender learns from. On a GPU 256 are over before many steps are CUDA graphs."""
 ROUNDS = 3
 AHEAD = 1.4
 """How many times as fast as a tuned Trainer the loop must be at least; on an H200 it was three to seven times."""
@@ -92,9 +92,9 @@ def report(pytestconfig):
 @pytest.mark.parametrize("method", CONTENDERS)
 def test_peftbench_is_ahead_of_a_tuned_trainer(source, method, precision, peft_scale, peft_workbench, report):
     """
-    On the same work and in no more memory, peftbench's median is well above that of a Trainer as well set up as its user can.
+    On the same work, peftbench's median is well above that of a Trainer as well set up as its user can; on a CPU in no more memory.
 
-    On a GPU, where graphs take memory for time, memory is only told, and at tiny scale all of it.
+    On a GPU memory is told alone, as graphs take some for time, and at tiny scale, whose matrices are small, all figures are.
     """
     from peftbench.device import Device  # here, so that collecting the phases beside this file imports no torch
 
@@ -139,7 +139,7 @@ def test_peftbench_is_ahead_of_a_tuned_trainer(source, method, precision, peft_s
     publish(Store(settings.outputs, peft_scale.name).root / "reports" / "throughput.json", cell, rows)
     assert {one["updates"] for measured in rounds.values() for one in measured} == {examples // BATCH}
     medians = {row["contender"]: row["examples_per_second"] for row in rows}
-    if peft_scale.name != "tiny":  # whose matrices are too small to tell
+    if peft_scale.name != "tiny":
         assert medians["peftbench"] >= AHEAD * medians["tuned"]
         assert medians["peftbench"] > medians["notebook"]
         peaks = {row["contender"]: row["peak_memory_bytes"] for row in rows}

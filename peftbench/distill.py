@@ -16,7 +16,7 @@ from peftbench.phases import Distillation
 from peftbench.sealed import CorruptError, building, file_sha256, fingerprint, lock, unseal
 
 _MODULES = (
-    *("attention", "device", "distill", "dropout", "kernels", "layers"),
+    *("attention", "device", "distill", "dropout", "graphs", "kernels", "layers"),
     *("models", "packing", "parameters", "plan", "runner", "training"),
 )
 _PACKAGES = ("torch", "transformers", "tokenizers")

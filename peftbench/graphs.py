@@ -28,40 +28,47 @@ class Graphs:
     """
     Steps on a CUDA device, one graph for each shape of `Row`.
 
-    The first step of a shape runs as it is, and the first of all makes the optimizer's state, which a graph finds where it was; the
-    second is captured, which takes about as long. Graphs share their memory, as no two are at work at a time: an outcome is to be
-    read before the next step.
-
-    Args:
-        step: Learns from a batch, all of it on the device: launches the same operations for each batch of a shape, and waits for
-            none. Gives a tensor.
-        device: As torch writes it.
+    The first step of a shape is to be launched, which loads what it needs, and the first of all makes the optimizer's state, which
+    a graph finds where it was. The second is captured, in about the time that launching it takes, and replayed, as all after it.
+    Graphs share their memory, as no two are at work at a time: an outcome is to be read before the next step.
     """
 
-    def __init__(self, step: Callable[[Batch], Tensor], device: str) -> None:
-        self._step, self._device = step, device
-        self._captured: dict[tuple[int, int], _Captured] = {}
+    def __init__(self, device: str) -> None:
+        """On a device as torch writes it."""
+        self._device, self._pool, self._stream = device, torch.cuda.graph_pool_handle(), _capture_stream(device)
         self._met: set[tuple[int, int]] = set()
-        self._pool, self._stream = torch.cuda.graph_pool_handle(), _capture_stream(device)
+        self._captured: dict[tuple[int, int], _Captured] = {}
 
-    def take(self, row: Row) -> Tensor:
-        """What the step gives; the host does not wait for it."""
-        numbers = row.numbers.pin_memory()  # without which the copy would wait for what runs
+    def replay(self, row: Row, step: Callable[[Batch], Tensor]) -> Tensor | None:
+        """
+        Take a step without waiting for it.
+
+        Args:
+            step: Learns from a batch, all of it on the device: launches the same operations for each batch of a shape, and waits
+                for none. Gives a tensor.
+
+        Returns:
+            What the step gives; None if the shape is new and the caller is to launch this one.
+        """
         if row.shape not in self._met:
-            outcome = self._step(row.batch(numbers.to(self._device, non_blocking=True)))
             self._met.add(row.shape)
-            return outcome
+            return None
         if row.shape not in self._captured:
-            self._captured[row.shape] = self._capture(row)
+            self._captured[row.shape] = self._capture(row, step)
         captured = self._captured[row.shape]
-        captured.numbers.copy_(numbers, non_blocking=True)
+        captured.numbers.copy_(row.numbers.pin_memory(), non_blocking=True)
         captured.graph.replay()
         return captured.outcome
 
-    def _capture(self, row: Row) -> _Captured:
+    def _capture(self, row: Row, step: Callable[[Batch], Tensor]) -> _Captured:
         graph, numbers = torch.cuda.CUDAGraph(), row.numbers.to(self._device)
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            outcome = self._step(row.batch(numbers))
+        # The stream twice, as torch's own context does not leave it if a capture cannot be ended.
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.stream(self._stream),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream),
+        ):
+            outcome = step(row.batch(numbers))
         return _Captured(graph, numbers, outcome)
 
 

@@ -197,11 +197,11 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
             module.to(dtype)
 
 
-def launches_alike(model: nn.Module) -> bool:
+def can_be_captured(model: nn.Module) -> bool:
     """
-    Whether a step on a GPU launches the same operations each time, none of which the host waits for, so that it can be captured.
+    Whether a step of a model over packed rows launches the same operations each time, none of which a GPU's host waits for.
 
-    Known of BERT and DistilBERT over packed rows, plain and under LoRA and IA3; what other adapters do was not looked into.
+    Known of plain ones and under LoRA and IA3; what other adapters do was not looked into.
     """
     return all(_adds_only(layer) for layer in _adapters(model))
 

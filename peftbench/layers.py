@@ -12,7 +12,7 @@ from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 from peftbench import kernels
 from peftbench.attention import attend
 from peftbench.dropout import Dropout
-from peftbench.packing import Cells, RowSpans, Spans
+from peftbench.packing import RowSpans, Spans
 
 ACROSS_TOKENS = {"LILY"}
 """Types of adapters that average over all tokens at hand, padding included: without it they would be other adapters."""
@@ -113,10 +113,11 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, spans: Spans | RowSpans, firsts_alone: bool, heads: int, dropout: nn.Dropout
 ) -> Tensor:
     """Attention within sentences: (Q, E) over keys and values of (T, E) gives (Q, E); Q is T, or B for the firsts alone."""
-    queries, keys, size = spans.firsts if firsts_alone else spans.tokens, spans.tokens, query.shape[1] // heads
     rate = dropout.p if dropout.training else 0.0
-    if rate and isinstance(dropout, Dropout) and isinstance(queries, Cells) and isinstance(keys, Cells):
-        return attend(query, key, value, queries.indices(heads), keys.indices(heads), queries.bias, dropout)
+    if rate and isinstance(dropout, Dropout) and isinstance(spans, Spans):
+        cells = spans.firsts if firsts_alone else spans.tokens
+        return attend(query, key, value, cells.indices(heads), spans.tokens.indices(heads), cells.bias, dropout)
+    queries, keys, size = spans.firsts if firsts_alone else spans.tokens, spans.tokens, query.shape[1] // heads
     q = queries.spread(query.view(-1, heads, size))
     k, v = (keys.spread(x.view(-1, heads, size)) for x in (key, value))
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=queries.bias_in(q.dtype), dropout_p=rate)

@@ -50,8 +50,9 @@ class PeakMemory:
     """
     The most memory in use since `restart`, and what was in use then.
 
-    On CUDA what torch's allocator had taken from the device, which is what must fit there; on Linux the process's resident set;
-    elsewhere the resident set since the process began, which earlier cases share. ``scope`` says which.
+    On CUDA what torch's allocator had taken from the device, what it kept for later included; libraries and CUDA graphs take some
+    more. On Linux the process's resident set; elsewhere the resident set since the process began, which earlier cases share.
+    ``scope`` says which.
     """
 
     def __init__(self, device: Device) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from peftbench.device import Device
-from peftbench.kernels import cast_frozen, launches_alike
+from peftbench.kernels import can_be_captured, cast_frozen
 from peftbench.layers import make_packable
 from peftbench.measure import Stopwatch
 from peftbench.models import ModelError, Weights, count_parameters, load_classifier, prepare, shipped
@@ -40,8 +40,11 @@ USABLE = 0.9
 STEP_SECONDS = {"cpu": 0.008, "cuda": 0.001}
 """Fixed cost of an optimizer step beside its matrix products: as one of the tiny scale takes it on a CPU; on an H100."""
 
-REPLAYED_LAYER_SECONDS, LAUNCHED_LAYER_SECONDS = 0.0003, 0.004
-"""What a layer adds to that on an H100, as part of a CUDA graph or launched by its host, of BERT-large under LoRA."""
+REPLAYED_LAYER_SECONDS = 0.0003
+"""What a layer of BERT-large under LoRA adds to a step on an H100 that is a CUDA graph."""
+
+LAUNCHED_LAYER_SECONDS = 0.004
+"""The same of a step that the host launches, for each portion of its batch."""
 
 CAPTURE_SECONDS = 0.04
 """What a layer takes once a phase, while the first steps are launched and then captured."""
@@ -104,7 +107,9 @@ def plan_phase(
         examples_at_once=at_once,
         weight_bytes=weight_bytes,
         activation_bytes=_activation_bytes(model, _longest(train, at_once), device) if phase.epochs else 0,
-        fixed_seconds=_fixed_seconds(model, steps, device, captured=packed and launches_alike(model)),
+        fixed_seconds=_fixed_seconds(
+            model, steps, device, portions=-(-phase.batch_size // at_once), captured=packed and can_be_captured(model)
+        ),
     )
 
 
@@ -189,12 +194,14 @@ def _weight_bytes(model: nn.Module, trainable: int, device: Device) -> int:
     return _held_bytes(model) + copies + 12 * trainable
 
 
-def _fixed_seconds(model: nn.Module, steps: int, device: Device, *, captured: bool) -> float:
+def _fixed_seconds(model: nn.Module, steps: int, device: Device, *, portions: int, captured: bool) -> float:
+    """Of all steps; a batch that goes through in portions is never captured."""
     layers = getattr(model.config, "num_hidden_layers", 0)
     if device.kind != "cuda" or not steps:
         return steps * STEP_SECONDS[device.kind]
-    per_layer = steps * REPLAYED_LAYER_SECONDS + CAPTURE_SECONDS if captured else steps * LAUNCHED_LAYER_SECONDS
-    return float(steps * STEP_SECONDS["cuda"] + layers * per_layer)
+    replayed = steps * REPLAYED_LAYER_SECONDS + CAPTURE_SECONDS
+    launched = steps * portions * LAUNCHED_LAYER_SECONDS
+    return float(steps * STEP_SECONDS["cuda"] + layers * (replayed if captured and portions == 1 else launched))
 
 
 def _held_bytes(model: nn.Module) -> int:
@@ -202,7 +209,11 @@ def _held_bytes(model: nn.Module) -> int:
 
 
 def _activation_bytes(model: nn.Module, lengths: Sequence[int], device: Device) -> int:
-    """By Korthikanti et al. 2022, arXiv:2205.05198, equation 2, which counts 16-bit activations of every layer in full."""
+    """
+    By Korthikanti et al. 2022, arXiv:2205.05198, equation 2, which counts 16-bit activations of every layer in full.
+
+    What CUDA graphs keep beside them is left out, as they are given up where it does not fit.
+    """
     config: Any = model.config
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads")
     layers, width, heads = (getattr(config, name, 0) for name in names)  # an architecture without them is not estimated

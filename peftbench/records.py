@@ -24,7 +24,7 @@ from peftbench.errors import PeftbenchError
 from peftbench.phases import KD_MAX_LENGTH, Phase
 from peftbench.sealed import write_atomically
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 _GROUPS = frozenset(
     ("dev", "test", "parameter_counts", "efficiency", "memory_use", "teacher_cost", "config.peft", "config.distillation")
@@ -129,7 +129,7 @@ class MemoryUse:
 
     Attributes:
         examples_at_once: Together in one forward and backward pass; a step adds up the passes of its batch.
-        times_out_of_memory: How often that number had to be lowered, or the next measure taken.
+        times_out_of_memory: How often CUDA graphs had to be given up, that number to be lowered, or the next measure to be taken.
         gradient_checkpointing: Whether activations were computed a second time instead of kept.
     """
 
@@ -245,6 +245,7 @@ class Record:
     tokens_per_second: Figure | None = None
     optimizer_steps: Whole | None = None
     skipped_steps: Whole | None = None
+    replayed_steps: Whole | None = None
     memory_use: MemoryUse | None = None
     dev_curve: tuple[tuple[Step, Figure, Figure], ...] | None = None
     peak_memory_bytes: Whole | None = None

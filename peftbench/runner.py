@@ -33,7 +33,7 @@ from peftbench.distill import (
     read_subset,
 )
 from peftbench.evaluation import METRICS_VERSION, latency_ms, score
-from peftbench.kernels import cast_frozen, economize, economize_words, launches_alike, only_words, retain_memory
+from peftbench.kernels import can_be_captured, cast_frozen, economize, economize_words, only_words, retain_memory
 from peftbench.layers import make_packable
 from peftbench.measure import PeakMemory, ProcessorWait, Stopwatch, describe_machine, describe_versions
 from peftbench.models import (
@@ -399,7 +399,7 @@ def train(
             device=device,
             progress=bench.progress,
             what=what,
-            capture=packed and device.kind == "cuda" and launches_alike(model),
+            capture=packed and device.kind == "cuda" and can_be_captured(model),
             evaluate=functools.partial(accuracy, dev) if dev else None,
             evaluations=bench.settings.evaluations,
         )
@@ -495,13 +495,15 @@ def _describe_case(phase: Phase, seed: int, bench: Workbench) -> dict[str, Any]:
 def _describe_training(run: Fit | None) -> dict[str, Any]:
     """What the loop took and how it went; None for a phase that trains nothing."""
     if run is None:
-        return {"train_runtime_seconds": 0.0, "optimizer_steps": 0, "skipped_steps": 0, "learning_curve": (), "dev_curve": ()}
+        counts = {"optimizer_steps": 0, "skipped_steps": 0, "replayed_steps": 0}
+        return {"train_runtime_seconds": 0.0, **counts, "learning_curve": (), "dev_curve": ()}
     return {
         "train_runtime_seconds": run.runtime_seconds,
         "samples_per_second": run.examples / run.runtime_seconds,
         "tokens_per_second": run.tokens / run.runtime_seconds,
         "optimizer_steps": run.steps,
         "skipped_steps": run.skipped_steps,
+        "replayed_steps": run.replayed_steps,
         "memory_use": run.memory,
         "learning_curve": run.learning_curve,
         "dev_curve": run.dev_curve,

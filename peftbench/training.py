@@ -5,7 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,6 @@ from peftbench.packing import Batch, Batches, Row
 from peftbench.records import MemoryUse
 
 CURVE_POINTS = 50
-
-T = TypeVar("T")
 
 
 class TrainingDiverged(PeftbenchError, RuntimeError):  # noqa: N818 - a state, not a mistake
@@ -72,6 +70,7 @@ class Fit:
         runtime_seconds: The loop alone: no loading, tokenizing, evaluating or saving.
         learning_curve: Optimizer step and mean training loss since the point before, some fifty points.
         skipped_steps: Optimizer steps that fp16's loss scaling left out because a gradient overflowed.
+        replayed_steps: Those that were CUDA graphs, which take a fraction of the time of steps that a host launches.
         memory: How the batches went through the device in the end.
         dev_curve: Optimizer step, seconds of the loop up to there, and what was evaluated then.
     """
@@ -82,6 +81,7 @@ class Fit:
     tokens: int
     learning_curve: tuple[tuple[int, float], ...]
     skipped_steps: int
+    replayed_steps: int
     memory: MemoryUse
     dev_curve: tuple[tuple[int, float, float], ...] = ()
 
@@ -133,8 +133,10 @@ def fit(
     model.train()
     with Stopwatch(device) as watch:
         order = itertools.chain.from_iterable(batches.epoch() for _ in range(recipe.epochs))
-        for rows, following in _with_following(order):
+        following = next(order, None)
+        while (rows := following) is not None:
             outcome = steps.launch(rows)
+            following = next(order, None)
             steps.prepare(following)
             curve.add(update.settle(outcome))
             step, examples, tokens = step + 1, examples + len(rows), tokens + batches.tokens(rows)
@@ -150,6 +152,7 @@ def fit(
         tokens=tokens,
         learning_curve=tuple(curve.points),
         skipped_steps=update.skipped,
+        replayed_steps=steps.replayed,
         memory=steps.memory,
         dev_curve=tuple(evaluated),
     )
@@ -161,6 +164,7 @@ class _Steps:
 
     Attributes:
         memory: How many that is by now.
+        replayed: Steps that were replayed as CUDA graphs.
     """
 
     def __init__(
@@ -176,53 +180,74 @@ class _Steps:
         *,
         capture: bool,
     ) -> None:
-        self.memory = MemoryUse(examples_at_once=examples_at_once)
+        self.memory, self.replayed = MemoryUse(examples_at_once=examples_at_once), 0
         self._model, self._loss, self._batches, self._parameters = model, loss, batches, parameters
         self._update, self._device, self._what = update, device, what
-        self._graphs = Graphs(lambda batch: self._learn([batch], len(batch.rows)), device.name) if capture else None
+        self._graphs = Graphs(device.name) if capture else None
         self._prepared: tuple[Sequence[int], Row | None] = ((), None)
 
     def launch(self, rows: Sequence[int]) -> Tensor:
         """Change the parameters by what these examples teach; gives what `_Update.settle` reads, and a GPU is not waited for."""
-        while (outcome := self._try(rows)) is None:
-            self._parameters.clear_gradients()
-            without_graphs, self._graphs = self._graphs is None, None  # what they hold may have been enough
-            self._device.release_memory()
-            if without_graphs:
-                self.memory = _relieve(self.memory, self._model, self._device, self._what)
+        while True:
+            try:
+                if (outcome := self._replay(rows)) is not None:
+                    return outcome
+                mean = self._accumulate(self._parts(rows), len(rows))
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
             else:
-                self.memory = dataclasses.replace(self.memory, times_out_of_memory=self.memory.times_out_of_memory + 1)
-        return outcome
+                return self._update.launch(mean)
+            self._make_room()  # now that the error, which holds on to what was computed, is gone
 
     def prepare(self, rows: Sequence[int] | None) -> None:
-        """Make the next step's batch ready, while a GPU is at work on this one's; None if there is no next step."""
+        """Make a step's batch ready, while a GPU is still at work on the one before; None if there is no next step."""
         if self._graphs is not None and rows is not None:
-            self._prepared = rows, self._batches.row(rows)
+            self._prepared = rows, self._batches.row(rows) if len(rows) <= self.memory.examples_at_once else None
 
-    def _try(self, rows: Sequence[int]) -> Tensor | None:
-        """As `launch`; None if memory ran out, when the error, which holds on to what was computed, is gone."""
-        size = self.memory.examples_at_once
-        try:
-            if self._graphs is not None and len(rows) <= size:
-                if self._prepared[0] is not rows:
-                    self.prepare(rows)
-                if (row := self._prepared[1]) is not None:
-                    return self._graphs.take(row)
-            return self._learn((self._batches.collate(rows[i : i + size]) for i in range(0, len(rows), size)), len(rows))
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
+    def _replay(self, rows: Sequence[int]) -> Tensor | None:
+        """The step's outcome; None if it is to be launched."""
+        if self._graphs is None:
             return None
+        if self._prepared[0] is not rows:
+            self.prepare(rows)
+        row = self._prepared[1]
+        outcome = None if row is None else self._graphs.replay(row, self._learn)
+        self.replayed += outcome is not None
+        return outcome
 
-    def _learn(self, parts: Iterable[Batch], examples: int) -> Tensor:
-        """One optimizer step over the parts of a batch of that many examples."""
+    def _learn(self, batch: Batch) -> Tensor:
+        """A step over a whole batch."""
+        return self._update.launch(self._accumulate([batch], len(batch.rows)))
+
+    def _parts(self, rows: Sequence[int]) -> Iterator[Batch]:
+        """The batch, as many examples at a time as fit; laid out as for a graph where the next of its shape will be one."""
+        if self._graphs is not None and (row := self._prepared[1]) is not None:
+            yield row.batch(row.numbers.to(self._device.name))
+            return
+        size = self.memory.examples_at_once
+        for start in range(0, len(rows), size):
+            yield self._batches.collate(rows[start : start + size])
+
+    def _accumulate(self, parts: Iterable[Batch], examples: int) -> Tensor:
+        """Leave the gradients of that many examples in the parameters; gives their mean loss, shape ()."""
         mean = torch.zeros((), device=self._device.name)
         for batch in parts:
             with self._device.autocast():
                 part = self._loss(batch) * (len(batch.rows) / examples)
             self._update.scaled(part).backward()  # type: ignore[no-untyped-call]
             mean = mean + part.detach()
-        return self._update.launch(mean)
+        return mean
+
+    def _make_room(self) -> None:
+        """Drop what the step had so far, and graphs or, where there are none, take fewer examples at once from now on."""
+        self._parameters.clear_gradients()
+        had_graphs, self._graphs = self._graphs is not None, None
+        self._device.release_memory()
+        if had_graphs:
+            self.memory = dataclasses.replace(self.memory, times_out_of_memory=self.memory.times_out_of_memory + 1)
+        else:
+            self.memory = _relieve(self.memory, self._model, self._device, self._what)
 
 
 class _Update:
@@ -320,13 +345,6 @@ class _Curve:
         if self._step in self._marks:
             self.points.append((self._step, self._sum / (self._step - (self.points[-1][0] if self.points else 0))))
             self._sum = 0.0
-
-
-def _with_following(items: Iterable[T]) -> Iterator[tuple[T, T | None]]:
-    """Each item and the one after it."""
-    one, other = itertools.tee(items)
-    next(other, None)
-    yield from itertools.zip_longest(one, other)
 
 
 def _evenly(total: int, times: int) -> set[int]:

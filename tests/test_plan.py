@@ -172,16 +172,18 @@ def test_a_gpu_s_steps_cost_by_the_layer(monkeypatch):
     monkeypatch.setattr(Device, "free_memory", lambda _: None)
     gpu = Device(name="cuda", precision="bf16", why="test")
 
-    def planned(method, device):
+    def planned(method, device, **options):
         peft = {"peft_type": method, "r": 2, "target_modules": ["query"]}
         phase = Phase(id="X-test", role="backbone", epochs=2, peft=peft)
-        return plan_phase(phase, located(), encoded_of(40), [], device).fixed_seconds
+        return plan_phase(phase, located(), encoded_of(40), [], device, **options).fixed_seconds
 
     steps = 6 * planning.STEP_SECONDS["cuda"]
     replayed = 3 * (6 * planning.REPLAYED_LAYER_SECONDS + planning.CAPTURE_SECONDS)
     assert planned("LORA", gpu) == pytest.approx(steps + replayed)
     assert planned("LOHA", gpu) == pytest.approx(steps + 3 * 6 * planning.LAUNCHED_LAYER_SECONDS)
     assert planned("LORA", CPU) == pytest.approx(6 * planning.STEP_SECONDS["cpu"])
+    one_at_once = planned("LORA", gpu, memory_bytes=1)
+    assert one_at_once == pytest.approx(steps + 3 * 6 * 16 * planning.LAUNCHED_LAYER_SECONDS)
 
 
 def test_matrix_rate_counts_the_products_arithmetic():

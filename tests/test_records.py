@@ -52,6 +52,7 @@ PASSED = Record(
     teacher_cost=TeacherCost(training_seconds=30.0, logit_seconds=2.0, cache="hit"),
     learning_curve=((1, 0.7), (2, 0.5)),
     skipped_steps=1,
+    replayed_steps=0,
     memory_use=MemoryUse(examples_at_once=8, times_out_of_memory=1, gradient_checkpointing=True),
     predictions={"dev": Predictions.from_labels([1, 0, 1], [1, 1, 1], "s" * 64)},
     data={},
@@ -233,8 +234,8 @@ def without(key):
         pytest.param(json.dumps(changed("config", {"\ud800": 1})), "surrogate", id="half-a-character-key"),
         pytest.param(json.dumps(changed("versions", {"\ud800": "1"})), "surrogate", id="half-a-version"),
         pytest.param(json.dumps(changed("config.x", "@")).replace('"@"', "1e999"), "config", id="1e999-in-config"),
-        pytest.param(json.dumps(changed("schema_version", 6)), "schema_version must be 1 to 5, got 6", id="newer-schema"),
-        pytest.param(json.dumps(changed("schema_version", "1")), "schema_version must be 1 to 5, got '1'", id="schema-text"),
+        pytest.param(json.dumps(changed("schema_version", 7)), "schema_version must be 1 to 6, got 7", id="newer-schema"),
+        pytest.param(json.dumps(changed("schema_version", "1")), "schema_version must be 1 to 6, got '1'", id="schema-text"),
         pytest.param(json.dumps(changed("schema_version", True)), "schema_version", id="schema-bool"),
         pytest.param(json.dumps(changed("outcome", "skipped")), "outcome", id="unknown-outcome"),
         pytest.param(json.dumps(changed("teacher_cost.cache", "maybe")), "teacher_cost.cache", id="unknown-choice"),
@@ -505,7 +506,8 @@ def test_a_phases_configuration_holds_every_hyperparameter():
         (2, ("metrics_version", "dev_curve", "memory_before_bytes")),
         (3, ("precision", "memory_before_bytes")),
         (4, ("processor_wait_fraction",)),
-        (5, ()),
+        (5, ("replayed_steps",)),
+        (6, ()),
     ],
 )
 def test_records_of_each_schema_are_read(version, unknown):
