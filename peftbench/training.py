@@ -70,7 +70,7 @@ class Fit:
         runtime_seconds: The loop alone: no loading, tokenizing, evaluating or saving.
         learning_curve: Optimizer step and mean training loss since the point before, some fifty points.
         skipped_steps: Optimizer steps that fp16's loss scaling left out because a gradient overflowed.
-        replayed_steps: Those that were CUDA graphs, which take a fraction of the time of steps that a host launches.
+        replayed_steps: Optimizer steps that were CUDA graphs, which take a fraction of the time of those that a host launches.
         memory: How the batches went through the device in the end.
         dev_curve: Optimizer step, seconds of the loop up to there, and what was evaluated then.
     """
@@ -197,7 +197,7 @@ class _Steps:
                 if not is_out_of_memory(error):
                     raise
             else:
-                return self._update.launch(mean)
+                return self._update_launched(mean)
             self._make_room()  # now that the error, which holds on to what was computed, is gone
 
     def prepare(self, rows: Sequence[int] | None) -> None:
@@ -215,6 +215,15 @@ class _Steps:
         outcome = None if row is None else self._graphs.replay(row, self._learn)
         self.replayed += outcome is not None
         return outcome
+
+    def _update_launched(self, mean: Tensor) -> Tensor:
+        """Not to be tried again: the parameters may have changed."""
+        try:
+            return self._update.launch(mean)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DoesNotFit(f"{self._what}: weights, gradients and optimizer state alone do not fit {self._device.name}") from None
 
     def _learn(self, batch: Batch) -> Tensor:
         """A step over a whole batch."""
@@ -286,12 +295,7 @@ class _Update:
         self._optimizer.grad_scale = (norm / (scale * self._clip_norm)).clamp(min=1.0)  # type: ignore[attr-defined]
         if not self._scaler.is_enabled():  # which tells it by itself: nothing is learned from what is not finite
             self._optimizer.found_inf = (~(norm + mean).isfinite()).float()  # type: ignore[attr-defined]
-        try:
-            self._scaler.step(self._optimizer)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise DoesNotFit(f"{self._what}: weights, gradients and optimizer state alone do not fit {self._device.name}") from None
+        self._scaler.step(self._optimizer)
         self._scaler.update()
         self._parameters.clear_gradients()
         return torch.stack([mean, norm, scale, self.scaled(self._one)])
