@@ -104,8 +104,8 @@ def fit(
     """
     Train with AdamW, linear warm-up and decay, and gradient clipping.
 
-    A step always learns from its whole batch. Where memory runs out, fewer examples go through the device at once from then on,
-    and if one alone is too many, activations are computed a second time instead of kept.
+    A step always learns from its whole batch. Where memory runs out, steps are no longer CUDA graphs, then fewer examples go
+    through the device at once from then on, and if one alone is too many, activations are computed a second time instead of kept.
 
     Args:
         model: Put into training mode; its parameters change in place.
@@ -270,8 +270,7 @@ class _Update:
     def __init__(self, parameters: Parameters, recipe: Recipe, total: int, device: Device, what: str) -> None:
         self.skipped = 0
         self._settled, self._total, self._what, self._clip_norm = 0, total, what, recipe.clip_norm
-        self._parameters, self._device = parameters, device
-        self._peaks = [group["lr"] for group in parameters.groups]
+        self._parameters, self._peaks = parameters, [group["lr"] for group in parameters.groups]
         self._warmup = int(recipe.warmup_fraction * total)
         on_gpu = device.kind == "cuda"  # where a graph reads the rates from memory
         groups = [
