@@ -94,7 +94,7 @@ def test_peftbench_is_ahead_of_a_tuned_trainer(source, method, precision, peft_s
     """
     On the same work, peftbench's median is well above that of a Trainer as well set up as its user can; on a CPU in no more memory.
 
-    On a GPU memory is told alone, as graphs take some for time, and at tiny scale, whose matrices are small, all figures are.
+    Memory is not judged on a GPU, where graphs spend some to save time, and nothing is at tiny scale, whose matrices are small.
     """
     from peftbench.device import Device  # here, so that collecting the phases beside this file imports no torch
 

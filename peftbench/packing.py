@@ -119,10 +119,7 @@ class Spans:
         room = _round_up(max(sizes), ATTENTION_STEP)
         row, column, order = torch.tensor(_share_rows(sizes, room)).unbind(1)  # of each sentence
         rows, opens = int(row.max()) + 1, column == 0
-        size = torch.tensor(sizes)
-        start = size.cumsum(0) - size
-        sentence = torch.arange(len(sizes)).repeat_interleave(size)  # of each token
-        position = torch.arange(len(sentence)) - start[sentence]
+        start, sentence, position = _end_to_end(sizes)
 
         cell = (row * room + column)[sentence] + position
         opener = torch.empty(rows, dtype=torch.long).index_copy_(0, row[opens], start[opens])  # the token in a row's first cell
@@ -176,6 +173,14 @@ class RowSpans:
         self.firsts = WholeRow(sentence[starts][:, None] != sentence)
 
 
+def _end_to_end(sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of sentences one after another: where each starts, shape (B,), and each token's sentence and place in it, shapes (T,)."""
+    size = torch.tensor(sizes)
+    start = size.cumsum(0) - size
+    sentence = torch.arange(len(sizes)).repeat_interleave(size)
+    return start, sentence, torch.arange(len(sentence)) - start[sentence]
+
+
 def _share_rows(sizes: Sequence[int], room: int) -> list[tuple[int, int, int]]:
     """Row, first column and number in the row of each sentence: the longest first, each where it fits first."""
     places: list[tuple[int, int, int]] = [(0, 0, 0)] * len(sizes)
@@ -222,18 +227,15 @@ class Row:
 
     def __init__(self, encoded: Encoded, rows: Sequence[int]) -> None:
         tokens = [encoded.tokens[i] for i in rows]
-        lengths = torch.tensor([len(t) for t in tokens])
-        self.text = int(lengths.sum())
+        lengths = [len(t) for t in tokens]
+        self.text = sum(lengths)
         filling = -self.text % LONG_ROW_STEP
         self.shape = self.text + filling, len(rows)
-        sizes = torch.cat([lengths, torch.tensor([filling])])
-        starts = sizes.cumsum(0) - sizes
-        sentence = torch.arange(len(sizes)).repeat_interleave(sizes)
-        positions = torch.arange(len(sentence)) - starts[sentence]
-        positions[self.text :] = 0  # the filling may be longer than a model has positions
+        start, sentence, position = _end_to_end([*lengths, filling])
+        position[self.text :] = 0  # the filling may be longer than a model has positions
         index = torch.tensor(rows)
         ids = torch.cat([*tokens, tokens[0][:1].expand(filling)])
-        self.numbers = torch.cat([ids, positions, sentence, starts[: len(rows)], encoded.labels[index], index])
+        self.numbers = torch.cat([ids, position, sentence, start[: len(rows)], encoded.labels[index], index])
 
     def batch(self, numbers: Tensor) -> Batch:
         """The batch over a copy of the numbers, which decides the device."""
