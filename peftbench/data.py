@@ -194,7 +194,7 @@ def read_reviews(path: Path, *, dev: int = 900, test: int = 900) -> Splits:
             if not (math.isfinite(rating) and text.strip()):
                 raise ValueError
         except ValueError:
-            raise DataError(f"{path}, line {number}: wanted id, mean rating and sentence by tabs, got {line[:60]!r}") from None
+            raise DataError(f"{path}, line {number}: wanted id, rating and sentence, tab-separated; got {line[:60]!r}") from None
         if abs(rating) <= 0.5:
             neutral += 1
         elif _normal(text) in seen:
@@ -319,7 +319,7 @@ def _label(bare: Split, labelled: Sequence[tuple[str, int]]) -> Split:
         if not found:
             raise DataError(f"{GLUE}: test sentence {sentence!r} is not among the {len(labelled)} of {LABELLED_TEST}")
         if len(found) > 1:
-            raise DataError(f"{LABELLED_TEST}: test sentence {sentence!r} stands there with both labels")
+            raise DataError(f"{LABELLED_TEST}: test sentence {sentence!r} occurs with both labels")
         labels += found
     return Split("test", bare.ids, bare.sentences, tuple(labels))
 
@@ -331,23 +331,24 @@ def _split_of_table(folder: Path, stem: str, name: str) -> Split:
 
 def _read_table(folder: Path, stem: str, columns: Sequence[str]) -> Any:
     """The columns of a split as it lies in a data set's repository: Parquet, or JSON lines."""
-    from datasets import Dataset
+    import pyarrow as pa
+    from pyarrow import json, parquet
 
-    files = sorted(str(file) for file in folder.glob(f"{stem}*") if file.suffix in (".parquet", ".jsonl", ".json"))
+    files = sorted(file for file in folder.glob(f"{stem}*") if file.suffix in (".parquet", ".jsonl", ".json"))
     if not files:
         raise DataError(
             f"{folder} has no {stem}*.parquet and no {stem}*.jsonl; was the data set moved on the Hub, "
-            "or is its copy in the cache not whole? Then run once online"
+            "or is its copy in the cache incomplete? Then run once online"
         )
     try:
-        table = Dataset.from_parquet(files) if files[0].endswith(".parquet") else Dataset.from_json(files)
-    except Exception as error:  # of pyarrow or of datasets, which wrap each other
+        table = pa.concat_tables(parquet.read_table(f) if f.suffix == ".parquet" else json.read_json(f) for f in files)
+    except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{files[0]} cannot be read: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}"
         ) from error
     if missing := [column for column in columns if column not in table.column_names]:
-        raise DataError(f"{files[0]} has columns {table.column_names}, wanted also {missing}")
-    return {column: list(table[column]) for column in columns}
+        raise DataError(f"{files[0]} has columns {table.column_names} and lacks {missing}")
+    return {column: table[column].to_pylist() for column in columns}
 
 
 def _count_in_train(train: Split, *others: Split) -> dict[str, int]:

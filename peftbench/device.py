@@ -18,9 +18,9 @@ class DoesNotFit(PeftbenchError, RuntimeError):  # noqa: N818 - a state, not a m
     """Weights, or one example at a time, need more memory than the device has."""
 
 
-def auto_scale() -> str:
-    """The scale that suits this machine: ``thesis`` where CUDA is available, else ``mini``."""
-    return "thesis" if torch.cuda.is_available() else "mini"
+def auto_scale(device: str) -> str:
+    """The scale that suits a device, as asked for: ``thesis`` with CUDA, else ``mini``."""
+    return "thesis" if not device.startswith("cpu") and torch.cuda.is_available() else "mini"
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -119,19 +119,19 @@ class History:
         wanted = commit.strip() if commit else _completed(text, ids)
         at_commit = [run for run, facts in known.items() if facts["id"] == wanted]
         at_commit = [run for run in at_commit if {path.parent.name for path in self.files[run]} - {*without}] or at_commit
-        clean = [run for run in at_commit if not known[run].get("dirty")]
+        clean = [run for run in at_commit if known[run].get("dirty") is False]
         if at_commit:
             note = "" if clean else ", with uncommitted changes"
             count = f", {len(clean or at_commit)} runs" if len(clean or at_commit) > 1 else ""
             if dirty := [run for run in at_commit if clean and run not in clean]:
-                count += f"; {len(dirty)} with uncommitted changes left out, which can be named: {_few(reversed(dirty))}"
+                count += f"; {len(dirty)} with uncommitted changes left out (to use one, name its id): {_few(reversed(dirty))}"
             return self._runs(f"commit {wanted[:12]}{note}{count}", clean or at_commit, without)
         if wanted:
             raise HistoryError(
                 f"no run in {self.folder} is of commit {wanted[:12]} ({text!r}); runs are of {_few(one[:12] for one in ids)}"
             )
         raise HistoryError(
-            f"{text!r} is no file, no folder, not 'latest', no run in {self.folder}, and no commit that git or a record knows; "
+            f"{text!r} is not a file, a folder, 'latest', a run in {self.folder}, or a commit that git or a record knows; "
             f"runs are {_few(reversed(runs))}" + self._describe_depth()
         )
 
@@ -155,7 +155,7 @@ class History:
 
     def _describe_depth(self) -> str:
         shallow = (git(self.repository, "rev-parse", "--is-shallow-repository") or "").strip() == "true"
-        return "; this clone is shallow, and git fetch --unshallow brings the commits before it" if shallow else ""
+        return "; this clone is shallow: git fetch --unshallow gets the older commits" if shallow else ""
 
 
 def doubts(head: Side, base: Side | None = None) -> list[str]:
@@ -166,7 +166,7 @@ def doubts(head: Side, base: Side | None = None) -> list[str]:
             lines.append(f"{count} file{'s' if count > 1 else ''} of the {name} could not be read")
     known = {(record.run_id, record.case) for record in base.records} if base else set()
     if count := sum((record.run_id, record.case) in known for record in head.records):
-        lines.append(f"compared with themselves, as they are in the base, too: {count} of {len(head.records)} records of the head")
+        lines.append(f"{count} of {len(head.records)} records of the head are also in the base, and so compared with themselves")
     return lines
 
 
@@ -223,7 +223,7 @@ def read_side(text: str, history: Callable[[], History], *, without: Collection[
         tiny = next((folder for folder in (path / "tiny", path.parent / "tiny" / path.name) if _files_in(folder)), None)
         if tiny is None or _files_in(path):
             raise
-        raise HistoryError(f"{error}; of the tiny scale there are some in {tiny}") from error
+        raise HistoryError(f"{error}; there are records of the tiny scale in {tiny}") from error
 
 
 def read_file(path: Path) -> Side:
@@ -249,7 +249,7 @@ def read_file(path: Path) -> Side:
             except RecordError as error:
                 problems.append(f"{path}: {error}")
     if not records:
-        raise HistoryError(f"{path} is of pytest-benchmark, but no entry's extra_info has a peftbench record that can be read")
+        raise HistoryError(f"{path} is pytest-benchmark's, but no entry's extra_info has a readable peftbench record")
     return Side(f"file {path}", records, problems)
 
 
@@ -265,6 +265,8 @@ def _record_files(paths: Iterable[Path]) -> list[Path]:
 
 def _record_file(path: Path) -> Path | None:
     """A file of a run's folder, or where the record is that a resumed case stands for; None for what is neither."""
+    if path.name.startswith("."):  # such as what macOS puts beside files on foreign disks
+        return None
     if path.suffix != RESUMED:
         return path if path.suffix == ".json" else None
     try:
@@ -306,10 +308,10 @@ def _files_behind(path: Path, content: object) -> list[Path]:
     try:
         files = [runs / one["run_id"] / f"{one['case']}.json" for one in content["records"]]
     except (KeyError, TypeError):
-        raise RecordError("a report of several seeds that does not say which records; give the run's folder instead") from None
+        raise RecordError("a report over several seeds that does not name its records; give the run's folder instead") from None
     for file in files:
         if file.parent.parent != runs or not file.is_file():
-            raise RecordError(f"a report of several seeds, of which {file} is not there; give the run's folder instead")
+            raise RecordError(f"a report over several seeds, whose record {file} is missing; give the run's folder instead")
     return files
 
 

@@ -70,7 +70,7 @@ def snapshot(
                 raise HubError(_explain(error, repo, kind, revision)) from None
             wait = _pause_asked_for(error) or pause
             if wait > LONGEST_PAUSE:
-                raise HubError(f"the Hub wants a pause of {wait:.0f} s before it gives {repo} ({status}); run again then") from None
+                raise HubError(f"the Hub asks to wait {wait:.0f} s before fetching {repo} ({status}); run again then") from None
             notify(f"the Hub answered {status} for {repo}; asking again in {wait:.0f} s")
             time.sleep(wait)
     raise AssertionError("unreachable: the last try returns or raises")
@@ -85,8 +85,8 @@ def _explain(error: Exception, repo: str, kind: Kind, revision: str | None) -> s
         return f"{repo!r} is neither a local folder nor a name on the Hub such as owner/name"
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
         return (
-            f"{what} is not whole in the cache at {constants.HF_HUB_CACHE} and HF_HUB_OFFLINE forbids to fetch it: "
-            f"run once without it, {instead}"
+            f"{what} is incomplete in the cache at {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids fetching it: "
+            f"run once without that variable, {instead}"
         )
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"

@@ -1,7 +1,9 @@
 """What only the machine knows: elapsed time, peak memory, waiting for a processor, what it is and what runs on it."""
 
+import math
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 
 from peftbench.device import Device
+from peftbench.records import PEAK_SINCE_START
 from peftbench.sealed import fingerprint
 
 PACKAGES = ("peftbench", "torch", "transformers", "peft", "datasets", "evaluate", "tokenizers", "pytest", "pytest-benchmark")
@@ -51,13 +54,13 @@ class PeakMemory:
     The most memory in use since `restart`, and what was in use then.
 
     On CUDA what torch's allocator had taken from the device, what it kept for later included; libraries and CUDA graphs take some
-    more. On Linux the process's resident set; elsewhere the resident set since the process began, which earlier cases share.
-    ``scope`` says which.
+    more. On Linux the process's resident set; elsewhere the most since the process began, which tells of a case only where it is
+    more than before. ``scope`` says which.
     """
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self.scope = "process resident set since its start"
+        self.scope = PEAK_SINCE_START
         self.before_bytes = 0
 
     def restart(self) -> None:
@@ -71,10 +74,14 @@ class PeakMemory:
                 self.scope = "process resident set during the case"
             except OSError:
                 pass
-        self.before_bytes = self.read_bytes()
+        self.before_bytes = self._read_bytes()
 
-    def read_bytes(self) -> int:
-        """The peak in bytes."""
+    def read_bytes(self) -> int | None:
+        """The peak in bytes; None where that of the process was before `restart`."""
+        peak = self._read_bytes()
+        return None if self.scope == PEAK_SINCE_START and peak <= self.before_bytes else peak
+
+    def _read_bytes(self) -> int:
         if self._device.kind == "cuda":
             return torch.cuda.max_memory_reserved(self._device.name)
         try:
@@ -142,7 +149,7 @@ def describe_machine(device: Device, threads: int, workers: int = 1) -> dict[str
         "system": platform.system(),
         "architecture": platform.machine(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_processors(),
         "threads": threads,
         "memory_gib": _memory_gib(),
         "device": device.kind,
@@ -150,6 +157,42 @@ def describe_machine(device: Device, threads: int, workers: int = 1) -> dict[str
         **({"workers": workers} if workers > 1 else {}),
     }
     return {**facts, "id": fingerprint(facts)[:16]}
+
+
+def usable_processors(accounts: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """
+    Processors that this process may use: those it may run on or, in a container, as many as its share of their time comes to.
+
+    Args:
+        accounts: Where the kernel tells of control groups, of version 1 or 2.
+        own: Which of them this process is in.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min([allowed, *(max(1, math.ceil(share)) for share in _shares(accounts, own))])
+
+
+def _shares(accounts: Path, own: Path) -> Iterator[float]:
+    """Processors' worth of time that the control groups around this process allow, where they limit it."""
+    try:
+        groups = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, name in groups:
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = accounts / "cpu" if controllers else accounts
+        for folder in (root / name.lstrip("/"), *(root / name.lstrip("/")).parents):
+            try:
+                if controllers:
+                    quota, period = ((folder / f"cpu.cfs_{what}_us").read_text() for what in ("quota", "period"))
+                else:
+                    quota, period = (folder / "cpu.max").read_text().split()
+                if float(quota) > 0:  # neither "max", which is no number, nor -1
+                    yield float(quota) / float(period)
+            except (OSError, ValueError):
+                pass
+            if folder == root:
+                break
 
 
 def describe_versions() -> dict[str, str]:
@@ -165,11 +208,22 @@ def _version(package: str) -> str:
 
 
 def _processor() -> str:
+    """Its model; on Linux for Arm, which gives it no name, the numbers of its makers."""
+    if sys.platform == "darwin":
+        asked = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
+        return asked.stdout.strip() or platform.processor() or "unknown"
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
+        return _model(Path("/proc/cpuinfo").read_text()) or platform.processor() or "unknown"
+    except OSError:
         return platform.processor() or "unknown"
+
+
+def _model(cpuinfo: str) -> str:
+    """What Linux calls the processors; empty if it does not."""
+    facts = [(name.strip(), value.strip()) for name, _, value in (line.partition(":") for line in cpuinfo.splitlines())]
+    names = [value for name, value in facts if name == "model name"]
+    numbers = [f"{name[4:]} {value}" for name, value in facts if name in ("CPU implementer", "CPU variant", "CPU part")]
+    return names[0] if names else ", ".join(dict.fromkeys(numbers))
 
 
 def _memory_gib() -> float | None:

@@ -88,7 +88,7 @@ def locate(source: Pretrained | Untrained, fetch: Fetch, notify: Callable[[str],
     if source.source.startswith("asset:"):
         asset = ASSETS.get(source.source.removeprefix("asset:"))
         if asset is None:
-            raise ModelError(f"{source.source} is no asset; there are {', '.join(f'asset:{name}' for name in ASSETS)}")
+            raise ModelError(f"{source.source} is not an asset; there are {', '.join(f'asset:{name}' for name in ASSETS)}")
         folder = fetch(asset)
     elif Path(source.source).is_dir():
         folder = Path(source.source)
@@ -99,8 +99,8 @@ def locate(source: Pretrained | Untrained, fetch: Fetch, notify: Callable[[str],
     if not any(file.suffix == ".safetensors" for file in files):
         raise ModelError(
             f"{source.source} has no model.safetensors; pickled weights can run code and are not loaded. Name a revision that "
-            "has it (the Hub keeps its conversions as refs/pr/1 and so on), or save the checkpoint anew with safetensors"
-            + ("" if commit is None else f". If it does have it, its copy in {folder} is not whole: run once online")
+            "has it (the Hub keeps its conversions as refs/pr/1 and so on), or save the checkpoint again as safetensors"
+            + ("" if commit is None else f". If it does have it, the copy in {folder} is incomplete: run once online")
         )
     if not {file.name for file in files} & TOKENIZER_FILES:
         raise ModelError(
@@ -184,7 +184,7 @@ def _from_checkpoint(weights: Weights, labels: dict[str, Any], *, tuned: bool) -
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
     if tuned and (missing := sorted(loaded["missing_keys"])):
-        raise ModelError(f"{source.source} is no tuned classifier: it lacks {', '.join(missing)[:200]}")
+        raise ModelError(f"{source.source} is not a tuned classifier: it lacks {', '.join(missing)[:200]}")
     return model
 
 
@@ -259,8 +259,8 @@ def _adapt(model: nn.Module, phase: Phase) -> nn.Module:
     config: Any = adapted.active_peft_config
     if config.peft_type == "ADALORA" or getattr(config, "use_asa", False):
         raise ModelError(
-            f"{phase.id}: {config.peft_type.value} chooses its ranks while it trains, for which it must be told of each step, "
-            "which the loop does not do; it would train as something else. Take another method, such as LORA"
+            f"{phase.id}: {config.peft_type.value} chooses its ranks while it trains and must be told of each step, "
+            "which the loop does not do; it would train as another method. Use one such as LORA"
         )
     return adapted
 

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import io
 import math
-import os
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +31,7 @@ from peftbench.report import (
     render_name,
     render_value,
     render_warnings,
+    seen_from,
 )
 from peftbench.summary import Summary, pareto_front, summarize
 from peftbench.verdicts import Point
@@ -316,7 +316,7 @@ def _history(history: Mapping[str, Sequence[Point]], looks: "_Looks") -> str:
     axes.set_xlabel("commits, oldest first")
     axes.set_ylabel("accuracy, dev and test, %")
     figure.legend(loc="outside upper left", ncols=3, frameon=False, labelcolor=_INK)
-    return _embed(figure, "Accuracy over commits; a larger mark shifts the level", tips)
+    return _embed(figure, "Accuracy over commits; a larger mark is a shift of the level", tips)
 
 
 def _stops(points: Sequence[Point]) -> list[tuple[str, int]]:
@@ -369,7 +369,7 @@ def _figure(*, legend: int = 0) -> tuple[Any, Any]:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("the HTML report draws with matplotlib, which is missing; pip install 'peftbench[report]'") from error
+        raise ValueError("the HTML report draws with matplotlib, which is missing; pip install matplotlib") from error
 
     with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 10, "font.family": "sans-serif"}):
         figure = Figure(figsize=(5.0, 3.6 + 0.2 * max(0, math.ceil(legend / 3) - 2)), layout="constrained")
@@ -441,6 +441,9 @@ def link_from(page: Path | None, files: Mapping[tuple[str, str], Path]) -> Calla
 
     def link(record: Record) -> str | None:
         path = files.get((record.run_id, record.case))
-        return quote(Path(os.path.relpath(path, start)).as_posix()) if path else None
+        if path is None:
+            return None
+        seen = seen_from(start, path)
+        return seen.as_uri() if seen.is_absolute() else quote(seen.as_posix())
 
     return link

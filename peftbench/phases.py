@@ -246,7 +246,7 @@ class Scale:
         if self.data not in get_args(DataSource):
             raise ValueError(
                 f"scale {self.name}: data must be one of {', '.join(get_args(DataSource))}, got {self.data!r}; "
-                "files of your own come by --peft-data"
+                "give your own files with --peft-data"
             )
         if not re.fullmatch(r"[A-Za-z0-9_]+", self.name):  # it stands in file names
             raise ValueError(f"a scale's name must be of letters, digits and underscores, got {self.name!r}")
@@ -272,7 +272,7 @@ def check_data_folder(folder: Path, option: str) -> None:
     """
     missing = [name for name in ("train.tsv", "dev.tsv") if not (folder / name).is_file()]
     if missing:
-        why = f"has no {missing[0]}" if folder.is_dir() else "is a file" if folder.is_file() else "is not there"
+        why = f"has no {missing[0]}" if folder.is_dir() else "is a file" if folder.is_file() else "does not exist"
         raise ValueError(f"{option} must be a folder with train.tsv and dev.tsv, got {str(folder)!r}, which {why}")
 
 

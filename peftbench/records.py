@@ -31,6 +31,9 @@ _GROUPS = frozenset(
 )
 """Keys that hold keys of their own, unless they are null."""
 
+PEAK_SINCE_START = "process resident set since its start"
+"""The scope of peak memory where the system does not forget the peaks of earlier cases."""
+
 RESUMED = ".resumed"
 """Ending of a file in a run's folder that stands for a case's record in an earlier run, whose id it holds."""
 
@@ -504,7 +507,7 @@ class Store:
             except OSError as error:
                 raise OutputsError(
                     f"cannot write to the outputs folder {folder}: {error.strerror or error}; "
-                    "give a folder that can be written with --peft-outputs DIR"
+                    "give a writable folder with --peft-outputs DIR"
                 ) from error
 
     def record_path(self, record: Record) -> Path:
@@ -548,7 +551,7 @@ class Store:
 
     def records(self, run_id: str = "*") -> Iterator[Record | RecordError]:
         """The history, or one run of it, by run and case; a file that cannot be read comes as its error."""
-        for path in sorted(self.runs.glob(f"{run_id}/*.json")):
+        for path in sorted(self.runs.glob(f"{run_id}/[!.]*.json")):
             try:
                 yield read_record(path)
             except RecordError as error:
@@ -583,7 +586,7 @@ def _checked(record: Record) -> Record:
     """
     if record.outcome == "passed" and None in _read_measured(record):
         missing = [name for name in _MEASURED if getattr(record, name) is None]
-        raise RecordError(f"record is of a case that passed, and has null for {', '.join(missing)}")
+        raise RecordError(f"record is of a case that passed, but has null for {', '.join(missing)}")
     for predictions in record.predictions.values():
         if not len(predictions.predicted) == len(predictions.gold) == -(-predictions.n // 8):
             raise RecordError(

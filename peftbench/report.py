@@ -3,13 +3,15 @@
 import csv
 import io
 import json
+import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Literal, get_args
 
 from peftbench.metrics import METRICS, Metric
-from peftbench.records import ParameterCounts, Plan, Record
+from peftbench.records import PEAK_SINCE_START, ParameterCounts, Plan, Record
 from peftbench.summary import Summary, differing, pareto_front, summarize
 from peftbench.verdicts import Point, Row, Verdict
 
@@ -96,7 +98,7 @@ def render_plans(plans: Sequence[Plan], seconds: Sequence[float], *, matrix_rate
     lines.append(
         f"all: about {render_duration(sum(seconds))}, at {matrix_rate / 1e9:.0f} GFLOP/s measured for a matrix product here"
     )
-    lines.append("TFLOP: matrix products, forward and backward; other: evaluation and the teacher's logits; at once: examples")
+    lines.append("TFLOP: matrix products, forward and backward; other: evaluation and teacher logits; at once: examples per pass")
     if free_bytes is None:
         lines.append("memory: weights, gradients, optimizer and activations; the device shares the machine's memory")
         return "\n".join(lines)
@@ -127,6 +129,14 @@ def render_notes(records: Sequence[Record], *, table: str) -> str:
     scales = sorted({record.scale for record in records})
     lines = [line for scale in scales for line in _notes(summarize(record for record in records if record.scale == scale))]
     return "\n".join(f"% {printable(line)}" if table == "latex_booktabs" else _escape(line, table) for line in lines)
+
+
+def seen_from(folder: Path, path: Path) -> Path:
+    """The path relative to a folder; in full where there is no such way, as between the drives of Windows."""
+    try:
+        return Path(os.path.relpath(path, folder))
+    except ValueError:
+        return path.resolve()
 
 
 def render_csv(rows: Sequence[Mapping[str, object]]) -> str:
@@ -192,9 +202,9 @@ def render_history(traced: Mapping[str, Sequence[Point]], metric: Metric) -> str
         blocks.append(f"{printable(phase)}  {metric.name}  {sparkline(values)}\n{table}")
     blocks.append(
         f"{metric.name}: {metric.better} is better{f'; {POOLED}' if metric.kind == 'quality' else ''}\n"
-        "level: where it got better or worse than all since the shift before, "
-        "by more than noise; what is of another branch takes no part, nor what is dirty or unknown where anything is neither\n"
-        "marks: dirty, changes that were not committed; unknown, to git here; failed, the last run of a seed; other ..., "
+        "level: where it got better or worse, by more than noise, than everything since the previous shift; other branches "
+        "are left out, and so is what is dirty or unknown, unless there is nothing else\n"
+        "marks: dirty, with uncommitted changes; unknown to git here; failed, the last run of a seed failed; other ..., "
         "not compared; other seed set, compared over the seeds of both"
     )
     return "\n\n".join(blocks)
@@ -237,19 +247,21 @@ def render_failures(records: Sequence[Record]) -> list[str]:
 def render_warnings(summaries: Sequence[Summary]) -> list[str]:
     """A line for each thing that makes figures say less than they seem to."""
     which = {"data": "which", "machines": "whose times"}
-    lines = [f"warning: other {what} in one table, {which[what]} do not compare; no front" for what in differing(summaries)]
+    lines = [f"warning: different {what} in one table, {which[what]} cannot be compared; no front" for what in differing(summaries)]
     for summary in summaries:
         for record in (record for record in summary.passed if record.waited):
             case = f"{record.phase_id} seed {record.seed}" if len(summary.passed) > 1 else record.phase_id
             share = f"{100 * (record.processor_wait_fraction or 0):.0f}%"
             lines.append(
-                f"warning: {case} waited for a processor {share} of its time, as where other work runs; its times say little"
+                f"warning: {case} waited for a processor {share} of its time, as when other work runs; its times say little"
             )
+    if any(record.peak_memory_scope == PEAK_SINCE_START for summary in summaries for record in summary.passed):
+        lines.append("peak is of the process since its start: where an earlier case's was higher, this system does not tell")
     for record in [record for summary in summaries for record in summary.passed][:1]:
         if "held out of train" in str(record.data.get("label_protocol")):
             lines.append("test is held out of train, as the data have no labelled test split")
         overlaps = {name: record.data.get(f"{name}_sentences_in_train", 0) for name in ("dev", "test")}
-        lines += [f"warning: {count} {name} sentences also stand in train" for name, count in overlaps.items() if count]
+        lines += [f"warning: {count} {name} sentences also occur in train" for name, count in overlaps.items() if count]
     return lines
 
 

@@ -7,6 +7,7 @@ generators of random numbers, sets how a GPU multiplies and attends and, on CPU,
 
 import functools
 import random
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ from peftbench.distill import (
 from peftbench.evaluation import METRICS_VERSION, latency_ms, score
 from peftbench.kernels import can_be_captured, cast_frozen, economize, economize_words, only_words, retain_memory
 from peftbench.layers import make_packable
-from peftbench.measure import PeakMemory, ProcessorWait, Stopwatch, describe_machine, describe_versions
+from peftbench.measure import PeakMemory, ProcessorWait, Stopwatch, describe_machine, describe_versions, usable_processors
 from peftbench.models import (
     ModelError,
     Weights,
@@ -53,7 +54,17 @@ from peftbench.packing import Batch, Batches, Encoded, predict
 from peftbench.parameters import SeparateParameters, flattened
 from peftbench.phases import DATA_SEED, Phase, Pretrained, Scale, Untrained
 from peftbench.plan import examples_at_once, plan_phase
-from peftbench.records import SCHEMA_VERSION, Efficiency, ParameterCounts, Plan, Record, Store, TeacherCost, phase_config
+from peftbench.records import (
+    SCHEMA_VERSION,
+    Efficiency,
+    OutputsError,
+    ParameterCounts,
+    Plan,
+    Record,
+    Store,
+    TeacherCost,
+    phase_config,
+)
 from peftbench.sealed import building, fingerprint, lock, unseal
 from peftbench.training import Fit, Progress, Recipe, fit
 
@@ -107,7 +118,8 @@ class Workbench:
         self.scale, self.settings, self.progress, self.notify = scale, settings, progress, notify
         self.store = Store(settings.outputs, scale.name)
         self.device = Device.choose(settings.device, settings.precision)
-        self.threads = (self.scale.threads if self.device.kind == "cpu" else None) or torch.get_num_threads()
+        own_choice = self.scale.threads if self.device.kind == "cpu" else None
+        self.threads = own_choice or min(torch.get_num_threads(), usable_processors())  # torch knows nothing of containers
         self.machine = describe_machine(self.device, self.threads, settings.workers)  # now, as a broken device may not tell
         self.misses = 0  # how often the teacher or its logits were not on disk
         self._weights: dict[Pretrained | Untrained, Weights] = {}
@@ -211,7 +223,7 @@ class Workbench:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            raise DoesNotFit(f"the weights alone do not fit {self.device.name}; take a smaller model or a larger device") from None
+            raise DoesNotFit(f"the weights alone do not fit {self.device.name}; use a smaller model or a larger device") from None
 
     def _fetch(self, asset: Asset) -> Path:
         return asset_path(asset, self.store.assets, notify=self.notify)
@@ -231,7 +243,7 @@ class Workbench:
             if broken := int((~torch.isfinite(logits)).any(dim=1).sum()):
                 raise ModelError(
                     f"the teacher's logits of {broken} of {len(examples)} texts are not finite in {self.device.precision}; "
-                    "take another precision, such as fp32, or another teacher"
+                    "use another precision, such as fp32, or another teacher"
                 )
             return logits
 
@@ -242,6 +254,13 @@ class Workbench:
         backbone = self.weights(self.scale.backbone)
         encoded = self.encoded(self.splits.train, backbone, recipe.max_length)
         model, groups = prepare(load_classifier(backbone), recipe)
+        needed = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+        free = shutil.disk_usage(folder.parent).free
+        if free < needed:
+            raise OutputsError(
+                f"{self.store.root} has {free / 2**20:.0f} MiB of free space, and the tuned teacher takes {needed / 2**20:.0f}; "
+                "free some or give another folder with --peft-outputs DIR"
+            )
         model, packed = self.place(model)
         run = train(recipe, model, groups, encoded, self, teacher=None, packed=packed, seed=DATA_SEED, what="tuning the teacher")
         facts = {"training_seconds": run.runtime_seconds, "recipe": phase_config(recipe)}
@@ -274,7 +293,7 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
     phase = phase.at(scale.name)
     asks_to_train = phase.subset is not None or phase.peft is not None or phase.distillation is not None
     if asks_to_train and not phase.epochs:
-        raise ModelError(f"{phase.id}: with 0 epochs its subset, peft or distillation would train nothing; say how many epochs")
+        raise ModelError(f"{phase.id}: with 0 epochs its subset, peft or distillation would train nothing; set epochs")
     with bench.own_threads():
         record = _measure(phase, seed, bench)
     bench.device.release_memory()

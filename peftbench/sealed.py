@@ -1,10 +1,13 @@
 """Folders and files that are whole or absent: built aside, checksummed, moved into place, checked before use."""
 
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +18,19 @@ from filelock import FileLock, Timeout
 from peftbench.errors import PeftbenchError
 
 MANIFEST = "manifest.json"
+WINDOWS = os.name == "nt"
 
 
 class CorruptError(PeftbenchError):
     """What lies on disk is not what was once written there."""
+
+
+class FullError(PeftbenchError, OSError):
+    """No space is left where something was to be stored."""
+
+
+class LockError(PeftbenchError, OSError):
+    """A file system on which nothing can be locked."""
 
 
 def fingerprint(content: object) -> str:
@@ -39,22 +51,38 @@ def file_sha256(path: Path) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader sees either the old or the new one, whole, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    aside = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
+        with aside.open("x", encoding="utf-8", newline="\n") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        Path(aside).chmod(0o644)
-        Path(aside).replace(path)
+        _move(aside, path)
     except BaseException:
-        Path(aside).unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
         raise
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename, over what may be there. Windows refuses it while a reader or a scanner has either open, and is asked again."""
+    for pause in (0.05, 0.1, 0.2, 0.4, 0.8) if WINDOWS else ():
+        try:
+            source.replace(target)
+        except PermissionError:
+            time.sleep(pause)
+        else:
+            return
+    source.replace(target)
 
 
 @contextmanager
 def lock(target: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold the lock, over processes, of whoever builds or reads the target; ``waiting`` is called if another holds it."""
+    """
+    Hold the lock, over processes, of whoever builds or reads the target; ``waiting`` is called if another holds it.
+
+    Raises:
+        LockError: If the file system has no locks.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     held = FileLock(target.parent / f".{target.name}.lock")
     try:
@@ -62,6 +90,10 @@ def lock(target: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
     except Timeout:
         waiting()
         held.acquire()
+    except (OSError, NotImplementedError) as error:
+        raise LockError(
+            f"cannot lock {target}: {getattr(error, 'strerror', None) or error}; keep outputs on a file system with locks"
+        ) from error
     try:
         yield
     finally:
@@ -79,23 +111,31 @@ def building(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     Args:
         target: Where the folder will be.
         facts: JSON that `unseal` gives back. It may be changed until the block ends.
+
+    Raises:
+        FullError: If there is no space left, whichever library says so.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    for dead in target.parent.glob(f".{target.name}~*"):
+    prefix = f".{target.name[:16]}~"  # of a fingerprint enough, and Windows may allow a path 259 characters only
+    for dead in target.parent.glob(f"{prefix}*"):
         if not target.exists() and (dead / "replaced").exists():
-            (dead / "replaced").replace(target)
+            _move(dead / "replaced", target)
         shutil.rmtree(dead, ignore_errors=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}~", dir=target.parent))
+    aside = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     try:
-        folder = aside / target.name
+        folder = aside / "new"
         folder.mkdir()
         yield folder
         sums = {str(f.relative_to(folder).as_posix()): file_sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
         manifest = {"facts": dict(facts), "files": sums}
         write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         if target.exists():
-            target.replace(aside / "replaced")
-        folder.replace(target)
+            _move(target, aside / "replaced")
+        _move(folder, target)
+    except Exception as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):  # safetensors has errors of its own
+            raise FullError(f"no space is left to store {target}; free some, or keep the outputs elsewhere") from None
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -70,7 +70,7 @@ def test_records_of_a_scale_that_the_head_lacks_are_left_out(outputs, capsys):
     store.save(passed("B-lora", run="20260101T100000Z-cccccc", scale="thesis", commit={"id": FIRST[:8] * 5}))
     status, out, err = run(capsys, "compare", FIRST[:8] * 5, SECOND, "--fail", "artifact_bytes:1%")
     assert 0 == status
-    assert "left out: the base's 1 of scale thesis, which the head has none of" in err
+    assert "left out: 1 of the base's records, of scale thesis, which the head lacks" in err
     assert "thesis" not in out
 
 
@@ -130,7 +130,7 @@ def test_a_run_is_not_in_its_own_base(outputs, capsys):
 
 def test_a_run_compared_with_itself_says_so(outputs, capsys):
     """A commit whose only run is the latest: no difference means nothing then, and the gate cannot tell."""
-    said = "peftbench: compared with themselves, as they are in the base, too: 2 of 2 records of the head"
+    said = "peftbench: 2 of 2 records of the head are also in the base, and so compared with themselves"
     for gate, expected in (((), 0), (("--fail", "accuracy:0.5pt"), 2)):
         status, _, err = run(capsys, "compare", SECOND[:8] * 5, *gate)
         assert (expected, said) == (status, err.splitlines()[-1])
@@ -185,19 +185,19 @@ def test_gates_decide_the_exit_status(outputs, capsys, arguments, expected):
     ("arguments", "message"),
     [
         (("compare",), "name what to compare the latest run with: a commit, a run's id, a folder or a file; or give --phases"),
-        (("compare", "no-such"), "'no-such' is no file, no folder, not 'latest', no run"),
+        (("compare", "no-such"), "'no-such' is not a file, a folder, 'latest', a run"),
         (("compare", "latest", "--fail", "speed:1"), "--fail must name one of accuracy, f1"),
         (("compare", "latest", "--fail", "accuracy:0.5"), "--fail accuracy: the limit must be written as 5pt, 5% (of the base)"),
-        (("compare", FIRST, "--strict"), "--strict is about limits; give one by --fail METRIC:LIMIT"),
-        (("compare", "latest", "latest", "--phases", "B", "D"), "--phases compares within one side"),
+        (("compare", FIRST, "--strict"), "--strict needs a limit; give one with --fail METRIC:LIMIT"),
+        (("compare", "latest", "latest", "--phases", "B", "D"), "--phases compares phases within BASE"),
         (("compare", "--phases", "B", "X"), "a phase must be one of B-lora, D-hybrid; got 'X'"),
         (("compare", "latest", "--outputs", "nowhere"), "no records in nowhere/runs"),
         (("history", "speed"), "the metric must be one of accuracy, f1"),
         (("history", "--phase", "X"), "--phase must be one of B-lora, D-hybrid, by letter, name or id; got X"),
-        (("report", "nothing.json"), "'nothing.json' is no file"),
-        (("report", "--reach", "80"), "--reach must be a fraction, such as 0.8, and the format md or latex; got 80, md"),
-        (("report", "--reach", "0.8", "--format", "html"), "--reach must be a fraction, such as 0.8, and the format md or latex"),
-        (("plan", "--data", "nowhere"), "--data must be a folder with train.tsv and dev.tsv, got 'nowhere', which is not there"),
+        (("report", "nothing.json"), "'nothing.json' is not a file"),
+        (("report", "--reach", "80"), "--reach needs a fraction, such as 0.8, and --format md or latex; got 80 and md"),
+        (("report", "--reach", "0.8", "--format", "html"), "--reach needs a fraction, such as 0.8, and --format md or latex"),
+        (("plan", "--data", "nowhere"), "--data must be a folder with train.tsv and dev.tsv, got 'nowhere', which does not exist"),
         (("plan", "--memory", "-3"), "--memory must be more than 0 GiB, got -3"),
         (("export", "bad.json", "--format", "bencher"), "bad.json: "),
         (("report", "empty"), "no record in empty"),

@@ -266,7 +266,7 @@ def test_phases_beside_each_other_are_each_pair_once():
     assert ["A-teacher → B-lora", "A-teacher → C1-full", "A-teacher → D-hybrid", *names] == list(
         dict.fromkeys(row.phase for row in compare_phases(broken, "all", "all"))
     )
-    with pytest.raises(ValueError, match=r"'B' and 'lora' are one phase; there must be two of B-lora, C1-full, D-hybrid"):
+    with pytest.raises(ValueError, match=r"'B' and 'lora' are the same phase; name two of B-lora, C1-full, D-hybrid"):
         compare_phases(records, "B", "lora")
 
 
@@ -382,5 +382,5 @@ def test_long_settings_are_compared_whole():
 
 def test_a_phase_is_not_compared_with_itself():
     """However it is named."""
-    with pytest.raises(ValueError, match="'B' and 'lora' are one phase; there must be two of B-lora, C1-full"):
+    with pytest.raises(ValueError, match="'B' and 'lora' are the same phase; name two of B-lora, C1-full"):
         compare_phases([passed(), passed("C1-full")], "B", "lora")

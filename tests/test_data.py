@@ -117,7 +117,7 @@ def test_a_bad_line_is_named(reviews, tmp_path, line):
     with pytest.raises(DataError) as caught:
         reviews("1\t2\tfine", line, dev=0, test=0)
     message = str(caught.value)
-    wanted = (f"{tmp_path / 'reviews.tsv'}, line 2", "id, mean rating and sentence", repr(line))
+    wanted = (f"{tmp_path / 'reviews.tsv'}, line 2", "id, rating and sentence", repr(line))
     assert [] == [part for part in wanted if part not in message], message
 
 

@@ -65,7 +65,7 @@ def test_a_commits_clean_runs_come_before_its_dirty_ones(repository, store):
     assert ([dirty], f"commit {ids[0][:12]}, with uncommitted changes") == (list(side.records), side.label)
     clean = keep(store, ids[0], day=2)
     side = History.from_outputs(store.outputs, folder).select(ids[0])
-    left_out = f"1 with uncommitted changes left out, which can be named: {dirty.run_id}"
+    left_out = f"1 with uncommitted changes left out, (to use one, name its id): {dirty.run_id}"
     assert ([clean], f"commit {ids[0][:12]}; {left_out}") == (list(side.records), side.label)
 
 
@@ -102,9 +102,9 @@ def test_without_git_a_record_tells_its_commit(store, tmp_path):
         ("HEAD", "no run in .* is of commit"),
         (
             "no-such",
-            "'no-such' is no file, no folder, not 'latest', no run in .*, and no commit .*; runs are 20260101T000000Z-aaaaaa",
+            "'no-such' is not a file, a folder, 'latest', a run in .*, or a commit .*; runs are 20260101T000000Z-aaaaaa",
         ),
-        ("--all", "is no file"),
+        ("--all", "is not a file"),
     ],
 )
 def test_what_names_nothing_is_said(repository, store, text, message):
@@ -132,7 +132,7 @@ def test_a_shallow_clone_is_told(repository, store, tmp_path):
     git(tmp_path, "clone", "-q", "--depth", "1", folder.as_uri(), "shallow")
     history = History.from_outputs(store.outputs, tmp_path / "shallow")
     assert 1 == len(history.select("HEAD").records)
-    with pytest.raises(HistoryError, match="this clone is shallow, and git fetch --unshallow"):
+    with pytest.raises(HistoryError, match="this clone is shallow: git fetch --unshallow"):
         history.select("HEAD~3")
 
 
@@ -213,11 +213,11 @@ def test_a_report_over_several_seeds_is_read_as_its_records(store, report):
     [
         (
             "moved",
-            r"phase_b_metrics\.json: a report of several seeds, of which .*B-lora-mini-s42\.json is not there; give the run's",
+            r"phase_b_metrics\.json: a report over several seeds, whose record .*B-lora-mini-s42\.json is missing; give the run's",
         ),
-        (None, "a report of several seeds that does not say which records; give the run's folder instead"),
-        ([{"run_id": 3, "case": "x"}], "does not say which records"),
-        ([{"run_id": "../..", "case": "x"}], "is not there"),
+        (None, "a report over several seeds that does not name its records; give the run's folder instead"),
+        ([{"run_id": 3, "case": "x"}], "does not name its records"),
+        ([{"run_id": "../..", "case": "x"}], "is missing"),
     ],
 )
 def test_a_report_without_its_records_is_said(report, records, message):
@@ -250,7 +250,7 @@ def test_a_folder_that_only_tiny_runs_have_is_named(tmp_path, exists):
     for name in ("outputs", "outputs/reports", "outputs/cache"):
         with pytest.raises(HistoryError) as caught:
             read_side(str(tmp_path / name), lambda: History.from_outputs(tmp_path / "nowhere"))
-        hints[name] = str(caught.value).partition("; of the tiny scale there are some in ")[2]
+        hints[name] = str(caught.value).partition("; there are records of the tiny scale in ")[2]
     tiny = tmp_path / "outputs/tiny"
     assert {"outputs": str(tiny), "outputs/reports": str(tiny / "reports"), "outputs/cache": ""} == hints
 

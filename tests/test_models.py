@@ -244,7 +244,7 @@ def test_code_of_a_checkpoint_does_not_run(saved, monkeypatch, what, load):
 
 def test_an_asset_that_there_is_not_is_refused():
     """The message lists those there are."""
-    with pytest.raises(ModelError, match="asset:nope is no asset; there are asset:encoder"):
+    with pytest.raises(ModelError, match="asset:nope is not an asset; there are asset:encoder"):
         locate(Pretrained(source="asset:nope"), fetch=None)
 
 
@@ -323,7 +323,7 @@ def test_head_always_trains_under_peft(architecture, method):
 def test_a_method_that_must_be_told_of_each_step_is_refused(architecture):
     """AdaLoRA without its updates is no AdaLoRA: all ranks would stay."""
     peft = {"peft_type": "ADALORA", "target_modules": [QUERY[architecture]], "total_step": 10, "init_r": 4, "target_r": 2}
-    with pytest.raises(ModelError, match=r"ADALORA chooses its ranks while it trains.*Take another method, such as LORA"):
+    with pytest.raises(ModelError, match=r"ADALORA chooses its ranks while it trains.*Use one such as LORA"):
         prepare(classifier(architecture), phase_with(peft))
 
 

@@ -257,5 +257,5 @@ def test_links_lead_to_the_records_as_seen_from_the_page(tmp_path):
 def test_without_matplotlib_the_message_says_how_to_get_it(monkeypatch):
     """One line, no traceback."""
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"pip install 'peftbench\[report\]'"):
+    with pytest.raises(ValueError, match=r"pip install matplotlib"):
         page_of(study())

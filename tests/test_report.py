@@ -331,7 +331,7 @@ def test_what_makes_figures_say_less_is_said():
     waited = measured("B-lora", processor_wait_fraction=0.47, data=data)
     others = [measured("D-hybrid", seed=seed, processor_wait_fraction=seed / 100, data=data) for seed in (3, 30)]
     lines = render_summary([waited, *others]).splitlines()
-    why = "as where other work runs; its times say little"
+    why = "as when other work runs; its times say little"
     assert f"warning: B-lora waited for a processor 47% of its time, {why}" in lines
     seeds = [line for line in lines if "D-hybrid seed" in line]
     assert [f"warning: D-hybrid seed 30 waited for a processor 30% of its time, {why}"] == seeds
@@ -354,7 +354,7 @@ def test_what_does_not_compare_is_said_below_the_table_and_has_no_front():
     other_data, other_machine = {"data": {**one.data, "fingerprint": "e" * 64}}, {"machine": {"id": "m2"}}
     for changes, what in ((other_data, "data in one table, which"), (other_machine, "machines in one table, whose times")):
         text = render_summary([one, measured("C1-full", **changes)])
-        assert f"warning: other {what} do not compare; no front" in text.splitlines()
+        assert f"warning: different {what} cannot be compared; no front" in text.splitlines()
         assert not [line for line in text.splitlines() if " * " in line and line.startswith(("B-lora", "C1-full"))]
     assert "warning" not in render_summary([one, measured("C1-full")])
 

@@ -278,7 +278,7 @@ def test_subset_larger_than_train_is_refused(fresh):
 @pytest.mark.parametrize("changes", [{"subset": 8}, {"peft": LORA}, {"distillation": Distillation()}])
 def test_a_phase_that_would_train_nothing_is_refused(fresh, changes):
     """Epochs that were forgotten are not a passed case at the level of chance."""
-    with pytest.raises(ModelError, match=r"X-forgot: with 0 epochs .* say how many epochs"):
+    with pytest.raises(ModelError, match=r"X-forgot: with 0 epochs .* set epochs"):
         run_phase(Phase(id="X-forgot", role="student", **changes), TINY, 42, fresh[0])
 
 
@@ -488,7 +488,7 @@ def test_a_teacher_that_says_nothing_finite_leaves_nothing_in_the_cache(tmp_path
     settings = settings_in(tmp_path, data)
     with monkeypatch.context() as patched:
         patched.setattr(runner, "predict", lambda *_, **__: torch.full((192, 2), torch.inf))
-        with pytest.raises(ModelError, match=r"the teacher's logits of 192 of 192 texts are not finite in fp32; take another"):
+        with pytest.raises(ModelError, match=r"the teacher's logits of 192 of 192 texts are not finite in fp32; use another"):
             run_phase(KD, TINY, 42, settings)
     assert "passed" == run_phase(KD, TINY, 42, settings).outcome
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +18,7 @@ from peftbench.phases import KD_MAX_LENGTH, SCALES, STANDARD_KD_SUBSETS, Phase, 
 from peftbench.plugin.options import add_options
 from peftbench.plugin.session import Session
 from peftbench.records import Record, Store
-from peftbench.report import printable, render_comparison, render_summary
+from peftbench.report import printable, render_comparison, render_summary, seen_from
 
 if TYPE_CHECKING:
     from peftbench.data import Splits
@@ -44,7 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "tiny: smoke version of a peftbench case; runs only when asked for with -m tiny.")
-    config.addinivalue_line("markers", "peer: comparison with another way to train; runs only when asked for with -m peer.")
+    config.addinivalue_line("markers", "peer: comparison with another training loop; runs only when asked for with -m peer.")
     session = config.stash[SESSION] = Session(config)
     config.pluginmanager.register(session, "peftbench-session")
     if not config.pluginmanager.hasplugin("benchmark"):
@@ -136,11 +138,12 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
     scales = _scales(config, items)
     if not scales or own.is_worker:
         return []
-    auto = " (auto: CUDA is available)" if own.main_scale == "thesis" else " (auto: no CUDA here)"
+    auto = " (auto: with CUDA)" if own.main_scale == "thesis" else " (auto: without CUDA)"
     scale = ", ".join(scales) + (auto if own.options.scale == "auto" and own.main_scale in scales else "")
     device = f"device {own.device.name}, precision {own.device.precision} ({own.device.why})"
     problem = own.settings.commit.get("problem")
-    unknown = f"peftbench: the records will not say of which commit they are, and nothing is resumed: {problem}"
+    unnamed = "" if own.settings.commit.get("id") else "records will name no commit, and "
+    unknown = f"peftbench: {unnamed}nothing can be resumed: {problem}"
     return [f"peftbench: scale {scale}; {device}; run {own.run_id}", *([unknown] if problem else [])]
 
 
@@ -201,6 +204,23 @@ def _keep(item: pytest.Item, error: BaseException | None = None) -> str | None:
     return None
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+    """Let the SIGTERM of a batch system or a container end a session of cases as Ctrl-C does, which tells what has passed."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not (main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and _scales(session.config, session.items)):
+        return (yield)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return (yield)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt("SIGTERM")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Let a gate that does not hold fail the session, and a report that could not be written."""
@@ -230,29 +250,36 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
         return
     terminalreporter.section("peftbench")
     if records:
-        terminalreporter.write_line(render_summary(records))
+        _write(terminalreporter, render_summary(records))
     if session.judgement is not None:
         if session.comparison:
-            terminalreporter.write_line(f"\ncompared with {', '.join(printable(side.label) for side in session.bases)}:")
-            terminalreporter.write_line(render_comparison(session.comparison))
+            _write(terminalreporter, f"\ncompared with {', '.join(printable(side.label) for side in session.bases)}:")
+            _write(terminalreporter, render_comparison(session.comparison))
             for line in session.changes:
-                terminalreporter.write_line(f"changed: {printable(line)}")
+                _write(terminalreporter, f"changed: {printable(line)}")
         for line in session.judgement.lines if session.options.gates or not session.comparison else ():
-            terminalreporter.write_line(printable(line), red=True)
+            _write(terminalreporter, printable(line), red=True)
     for line in session.describe_times():
-        terminalreporter.write_line(line)
+        _write(terminalreporter, line)
     resumed = [record for record in records if record.run_id != session.run_id]
     for record in resumed:
         case = f"{record.phase}-{record.name} at {record.scale} scale, seed {record.seed}"
-        terminalreporter.write_line(printable(f"resumed, not run again: {case}, passed in run {record.run_id}"))
+        _write(terminalreporter, printable(f"resumed, not run again: {case}, passed in run {record.run_id}"))
     for problem in session.unpublished.values():
-        terminalreporter.write_line(printable(problem), red=True)
+        _write(terminalreporter, printable(problem), red=True)
     for problem in sorted(session.unreadable):
-        terminalreporter.write_line(printable(f"left out of the history: {problem}"), yellow=True)
+        _write(terminalreporter, printable(f"left out of the history: {problem}"), yellow=True)
     if exitstatus == pytest.ExitCode.INTERRUPTED and not session.settings.commit.get("problem"):
-        terminalreporter.write_line("interrupted: the same command with --peft-resume goes on with what has not passed")
+        _write(terminalreporter, "interrupted: run the same command with --peft-resume for what has not passed")
     for folder in dict.fromkeys(path.parent for path in session.records):
-        terminalreporter.write_line(f"records: {os.path.relpath(folder)}")
+        _write(terminalreporter, f"records: {seen_from(Path(), folder)}")
+
+
+def _write(reporter: Any, text: str, **markup: bool) -> None:
+    """Lines, with question marks where the output's encoding lacks a sign; pytest would escape the whole text, line ends too."""
+    encoding = getattr(sys.__stdout__, "encoding", None) or "utf-8"
+    for line in text.split("\n"):
+        reporter.write_line(line.encode(encoding, "replace").decode(encoding), **markup)
 
 
 @pytest.fixture(scope="session")
@@ -323,7 +350,7 @@ def run_phase(
 
         nonlocal called
         if called:
-            raise RuntimeError("run_phase can be called once in a test; parametrize the test over phases")
+            raise RuntimeError("run_phase can be called only once per test; parametrize the test over phases")
         called = True
         scale, settings, store = peft_workbench.scale, session.settings, peft_workbench.store
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,15 +16,15 @@ if TYPE_CHECKING:
 
 OPTIONS = {
     "scale": ("auto", f"Scale of the cases: auto (thesis where CUDA is available, else mini), {', '.join(SCALES)}."),
-    "seeds": ("42", "Seeds, separated by commas; each case runs once with each of them."),
+    "seeds": ("42", "Seeds, separated by commas; each case runs once per seed."),
     "outputs": ("outputs", "Folder for records, reports, KD subsets and caches."),
-    "data": ("", "Folder with train.tsv and dev.tsv (and a labelled test.tsv) in GLUE's format, in place of the scale's data."),
-    "device": ("auto", "Device: cpu, cuda, or one of several, such as cuda:1; auto takes CUDA where it is available."),
-    "precision": ("auto", f"One of {', '.join(PRECISIONS)}; auto takes what the device does natively."),
-    "evaluations": ("0", "How often each phase is evaluated on dev while it trains; not part of the training time."),
+    "data": ("", "Folder with train.tsv, dev.tsv and, if labelled, test.tsv in GLUE's format, to replace the scale's data."),
+    "device": ("auto", "Device: auto (CUDA where it is available), cpu, cuda, or a certain GPU, such as cuda:1."),
+    "precision": ("auto", f"One of {', '.join(PRECISIONS)}; auto is the device's native precision."),
+    "evaluations": ("0", "Number of evaluations on dev while each phase trains; not counted as training time."),
     "compare": (
         "",
-        "Compare this run at its end with a commit, a run's id, latest, a folder or a file, as peftbench compare does.",
+        "At the end, compare this run with a commit, a run's id, latest, a folder or a file, as peftbench compare does.",
     ),
 }
 """Those with a value: its default and its help text."""
@@ -35,11 +36,14 @@ def add_options(parser: pytest.Parser) -> None:
     for name, (default, text) in OPTIONS.items():
         group.addoption(f"--peft-{name}", dest=f"peft_{name}", metavar=name.upper(), help=f"{text} Default: {default or 'none'}.")
         parser.addini(f"peft_{name}", text, default=default)
-    text = "Exit with 1 if METRIC is worse by more than LIMIT, such as accuracy:0.5pt or train_runtime_seconds:20%."
+    text = (
+        "With --peft-compare, exit with 1 if METRIC is worse by more than LIMIT, such as accuracy:0.5pt or "
+        "train_runtime_seconds:20%."
+    )
     in_help = f"{text} Can be repeated.".replace("%", "%%")
     group.addoption("--peft-fail", dest="peft_fail", action="append", metavar="METRIC:LIMIT", help=in_help)
     parser.addini("peft_fail", text, type="args", default=[])
-    text = "Skip cases that have passed with the same fingerprint at this commit."
+    text = "Skip cases that have passed with the same settings, data and weights at this commit."
     group.addoption("--peft-resume", dest="peft_resume", action="store_true", help=text)
     parser.addini("peft_resume", text, type="bool", default=False)
 
@@ -77,7 +81,7 @@ class Options:
         def folder(name: str) -> Path:
             """On the command line seen from where pytest was started, else from the ini file, or the root where there is none."""
             root = config.inipath.parent if config.inipath else config.rootpath
-            return (Path.cwd() if typed[name] else root) / given[name]
+            return (Path.cwd() if typed[name] else root) / os.path.expanduser(given[name])  # noqa: PTH111 - Path raises where no home is known
 
         for name, allowed in (("scale", ("auto", *SCALES)), ("precision", PRECISIONS)):
             if given[name] not in allowed:
@@ -97,7 +101,7 @@ class Options:
         if limits is None:  # an ini file's base that the command line has switched off takes its limits with it
             limits = [] if typed["compare"] == "" else config.getini("peft_fail")
         if limits and not given["compare"]:
-            raise pytest.UsageError(f"{option} {limits[0]} judges a comparison; name what to compare with by --peft-compare BASE")
+            raise pytest.UsageError(f"{option} {limits[0]} needs a comparison; name what to compare with by --peft-compare BASE")
         options = cls(
             scale=given["scale"],
             seeds=tuple(map(int, seeds)),

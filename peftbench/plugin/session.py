@@ -70,7 +70,7 @@ class Session:
             return self.options.scale
         from peftbench.device import auto_scale
 
-        return auto_scale()
+        return auto_scale(self.options.device)
 
     @property
     def asked_for(self) -> list[str]:
@@ -193,7 +193,7 @@ class Session:
         dirty = " with uncommitted changes" if last.commit.get("dirty") else ""
         same = "this machine and as many evaluations" if last.commit == self.settings.commit else "this commit and these changes"
         case = f"{last.phase_id} with seed {seed}"
-        self.progress.say(f"{case} is run again: it passed {where}{dirty}, and only what is of {same} is resumed")
+        self.progress.say(f"{case} runs again: it passed {where}{dirty}, and only cases of {same} are resumed")
 
     def publish(self, record: Record) -> None:
         """

@@ -80,7 +80,7 @@ def test_a_row_without_its_partner_is_an_error(sst2, labelled, message):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"test.jsonl": b'{"text": "it works"}\n'}, "wanted also .'label'."),
+        ({"test.jsonl": b'{"text": "it works"}\n'}, "and lacks .'label'."),
         ({"test.jsonl": b"\x00\x01 no JSON"}, "cannot be read"),
         ({"test.csv": b"text,label\n"}, "has no test.*parquet"),
     ],

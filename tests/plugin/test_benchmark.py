@@ -101,7 +101,7 @@ def test_a_gate_judges_what_workers_of_xdist_measured(study, pytester, data_fold
     assert "accuracy:50pt: kept in 1 phase" in done.stdout
     done = in_two_workers(pytester, data_folder, *gate, "no-such")
     assert pytest.ExitCode.USAGE_ERROR == done.returncode
-    assert "'no-such' is no file, no folder" in done.stderr
+    assert "'no-such' is not a file, a folder" in done.stderr
     assert 2 == len(list((pytester.path / "outputs/tiny/runs").glob("*/*.json")))
 
 

@@ -10,9 +10,9 @@ from peftbench.records import read_record
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--peft-compare", "no-such-commit"), "*'no-such-commit' is no file, no folder, not 'latest', no run*"),
+        (("--peft-compare", "no-such-commit"), "*'no-such-commit' is not a file, a folder, 'latest', a run*"),
         (("--peft-compare", "latest", "--peft-fail", "speed:3%"), "*--peft-fail must name one of accuracy, f1*got 'speed:3%'*"),
-        (("--peft-fail", "accuracy:1pt"), "*--peft-fail accuracy:1pt judges a comparison; name what to compare with*"),
+        (("--peft-fail", "accuracy:1pt"), "*--peft-fail accuracy:1pt needs a comparison; name what to compare with*"),
     ],
 )
 def test_wrong_use_is_said_before_anything_runs(study, pytester, arguments, message):
@@ -101,7 +101,7 @@ def test_a_resumed_case_is_not_compared_with_itself(study):
     study("-k", "small")
     result = study("-k", "small", "--peft-resume", "--peft-compare", "latest", "--peft-fail", "accuracy:0.5pt")
     assert 2 == result.ret
-    result.stdout.fnmatch_lines(["compared with themselves, as they are in the base, too: 1 of 1 records of the head"])
+    result.stdout.fnmatch_lines(["1 of 1 records of the head are also in the base, and so compared with themselves"])
 
 
 def test_a_gate_over_no_record_is_open(study):

@@ -62,7 +62,7 @@ def test_ctrl_c_in_training_leaves_a_failed_record_and_the_table(pytester, data_
     assert "KeyboardInterrupt" == records()["K-killed-tiny-s42.json"]["error"]
     summary = done.stdout.partition("= peftbench =")[2]
     assert "S-small" in summary
-    assert "interrupted: the same command with --peft-resume goes on with what has not passed" in summary
+    assert "interrupted: run the same command with --peft-resume for what has not passed" in summary
 
 
 def test_a_seed_that_was_interrupted_is_in_the_report(pytester, data_folder):

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("nowhere", "is not there"), ("whole/dev.tsv", "is a file"), ("half", "has no dev.tsv"), ("empty", "has no train.tsv")],
+    [("nowhere", "does not exist"), ("whole/dev.tsv", "is a file"), ("half", "has no dev.tsv"), ("empty", "has no train.tsv")],
 )
 def test_a_folder_without_the_files_is_a_usage_error(study, tmp_path, name, why):
     """Before anything is loaded, naming what it lacks."""
@@ -26,7 +26,7 @@ def test_a_folder_of_the_ini_file_matters_to_cases_alone(study, pytester):
     result = study(data=None)
     assert pytest.ExitCode.USAGE_ERROR == result.ret
     result.stderr.fnmatch_lines(
-        ["*the ini key peft_data must be a folder with train.tsv and dev.tsv, got '*nowhere', which is not there"]
+        ["*the ini key peft_data must be a folder with train.tsv and dev.tsv, got '*nowhere', which does not exist"]
     )
 
 
@@ -49,6 +49,6 @@ def test_sentences_of_dev_in_train_are_warned_of_and_counted(study, tmp_path, da
         dev.write(stolen + "\n")
     result = study("-k", "small", "-W", "error", "-W", "ignore::FutureWarning", data=tmp_path)
     result.assert_outcomes(passed=1, deselected=5)
-    result.stdout.fnmatch_lines(["warning: 1 dev sentences also stand in train"])
+    result.stdout.fnmatch_lines(["warning: 1 dev sentences also occur in train"])
     [record] = records().values()
     assert 1 == record["data"]["dev_sentences_in_train"]

@@ -106,7 +106,7 @@ def test_what_keeps_a_passed_case_from_being_resumed_is_said(study, pytester):
     result = study("-k", "small", "--peft-resume")
     result.assert_outcomes(passed=1, deselected=5)
     result.stdout.fnmatch_lines(
-        ["peftbench: S-small with seed 42 is run again: it passed in run * at commit *, and only what is of this commit *"]
+        ["peftbench: S-small with seed 42 runs again: it passed in run * at commit *, and only cases of this commit *"]
     )
 
 
@@ -116,4 +116,4 @@ def test_where_git_does_not_answer_nothing_is_resumed(study, pytester):
     study("-k", "small")
     result = study("-k", "small", "--peft-resume")
     result.assert_outcomes(passed=1, deselected=5)
-    result.stdout.fnmatch_lines(["peftbench: the records will not say of which commit they are*git does not read the repository*"])
+    result.stdout.fnmatch_lines(["peftbench: records will name no commit*git does not read the repository*"])
