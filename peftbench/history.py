@@ -119,7 +119,7 @@ class History:
         wanted = commit.strip() if commit else _completed(text, ids)
         at_commit = [run for run, facts in known.items() if facts["id"] == wanted]
         at_commit = [run for run in at_commit if {path.parent.name for path in self.files[run]} - {*without}] or at_commit
-        clean = [run for run in at_commit if known[run].get("dirty") is False]
+        clean = [run for run in at_commit if not (known[run].get("dirty") or known[run].get("problem"))]
         if at_commit:
             note = "" if clean else ", with uncommitted changes"
             count = f", {len(clean or at_commit)} runs" if len(clean or at_commit) > 1 else ""

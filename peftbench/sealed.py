@@ -19,6 +19,7 @@ from peftbench.errors import PeftbenchError
 
 MANIFEST = "manifest.json"
 WINDOWS = os.name == "nt"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CorruptError(PeftbenchError):
@@ -133,7 +134,7 @@ def building(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
             _move(target, aside / "replaced")
         _move(folder, target)
     except Exception as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):  # safetensors has errors of its own
+        if any(os.strerror(number) in str(error) for number in NO_SPACE):  # not by type: safetensors has errors of its own
             raise FullError(f"no space is left to store {target}; free some, or keep the outputs elsewhere") from None
         raise
     finally:

@@ -1,14 +1,17 @@
 """The command: exit status and printed lines."""
 
+import os
 import shutil
 import subprocess
 import sys
 import zipfile
 
 import pytest
+from samples import passed
 
 from peftbench import cli
 from peftbench.assets import ENCODER, REVIEWS, Asset
+from peftbench.records import Store
 from peftbench.sealed import MANIFEST, file_sha256
 
 
@@ -139,7 +142,7 @@ def test_plan_has_a_row_for_each_phase_and_the_teachers_tuning(tmp_path, capsys,
     assert ["0", "0", "0", "0"] == rows["A-teacher"][1:5]
     assert ["64", "8"] == rows["D-hybrid"][2:4]
     assert "GFLOP/s measured" in lines[6]
-    monkeypatch.setattr("peftbench.device.auto_scale", lambda: "tiny")
+    monkeypatch.setattr("peftbench.device.auto_scale", lambda device: "tiny")
     assert 0 == cli.main(["plan", *arguments[3:], "--memory", "0.001"])
     assert "does not fit: needs" in capsys.readouterr().out
 
@@ -172,3 +175,15 @@ def test_module_runs_as_the_command():
     """`python -m peftbench`, as the notebook has it."""
     done = subprocess.run([sys.executable, "-m", "peftbench", "--help"], capture_output=True, text=True, check=False)
     assert (0, True) == (done.returncode, "plan" in done.stdout)
+
+
+def test_what_is_printed_into_a_file_is_the_same_everywhere(tmp_path):
+    """UTF-8 with the line ends of CSV, where a system would write neither; a home folder is found without a shell."""
+    Store(tmp_path / "home", "mini").save(passed(name="×→"))
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "HOME": str(tmp_path), "USERPROFILE": str(tmp_path)}
+    for form in ("csv", "html"):
+        command = [sys.executable, "-m", "peftbench", "report", "--outputs=~/home", "--format", form]
+        done = subprocess.run(command, capture_output=True, env=environment, check=False)
+        assert 0 == done.returncode, done.stderr
+        assert "×→".encode() in done.stdout
+        assert (form == "csv") == (b"\r\n" in done.stdout)

@@ -1,11 +1,17 @@
 """The commit by git."""
 
+import os
 import re
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from peftbench import commits
 from peftbench.commits import describe_commit
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -108,3 +114,42 @@ def test_without_git_all_is_null(git, monkeypatch):
     commit_a_file(git)
     monkeypatch.setenv("PATH", str(git.folder))
     assert {"id": None, "dirty": None, "changes": None} == describe_commit(git.folder)
+
+
+def test_a_tool_that_shows_differences_hides_none(git, monkeypatch):
+    """`diff.external` may print nothing, or fail."""
+    commit_a_file(git)
+    (git.folder / "code.py").write_text("x = 2\n")
+    seen = describe_commit(git.folder)
+    for tool in ("true", "false"):
+        monkeypatch.setenv("GIT_EXTERNAL_DIFF", tool)
+        assert seen == describe_commit(git.folder)
+    assert seen["dirty"] is True
+
+
+def test_where_git_does_not_say_what_is_uncommitted_that_is_a_problem(git, monkeypatch):
+    """As where it takes too long; two such states are not taken for the same."""
+    head = commit_a_file(git)
+    ask = commits.git
+    monkeypatch.setattr(commits, "git", lambda folder, *words: None if words[0] == "diff" else ask(folder, *words))
+    commit = describe_commit(git.folder)
+    assert (head, None) == (commit["id"], commit["dirty"])
+    assert "git does not say what is uncommitted in project" in commit["problem"]
+
+
+def test_a_repository_may_have_any_name(git):
+    """Also where Python takes text for ASCII."""
+    folder = git.folder.parent / "Jörg"
+    git.folder.rename(folder)
+    git.folder.mkdir()
+    subprocess.run(["git", "init", "--quiet", folder], check=True)
+    subprocess.run(
+        ["git", "-c", "user.name=T", "-c", "user.email=t@example.org", "commit", "--quiet", "--allow-empty", "-m", "first"],
+        cwd=folder,
+        check=True,
+    )
+    code = "import pathlib, peftbench.commits as c; print(c.describe_commit(pathlib.Path.cwd())['id'])"
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=plain, capture_output=True, text=True, check=False)
+    assert (describe_commit(folder)["id"], "") == (done.stdout.strip(), done.stderr)
+    assert re.fullmatch("[0-9a-f]{40}", done.stdout.strip())

@@ -29,11 +29,14 @@ def test_absent_cuda_is_refused(name):
     assert 1 == len(str(refused.value).splitlines())
 
 
-@pytest.mark.parametrize(("there", "scale"), [(True, "thesis"), (False, "mini")])
-def test_the_scale_goes_by_the_machine(monkeypatch, there, scale):
-    """The full size where CUDA is available."""
+@pytest.mark.parametrize(
+    ("there", "device", "scale"),
+    [(True, "auto", "thesis"), (True, "cuda:1", "thesis"), (True, "cpu", "mini"), (False, "auto", "mini")],
+)
+def test_the_scale_goes_by_the_device(monkeypatch, there, device, scale):
+    """The full size with CUDA, where the CPU is not asked for."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    assert scale == auto_scale()
+    assert scale == auto_scale(device)
 
 
 def test_device_that_does_not_compute_is_refused():

@@ -65,7 +65,7 @@ def test_a_commits_clean_runs_come_before_its_dirty_ones(repository, store):
     assert ([dirty], f"commit {ids[0][:12]}, with uncommitted changes") == (list(side.records), side.label)
     clean = keep(store, ids[0], day=2)
     side = History.from_outputs(store.outputs, folder).select(ids[0])
-    left_out = f"1 with uncommitted changes left out, (to use one, name its id): {dirty.run_id}"
+    left_out = f"1 with uncommitted changes left out (to use one, name its id): {dirty.run_id}"
     assert ([clean], f"commit {ids[0][:12]}; {left_out}") == (list(side.records), side.label)
 
 
@@ -178,6 +178,7 @@ def test_good_records_are_used_beside_bad_ones(store):
     bad = store.record_path(record).with_name("x.json")
     bad.write_text('{"outcome"')
     side = History.from_outputs(store.outputs).select("latest")
+    bad.with_name("._y.json").write_bytes(b"\x00\x05\x16\x07")  # what macOS puts beside files on foreign disks is none
     assert [record] == list(side.records)
     [problem] = side.problems
     assert problem.startswith(str(bad))

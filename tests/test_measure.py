@@ -12,7 +12,16 @@ import pytest
 import torch
 
 from peftbench.device import Device
-from peftbench.measure import PACKAGES, PeakMemory, ProcessorWait, Stopwatch, describe_machine, describe_versions
+from peftbench.measure import (
+    PACKAGES,
+    PeakMemory,
+    ProcessorWait,
+    Stopwatch,
+    _model,
+    describe_machine,
+    describe_versions,
+    usable_processors,
+)
 from peftbench.sealed import fingerprint
 
 CPU = Device(name="cpu", precision="fp32", why="test")
@@ -173,3 +182,50 @@ def test_versions_are_those_that_are_installed():
     versions = describe_versions()
     assert ["python", *PACKAGES] == list(versions)
     assert (sys.version.split()[0], torch.__version__) == (versions["python"], versions["torch"])
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "processors"),
+    [
+        ("0::/", {"cpu.max": "250000 100000"}, 3),
+        ("0::/jobs/7", {"cpu.max": "max 100000", "jobs/cpu.max": "100000 100000", "jobs/7/cpu.max": "max 100000"}, 1),
+        ("0::/jobs/7", {"cpu.max": "20000 100000"}, 1),
+        ("0::/elsewhere", {"other/cpu.max": "100000 100000"}, 4),
+        ("5:memory:/\n4:cpu,cpuacct:/docker/3", {"cpu/cpu.cfs_quota_us": "150000", "cpu/cpu.cfs_period_us": "100000"}, 2),
+        ("4:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 4),
+        ("0::/", {"cpu.max": "900000 100000"}, 4),
+        (None, {}, 4),
+    ],
+)
+def test_a_containers_share_limits_the_processors(tmp_path, monkeypatch, group, files, processors):
+    """The least of what any group around allows, rounded up; none allows more than the four that there are."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    for name, text in files.items():
+        (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fs" / name).write_text(f"{text}\n")
+    if group:
+        (tmp_path / "own").write_text(f"{group}\n")
+    assert processors == usable_processors(tmp_path / "fs", tmp_path / "own")
+
+
+def test_processors_without_a_name_are_told_apart_by_their_numbers():
+    """As Linux on Arm has them: Neoverse N1 and V2, which a cloud calls by neither name."""
+    n1, v2 = (f"processor\t: 0\nCPU implementer\t: 0x41\nCPU variant\t: 0x0\nCPU part\t: {part}\n" for part in ("0xd0c", "0xd4f"))
+    assert "implementer 0x41, variant 0x0, part 0xd0c" == _model(n1 * 2)
+    assert _model(n1) != _model(v2)
+    assert "AMD EPYC 7" == _model("processor\t: 0\nmodel name\t: AMD EPYC 7\ncpu MHz\t: 1\nmodel name\t: AMD EPYC 7\n")
+    assert "" == _model("")
+
+
+def test_a_peak_of_before_is_not_taken_for_the_cases(monkeypatch):
+    """Where the system does not forget, as on macOS: what is no more than the peak before is not known."""
+    seen = iter([100, 100, 130])
+    memory = PeakMemory(CPU)
+    monkeypatch.setattr(PeakMemory, "_read_bytes", lambda self: next(seen))
+    monkeypatch.setattr(Path, "write_text", refuse)
+    memory.restart()
+    assert ("process resident set since its start", None, 130) == (memory.scope, memory.read_bytes(), memory.read_bytes())
+
+
+def refuse(*_, **__):
+    raise PermissionError

@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 import json
+import ntpath
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from samples import failed, passed
@@ -252,6 +254,18 @@ def test_links_lead_to_the_records_as_seen_from_the_page(tmp_path):
     link = link_from(tmp_path / "pages" / "report.html", {(record.run_id, record.case): path})
     assert f"../outputs/runs/{record.run_id}/B-lora-mini-s42.json" == link(record)
     assert link(dataclasses.replace(record, seed=1)) is None
+
+
+def test_a_link_to_another_drive_is_whole(tmp_path, monkeypatch):
+    """Between the drives of Windows no way leads."""
+    record = passed()
+    path = Store(tmp_path / "outputs", "mini").save(record)
+    monkeypatch.setattr("peftbench.report.os.path.relpath", ntpath_between_drives)
+    assert path.as_uri() == link_from(Path("report.html"), {(record.run_id, record.case): path})(record)
+
+
+def ntpath_between_drives(path, start):
+    return ntpath.relpath("D:\\outputs", "C:\\pages")
 
 
 def test_without_matplotlib_the_message_says_how_to_get_it(monkeypatch):

@@ -7,6 +7,7 @@ import multiprocessing
 import pickle
 import random
 import re
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from peftbench.distill import read_subset
 from peftbench.models import ModelError, artifact_bytes, load_classifier, load_tokenizer, prepare
 from peftbench.packing import shuffled_rows
 from peftbench.phases import LORA, SCALES, Distillation, Phase, Untrained
-from peftbench.records import Record
+from peftbench.records import OutputsError, Record
 from peftbench.runner import Settings, Workbench, case_fingerprint, failed_record, plan_phases, run_phase
 
 SMALL = {"layers": 1, "hidden_size": 32, "attention_heads": 2}
@@ -381,6 +382,16 @@ def test_progress_is_told_of_teacher_and_phase(tmp_path, data):
     phase = dataclasses.replace(KD, epochs=1)
     run_phase(phase, short, 42, settings, workbench=Workbench(short, settings, lambda *step: told.append(step)))
     assert [("tuning the teacher", i, 12) for i in range(1, 13)] + [("C2-kd", i, 4) for i in range(1, 5)] == told
+
+
+def test_a_teacher_that_cannot_be_stored_is_not_tuned(data, tmp_path, monkeypatch):
+    """Space is looked at before, not after hours."""
+    settings, told = settings_in(tmp_path, data), []
+    bench = Workbench(TINY, settings, lambda *step: told.append(step))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(2**30, 2**30 - 9, 9))
+    with pytest.raises(OutputsError, match=r"has 0 MiB of free space, and the tuned teacher takes \d+; free some or give"):
+        bench.teacher  # noqa: B018 - is tuned here, or is not
+    assert [] == told
 
 
 @pytest.mark.parametrize("subset", [None, 4])

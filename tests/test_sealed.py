@@ -1,5 +1,6 @@
 """Sealed folders and atomic files: whole or absent, whatever ends the process."""
 
+import errno
 import hashlib
 import json
 import os
@@ -7,13 +8,25 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from peftbench.sealed import MANIFEST, CorruptError, building, file_sha256, fingerprint, lock, unseal, write_atomically
+from peftbench.sealed import (
+    MANIFEST,
+    CorruptError,
+    FullError,
+    LockError,
+    building,
+    file_sha256,
+    fingerprint,
+    lock,
+    unseal,
+    write_atomically,
+)
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -120,9 +133,13 @@ def test_facts_that_are_not_json_leave_what_was_there(target):
 
 
 def test_a_full_disk_while_building_leaves_what_was_there(target):
-    """The system's error comes through and the old folder stays whole."""
+    """It is told where, and the old folder stays whole."""
     build(target, {"n": 1}, data="old")
-    with full_disk(4096), pytest.raises(OSError), building(target, {"n": 2}) as folder:
+    with (
+        full_disk(4096),
+        pytest.raises(FullError, match=r"no space is left to store \S+kd_500"),
+        building(target, {"n": 2}) as folder,
+    ):
         (folder / "data").write_bytes(b"x" * 8192)
     assert {"n": 1} == unseal(target)
     assert [target.name] == names(target.parent)
@@ -338,3 +355,56 @@ def test_a_files_sum_is_that_of_all_its_bytes(tmp_path, size):
     content = os.urandom(size)
     (tmp_path / "file").write_bytes(content)
     assert hashlib.sha256(content).hexdigest() == file_sha256(tmp_path / "file")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EOPNOTSUPP, "Operation not supported"), NotImplementedError("no flock here")])
+def test_a_file_system_without_locks_is_told(target, monkeypatch, error):
+    """As some of clusters are."""
+
+    def refuse(self, **_):
+        raise error
+
+    monkeypatch.setattr("peftbench.sealed.FileLock.acquire", refuse)
+    with pytest.raises(LockError, match=r"cannot lock \S+kd_500: (Operation not supported|no flock here); keep"), lock(target):
+        pass
+
+
+@pytest.mark.parametrize(("windows", "refusals", "moved"), [(True, 3, True), (True, 6, False), (False, 1, False)])
+def test_windows_is_asked_again_where_a_file_is_open(tmp_path, monkeypatch, windows, refusals, moved):
+    """A virus scanner lets go after a moment; other systems do not refuse for that, and are not asked twice."""
+    paused, refused, replace = [], [], Path.replace
+
+    def busy(self, target):
+        if len(refused) < refusals:
+            refused.append(target)
+            raise PermissionError("open elsewhere")
+        return replace(self, target)
+
+    monkeypatch.setattr("peftbench.sealed.WINDOWS", windows)
+    monkeypatch.setattr("peftbench.sealed.time.sleep", paused.append)
+    monkeypatch.setattr(Path, "replace", busy)
+    if moved:
+        write_atomically(tmp_path / "report.json", "whole")
+        assert "whole" == (tmp_path / "report.json").read_text()
+    else:
+        with pytest.raises(PermissionError):
+            write_atomically(tmp_path / "report.json", "whole")
+    assert min(refusals, 5 if windows else 0) == len(paused)
+    assert (["report.json"] if moved else []) == names(tmp_path)
+
+
+def test_a_file_has_the_rights_that_the_process_gives(tmp_path):
+    """Neither the private ones of a scratch file nor more than the user's mask allows."""
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "report.json", "whole")
+    finally:
+        os.umask(before)
+    assert 0o640 == (tmp_path / "report.json").stat().st_mode & 0o777
+
+
+def test_a_path_aside_is_hardly_longer_than_in_place(tmp_path):
+    """Windows may allow 259 characters: a fingerprint of 64 digits stands in it but once."""
+    target = tmp_path / ("f" * 64)
+    with building(target, {}) as folder:
+        assert len(str(folder)) < len(str(target))

@@ -52,14 +52,15 @@ def test_after_sigkill_the_records_before_are_whole_and_resume_runs_the_rest(pyt
     assert ["S-small-tiny-s42.json", "X-third-tiny-s42.json"] == sorted(records())
 
 
-def test_ctrl_c_in_training_leaves_a_failed_record_and_the_table(pytester, data_folder, records):
-    """An interrupt ends the session as pytest does, with what was measured so far in the table."""
-    pytester.makepyfile(test_study=STUDY.replace("{signal}", "SIGINT"))
+@pytest.mark.parametrize(("sent", "error"), [("SIGINT", "KeyboardInterrupt"), ("SIGTERM", "KeyboardInterrupt: SIGTERM")])
+def test_an_interrupt_in_training_leaves_a_failed_record_and_the_table(pytester, data_folder, records, sent, error):
+    """Ctrl-C, or a batch system whose time is up, ends the session as pytest does, with what was measured so far in the table."""
+    pytester.makepyfile(test_study=STUDY.replace("{signal}", sent))
     done = run(pytester, data_folder)
     assert pytest.ExitCode.INTERRUPTED == done.returncode
     outcomes = {name: record["outcome"] for name, record in records().items()}
     assert {"S-small-tiny-s42.json": "passed", "K-killed-tiny-s42.json": "failed"} == outcomes
-    assert "KeyboardInterrupt" == records()["K-killed-tiny-s42.json"]["error"]
+    assert error == records()["K-killed-tiny-s42.json"]["error"]
     summary = done.stdout.partition("= peftbench =")[2]
     assert "S-small" in summary
     assert "interrupted: run the same command with --peft-resume for what has not passed" in summary
