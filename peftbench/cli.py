@@ -197,7 +197,7 @@ def export(options: argparse.Namespace) -> None:
 
 
 def _accuracy_over_commits(options: argparse.Namespace, side: "Side") -> Mapping[str, Sequence[Point]]:
-    """Of all runs where the side is one of them; of what a file or a folder holds where it is that."""
+    """Accuracy of all runs where the side is one of them; where it is a file or a folder, of what that holds."""
     from peftbench.commits import commits_in_order
     from peftbench.history import History, trace
 

@@ -44,7 +44,7 @@ class Sample:
 
     @property
     def error(self) -> str | None:
-        """Of the first seed whose last run failed, which it names where there are several; None if none did."""
+        """The error of the first seed whose last run failed, which it names where there are several; None if none did."""
         record = next((record for record in self.latest.values() if record.outcome == "failed"), None)
         if record is None:
             return None
@@ -59,7 +59,7 @@ class Sample:
 
     @property
     def share_passed(self) -> float | None:
-        """Of the seeds; None without records."""
+        """Share of the seeds whose last run passed; None without records."""
         return statistics.fmean(record.outcome == "passed" for record in self.latest.values()) if self.records else None
 
     @property
@@ -68,7 +68,7 @@ class Sample:
         return [size for record in self.passed if (size := record.memory_before_bytes) is not None]
 
     def mean(self, metric: Metric) -> float | None:
-        """Of quality, over the last record of each seed that passed; of all else, over the runs."""
+        """Mean of the values; None if there are none."""
         values = self.values(metric)
         return statistics.fmean(values) if values else None
 
@@ -100,7 +100,7 @@ class Sample:
         return {one: Sample(records) for one, records in parts.items()}
 
     def facts(self, metric: Metric) -> dict[str, set[str]]:
-        """What must be the same on both sides, by what it is called."""
+        """Values that must match on both sides, by name."""
         records = self.measured(metric)
         facts: dict[str, set[str]] = {"seed set": {str(record.seed) for record in records}} if metric.kind == "quality" else {}
         for name, value in (fact for record in records for fact in identity(metric, record)):

@@ -263,6 +263,8 @@ def read_glue_folder(folder: Path) -> Splits:
             raise DataError(f"{folder / 'train.tsv'} has {len(train)} rows, too few to hold a test split out of it; add test.tsv")
         held_out = stratify(train, {"test": size}, rest="train")
         train, test = held_out["train"], held_out["test"]
+        if len(set(test.labels)) < 2:
+            raise DataError(f"{folder / 'train.tsv'} has too few rows of one label to hold a test split out of it; add test.tsv")
         protocol = f"labels of the files; test held out of train, stratified, seed {DATA_SEED}"
     notes = _count_in_train(train, dev, test)
     return Splits(train=train, dev=dev, test=test, source=f"GLUE-style folder {folder.name}", protocol=protocol, notes=notes)

@@ -80,7 +80,7 @@ class Device:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the products."""
+        """The type of number that products are computed in."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
 
     @property

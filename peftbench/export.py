@@ -11,7 +11,9 @@ from peftbench.summary import Summary, summarize
 
 def to_bencher(records: Sequence[Record]) -> dict[str, Any]:
     """
-    Bencher Metric Format: benchmark → measure → value, with the interval of accuracy as its bounds.
+    Bencher Metric Format: benchmark → measure → value.
+
+    Its bounds are the 95% interval of accuracy and, of all else, the least and the most of several seeds.
 
     Source: https://bencher.dev/docs/reference/bencher-metric-format/
     """

@@ -68,26 +68,31 @@ class Gate:
         """Whether a row of this metric is worse by more than the limit and, unless strict, by more than noise."""
         if row.base is None or row.difference is None or not (strict or row.verdict == "worse"):
             return False
-        return -self.metric.gain(row.difference) > self.allowance(row.base)
+        return self._exceeded(-self.metric.gain(row.difference), row.base)
 
-    def hides(self, row: Row) -> str | None:
-        """What keeps a row of this metric, which does not break the limit, from showing that it is kept; None if nothing does."""
+    def doubt(self, row: Row) -> str | None:
+        """Why a row of this metric that does not break the limit does not prove that it is kept; None if it does."""
         if row.base is None or row.difference is None:
             return None
+        lost = -self.metric.gain(row.difference)
         if row.ci95 is None:
-            if row.verdict != "no difference shown":
+            if self._exceeded(lost, row.base):
+                return f"{row.phase} is {self._render(lost)} worse, which is not shown to be a difference ({row.reason})"
+            noise = max(self.metric.absolute, self.metric.relative * abs(row.base))
+            if self.metric.kind == "size" or row.verdict != "no difference shown" or not self._exceeded(noise, row.base):
                 return None
-            shown = self.metric.relative
-            return f"single runs cannot show less than {shown:.0%}" if self.allowance(row.base) < shown * abs(row.base) else None
+            return f"single runs cannot show less than {self._render(noise)} in {row.phase}"
         worst = max(-self.metric.gain(end) for end in row.ci95)
-        if worst <= self.allowance(row.base):
+        if not self._exceeded(worst, row.base):
             return None
-        much = render_difference(self.metric, worst).removeprefix("+")
-        return f"{row.phase} may be up to {much} worse, which these records cannot rule out"
+        return f"{row.phase} may be up to {self._render(worst)} worse, which these records cannot rule out"
 
-    def allowance(self, base: float) -> float:
-        """How much worse than the base is not too much, in the metric's unit."""
-        return self.limit * abs(base) if self.relative else self.limit
+    def _exceeded(self, lost: float, base: float) -> bool:
+        """Whether that much, in the metric's unit, is more than the limit, rounding apart."""
+        return lost > (self.limit * abs(base) if self.relative else self.limit) * (1 + 1e-9)
+
+    def _render(self, difference: float) -> str:
+        return render_difference(self.metric, difference).removeprefix("+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +138,7 @@ def judge(rows: Sequence[Row], gates: Sequence[Gate], *, strict: bool = False, d
             unclear.append(f"{name}:{gate.written}: compared in no phase")
         elif any(gate.breaks(row, strict=strict) for row in compared):
             continue
-        elif not strict and (hidden := [what for row in compared if (what := gate.hides(row))]):
+        elif not strict and (hidden := [what for row in compared if (what := gate.doubt(row))]):
             notes.append(f"{name}:{gate.written}: {'; '.join(dict.fromkeys(hidden))}")
         else:
             kept.append(f"{name}:{gate.written}: kept in {len(compared)} phase{'s' if len(compared) > 1 else ''}")

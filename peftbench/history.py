@@ -17,7 +17,7 @@ from peftbench.records import RESUMED, Record, RecordError, decode_json, decode_
 from peftbench.verdicts import Point
 
 LEVEL = 0.01
-"""Of a shift's p-value: a history asks at every commit."""
+"""Significance level of a shift: strict, as every commit is tested."""
 
 
 class HistoryError(PeftbenchError, ValueError):
@@ -53,7 +53,7 @@ class Side:
 
 
 class _Committed(msgspec.Struct):
-    """Of a record what says its commit."""
+    """The part of a record that says its commit."""
 
     commit: dict[str, Any]
 
@@ -121,7 +121,8 @@ class History:
         at_commit = [run for run in at_commit if {path.parent.name for path in self.files[run]} - {*without}] or at_commit
         clean = [run for run in at_commit if not (known[run].get("dirty") or known[run].get("problem"))]
         if at_commit:
-            note = "" if clean else ", with uncommitted changes"
+            certain = all(known[run].get("dirty") for run in at_commit)
+            note = "" if clean else ", with uncommitted changes" if certain else ", perhaps with uncommitted changes"
             count = f", {len(clean or at_commit)} runs" if len(clean or at_commit) > 1 else ""
             if dirty := [run for run in at_commit if clean and run not in clean]:
                 count += f"; {len(dirty)} with uncommitted changes left out (to use one, name its id): {_few(reversed(dirty))}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 NORMAL_LIMIT = 1.959963984540054
-"""What 95% of the standard normal distribution lie within, either way of zero."""
+"""97.5th percentile of the standard normal distribution."""
 
 MOST_FREEDOM = 1e5
 """Degrees of freedom; with more, the limits of Student's t are the normal distribution's to four digits."""
@@ -27,7 +27,7 @@ class Estimate:
     p: float
 
 
-def wilson_interval(hits: float, n: int, *, z: float = NORMAL_LIMIT) -> tuple[float, float]:
+def wilson_interval(hits: float, n: float, *, z: float = NORMAL_LIMIT) -> tuple[float, float]:
     """Wilson's score interval of a proportion (Wilson 1927), 95% by default."""
     share, spread = hits / n, z * z / n
     centre = (share + spread / 2) / (1 + spread)
@@ -44,14 +44,19 @@ def estimate(value: float, sources: Sequence[tuple[float, float]], *, p: float |
         sources: What the variance of the value is the sum of, each with its degrees of freedom.
         p: Where a better test than Student's tells it.
     """
-    variance = sum(part for part, _ in sources)
+    variance, freedom = pooled(sources)
     if variance <= 0:
         return Estimate(value, (value, value), float(not value) if p is None else p)
-    spread = sum(part**2 / freedom for part, freedom in sources if part)  # of one example neither part nor freedom is left
-    freedom = min(variance**2 / spread, MOST_FREEDOM) if spread else MOST_FREEDOM
     error = math.sqrt(variance)
     half = t_limit(freedom) * error
     return Estimate(value, (value - half, value + half), t_p(value / error, freedom) if p is None else p)
+
+
+def pooled(sources: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The sum of variances, each with its degrees of freedom, and the degrees of freedom of it (Satterthwaite 1946)."""
+    variance = sum(part for part, _ in sources)
+    spread = sum(part**2 / freedom for part, freedom in sources if part)
+    return variance, min(variance**2 / spread, MOST_FREEDOM) if spread else MOST_FREEDOM
 
 
 def t_p(t: float, freedom: float) -> float:

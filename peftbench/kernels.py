@@ -1,5 +1,5 @@
 """
-Layers whose step costs more than it needs to, on CPU above all, with the same mathematics for less.
+Faster drop-in layers, for the CPU above all, with the same mathematics.
 
 A profile of MiniLM's step on two cores, packed: autocast converts frozen weights anew in every step, each backward pass makes a
 gradient as large as the whole vocabulary, over which AdamW then passes, for the few rows that a batch looks up, and at some 200

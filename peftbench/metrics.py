@@ -21,7 +21,7 @@ class Metric:
         kind: Quality is paired example by example; time and memory compare on one machine only; size is exact.
         better: Which direction is an improvement.
         absolute: A smaller difference does not matter, however certain; in the unit.
-        relative: Two single measurements may differ by this share of the first without telling anything.
+        relative: Tolerance where a side has a single run, as a share of the base.
     """
 
     name: str

@@ -174,7 +174,7 @@ class RowSpans:
 
 
 def _end_to_end(sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of sentences one after another: where each starts, shape (B,), and each token's sentence and place in it, shapes (T,)."""
+    """Where each sentence of a row starts, shape (B,), and each token's sentence and place in it, shapes (T,)."""
     size = torch.tensor(sizes)
     start = size.cumsum(0) - size
     sentence = torch.arange(len(sizes)).repeat_interleave(size)

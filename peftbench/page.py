@@ -32,6 +32,7 @@ from peftbench.report import (
     render_value,
     render_warnings,
     seen_from,
+    short,
 )
 from peftbench.summary import Summary, pareto_front, summarize
 from peftbench.verdicts import Point
@@ -307,12 +308,12 @@ def _history(history: Mapping[str, Sequence[Point]], looks: "_Looks") -> str:
             axes.plot([x], [value], marker, color=colour, markersize=9 if point.shift else 5, gid=gid)
             notes = [*point.marks, *([f"{point.shift} from here"] if point.shift else [])]
             tips[gid] = (
-                f"{phase} at {point.commit[:12]} {point.subject}\naccuracy {render_value(METRICS['accuracy'], point.value)}"
+                f"{phase} at {short(point.commit)} {point.subject}\naccuracy {render_value(METRICS['accuracy'], point.value)}"
                 + (f"\n{', '.join(notes)}" if notes else "")
             )
     every = max(1, math.ceil(len(commits) / 8))
     ends = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
-    axes.set_xticks(range(0, len(commits), every), [_text(commit[:7]) for commit, _ in commits[::every]], **ends)
+    axes.set_xticks(range(0, len(commits), every), [_text(short(commit, 7)) for commit, _ in commits[::every]], **ends)
     axes.set_xlabel("commits, oldest first")
     axes.set_ylabel("accuracy, dev and test, %")
     figure.legend(loc="outside upper left", ncols=3, frameon=False, labelcolor=_INK)
@@ -358,7 +359,7 @@ class _Looks:
 
 
 def _phase_id(label: str) -> str:
-    """Of a phase in a history, which has the scale behind it where there are several."""
+    """The place of a phase's name in a history, which has the scale behind it where there are several."""
     name, _, scale = label.rpartition("-")
     return name if scale in SCALE_NAMES else label
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from peftbench.intervals import Estimate, beta_share, estimate
 
 SHOWN = 0.05
-"""A p-value below which a difference is more than noise, as the intervals have it, which are of 95%."""
+"""Significance level; it matches the 95% intervals."""
 
 
 @functools.lru_cache(maxsize=4096)  # a history asks for the same counts again and again
@@ -41,7 +41,8 @@ def paired_difference(name: str, n: int, gold: int, base: Sequence[int], head: S
     The variance is the sum of two paired bootstraps', in closed form: over examples, the same for both sides and all seeds, and
     over seeds, with their few degrees of freedom (Satterthwaite 1946). What examples and seeds share counts twice, which errs on
     the side of showing nothing; where seeds differ by several points, three are too few for that to suffice. Where few examples
-    differ, so does the bootstrap itself; as if one more were lost and one more won, it is wide enough (Bonett and Price 2012).
+    differ, the bootstrap does not suffice either; as if one more were lost and one more won in every seed, as seeds share the
+    examples, it is wide enough (Bonett and Price 2012).
     Accuracy with one seed is judged by McNemar's exact test, whose interval has zero in it where that shows nothing.
 
     Args:
@@ -58,7 +59,7 @@ def paired_difference(name: str, n: int, gold: int, base: Sequence[int], head: S
     mean = math.fsum([effect * mask.bit_count() for effect, mask in effects])
     seeds = len(base)
     one_example = statistics.fmean([step for _, step, _ in (*before, *after)])
-    sources = [(max(0.0, squares - mean**2 / n) / (n * seeds) ** 2 + 2 * one_example**2 / seeds, max(n - 1.0, 1.0))]
+    sources = [(max(0.0, squares - mean**2 / n) / (n * seeds) ** 2 + 2 * one_example**2, max(n - 1.0, 1.0))]
     if seeds > 1:
         sources.append((statistics.variance(differences) / seeds, seeds - 1.0))
     exact = None
@@ -97,8 +98,9 @@ def ratio_difference(base: Sequence[float], head: Sequence[float]) -> Estimate |
 
 def _score(name: str, n: int, gold: int, predicted: int) -> tuple[float, float, list[tuple[float, int]]]:
     """
-    Accuracy or F1, by how much about one example moves it, and what each does to it, up to a constant: the sum of the parts whose
-    bit it has.
+    Accuracy or F1, about how much one example moves it, and the influence of each example as pairs of effect and mask.
+
+    An example's influence is the sum of the effects in whose masks its bit is set, up to a constant.
 
     The variance of that, over n, is the variance of a bootstrap over examples: of accuracy, which is a mean, that of all its draws;
     of F1 to first order (the infinitesimal jackknife, Efron 1982).

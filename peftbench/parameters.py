@@ -27,7 +27,7 @@ class SeparateParameters:
         return nn.utils.get_total_norm([p.grad for group in self.groups for p in group["params"] if p.grad is not None])
 
     def clear_gradients(self) -> None:
-        """Have the next gradient be the first of a step."""
+        """Mark the gradients as outdated, so that the next backward pass starts anew."""
         for parameter in (p for group in self.groups for p in group["params"]):
             parameter.grad = None
 
@@ -71,7 +71,7 @@ class FlatParameters:
         return norm
 
     def clear_gradients(self) -> None:
-        """Have the next gradient be the first of a step."""
+        """Mark the gradients as outdated, so that the next backward pass starts anew."""
         for parameter in self._parts:
             parameter.gradient_is_outdated = True  # type: ignore[attr-defined]
 

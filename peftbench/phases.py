@@ -107,7 +107,7 @@ class Phase:
 
     def __post_init__(self) -> None:
         __tracebackhide__ = True  # pytest shows the line that made the phase, not the check
-        if not re.fullmatch(r"[A-Za-z0-9]+-[A-Za-z0-9_]+", self.id):
+        if not isinstance(self.id, str) or not re.fullmatch(r"[A-Za-z0-9]+-[A-Za-z0-9_]+", self.id):
             raise ValueError(
                 "phase id must be letters or digits, one hyphen and a name of letters, digits and underscores, like 'E-ia3' or "
                 f"'G-lora_r4', got {self.id!r}"
@@ -122,6 +122,8 @@ class Phase:
         _check_count(f"{self.id}: batch_size", self.batch_size, at_least=1)
         _check_count(f"{self.id}: max_length", self.max_length, at_least=3)
         _check_count(f"{self.id}: unfreeze_top_layers", self.unfreeze_top_layers, at_least=0)
+        if not isinstance(self.kd_subsets, tuple):
+            raise ValueError(f"{self.id}: kd_subsets must be a tuple of sizes, such as (1000, 500), got {self.kd_subsets!r}")
         for size in (*([] if self.subset is None else [self.subset]), *self.kd_subsets):
             _check_count(f"{self.id}: a subset", size, at_least=1)
         _check_number(f"{self.id}: learning_rate", self.learning_rate, above=0.0)
@@ -149,6 +151,8 @@ class Phase:
         for scale, changes in self.at_scale.items():
             if scale not in SCALE_NAMES:
                 raise ValueError(f"{self.id}: at_scale must name one of {', '.join(SCALE_NAMES)}, got {scale!r}")
+            if not isinstance(changes, Mapping):
+                raise ValueError(f"{self.id}: at_scale[{scale!r}] must be a mapping of fields, got {changes!r}")
             if unknown := sorted(set(changes) - fields):
                 raise ValueError(
                     f"{self.id}: at_scale[{scale!r}] has no field {', '.join(unknown)}; allowed: {', '.join(sorted(fields))}"
@@ -230,7 +234,7 @@ class Scale:
     Attributes:
         data_revisions: Branch, tag or commit of the Hub's data sets, by their names; the main branch of what is not named.
         teacher: A published teacher, or the phase by which the backbone is tuned once to become it.
-        threads: Of an operation on the CPU; None leaves torch its choice. Operations of a tiny model are too short to share.
+        threads: CPU threads per operation; None is torch's default. Operations of a tiny model are too short to share.
     """
 
     name: str
@@ -250,6 +254,10 @@ class Scale:
             )
         if not re.fullmatch(r"[A-Za-z0-9_]+", self.name):  # it stands in file names
             raise ValueError(f"a scale's name must be of letters, digits and underscores, got {self.name!r}")
+        if self.threads is not None:
+            _check_count(f"scale {self.name}: threads", self.threads, at_least=1)
+        if self.data_revisions and self.data != "glue":
+            raise ValueError(f"scale {self.name}: data_revisions are of the Hub's data, and this scale has {self.data}")
         for role, other in (("backbone", Untrained), ("student", Untrained), ("teacher", Phase)):
             if not isinstance(source := getattr(self, role), (Pretrained, other)):
                 raise ValueError(f"scale {self.name}: {role} must be Pretrained or {other.__name__}, got {source!r}")

@@ -32,7 +32,7 @@ cores, 0.46 under LoRA and 0.49 in full tuning.
 """
 
 LEAST_SECONDS = 0.05
-"""Of one round of the matrix rate's measurement."""
+"""Least duration of a round in which the matrix rate is measured."""
 
 USABLE = 0.9
 """Share of the free memory that a plan may fill; the rest is left to fragments and to the libraries."""
@@ -50,7 +50,7 @@ CAPTURE_SECONDS = 0.04
 """What a layer takes once a phase, while the first steps are launched and then captured."""
 
 RATE_TOKENS = {"cpu": 512, "cuda": 8192}
-"""Of the product that the matrix rate is measured with; a GPU would wait for its host between smaller ones."""
+"""Rows of the product that the matrix rate is measured with; between smaller ones a GPU would wait for its host."""
 
 
 def plan_phase(
@@ -188,14 +188,14 @@ def _longest(encoded: Encoded, n: int) -> list[int]:
 
 
 def _weight_bytes(model: nn.Module, trainable: int, device: Device) -> int:
-    """Of weights, with the copies that autocast makes of those in fp32, and of gradient and two moments of what trains."""
+    """Bytes of the weights, of the copies that autocast makes of those in fp32, and of gradient and two moments of what trains."""
     in_fp32 = sum(parameter.numel() for _, parameter in shipped(model) if parameter.dtype == torch.float32)
     copies = 0 if device.precision == "fp32" else 2 * in_fp32
     return _held_bytes(model) + copies + 12 * trainable
 
 
 def _fixed_seconds(model: nn.Module, steps: int, device: Device, *, portions: int, captured: bool) -> float:
-    """Of all steps; a batch that goes through in portions is never captured."""
+    """Seconds of all steps besides products; a batch that goes through in portions is never captured."""
     layers = getattr(model.config, "num_hidden_layers", 0)
     if device.kind != "cuda" or not steps:
         return steps * STEP_SECONDS[device.kind]

@@ -38,27 +38,27 @@ RESUMED = ".resumed"
 """Ending of a file in a run's folder that stands for a case's record in an earlier run, whose id it holds."""
 
 LONG_WAIT = 0.2
-"""Share of the time that threads waited for a processor; beyond it times are not compared with those of less."""
+"""Share of the time that threads waited for a processor; above it, times are compared only with others above it."""
 
 MAX_RECORD_BYTES = 64 * 2**20
-"""Of a file that is read; a record has some ten thousand."""
+"""Largest file that is read; a record has some ten thousand bytes."""
 
 Outcome = Literal["passed", "failed"]
 CacheUse = Literal["hit", "miss"]
 
 Whole = Annotated[int, msgspec.Meta(ge=1 - 2**63, le=2**63 - 1)]
-"""Within what arrays hold."""
+"""What fits 64 bits, as in arrays."""
 
 Step = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
-"""Of the optimizer, counted from 1."""
+"""Optimizer step, counted from 1."""
 
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 Figure = Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)]
-"""One whose square, which a spread and an axis need, is finite, too."""
+"""A number whose square, which a spread and an axis need, is finite, too."""
 
 _DEEPEST = 50
-"""Mappings and lists inside each other, of which a record has some four; whatever reads a record need not fear more."""
+"""Deepest nesting that is accepted; a record has some four levels."""
 
 _MEASURED = ("dev", "test", "parameter_counts", "train_runtime_seconds", "efficiency")
 """What a passed case has, whatever the phase."""
@@ -214,7 +214,7 @@ class Record:
     """
     Everything that one case measured; see README for the meaning and unit of each key.
 
-    A failed case has null where it did not get to measure.
+    Keys that a failed case did not reach are null.
     """
 
     schema_version: Whole
@@ -278,7 +278,7 @@ class Record:
 
     @property
     def waited(self) -> bool:
-        """Whether other work took the processor for so long that times say little: by more than they may differ for nothing."""
+        """Whether the case's threads waited for a processor more than `LONG_WAIT` of their time, so that times say little."""
         return (self.processor_wait_fraction or 0.0) > LONG_WAIT
 
     @property
@@ -329,9 +329,10 @@ class Record:
                 for key, item in value.items():
                     add(f"{name}.{key}" if name else key, item)
             elif isinstance(value, list):
-                row.update({name: value} if name not in ("learning_curve", "dev_curve") else {})
-            else:
-                row.update({name: value} if value is not None or name not in _GROUPS else {})
+                if name not in ("learning_curve", "dev_curve"):
+                    row[name] = value
+            elif value is not None or name not in _GROUPS:
+                row[name] = value
 
         add("", {name: value for name, value in self.to_json().items() if name != "predictions"})
         return row
@@ -439,6 +440,11 @@ def uncollected() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def describe_error(error: BaseException) -> str:
+    """Its type and message, as a record has them."""
+    return ": ".join(filter(None, (type(error).__name__, str(error))))[:2000]
 
 
 def make_run_id() -> str:
@@ -549,9 +555,9 @@ class Store:
         write_atomically(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
         return path
 
-    def records(self, run_id: str = "*") -> Iterator[Record | RecordError]:
-        """The history, or one run of it, by run and case; a file that cannot be read comes as its error."""
-        for path in sorted(self.runs.glob(f"{run_id}/[!.]*.json")):
+    def records(self) -> Iterator[Record | RecordError]:
+        """The history, by run and case; a file that cannot be read comes as its error."""
+        for path in sorted(self.runs.glob("*/[!.]*.json")):
             try:
                 yield read_record(path)
             except RecordError as error:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -131,6 +132,11 @@ def render_notes(records: Sequence[Record], *, table: str) -> str:
     return "\n".join(f"% {printable(line)}" if table == "latex_booktabs" else _escape(line, table) for line in lines)
 
 
+def short(commit: str, digits: int = 12) -> str:
+    """A commit's first digits; the id of a run, where there is no commit, is told whole."""
+    return commit[:digits] if re.fullmatch("[0-9a-f]{40,}", commit) else commit
+
+
 def seen_from(folder: Path, path: Path) -> Path:
     """The path relative to a folder; in full where there is no such way, as between the drives of Windows."""
     try:
@@ -188,7 +194,7 @@ def render_history(traced: Mapping[str, Sequence[Point]], metric: Metric) -> str
     for phase, points in traced.items():
         rows = [
             [
-                point.commit[:12],
+                short(point.commit),
                 point.subject if len(point.subject) <= 50 else f"{point.subject[:49]}…",
                 render_value(metric, point.value),
                 point.passed,
@@ -202,8 +208,8 @@ def render_history(traced: Mapping[str, Sequence[Point]], metric: Metric) -> str
         blocks.append(f"{printable(phase)}  {metric.name}  {sparkline(values)}\n{table}")
     blocks.append(
         f"{metric.name}: {metric.better} is better{f'; {POOLED}' if metric.kind == 'quality' else ''}\n"
-        "level: where it got better or worse, by more than noise, than everything since the previous shift; other branches "
-        "are left out, and so is what is dirty or unknown, unless there is nothing else\n"
+        "level: where it got better or worse by more than noise, accuracy and f1 than at the previous shift, all else than at "
+        "any commit since; other branches are left out, and so is what is dirty or unknown, unless there is nothing else\n"
         "marks: dirty, with uncommitted changes; unknown to git here; failed, the last run of a seed failed; other ..., "
         "not compared; other seed set, compared over the seeds of both"
     )
@@ -399,7 +405,7 @@ def _counts(summary: Summary) -> ParameterCounts:
 
 
 def _texts_per_second(summary: Summary) -> float | None:
-    """Of evaluation, which fills batches."""
+    """Speed of evaluation, which fills batches."""
     one, seconds = summary.passed[0], summary.mean("evaluation_seconds")
     return sum(split.n for split in (one.dev, one.test) if split) / seconds if seconds else None
 

@@ -63,6 +63,7 @@ from peftbench.records import (
     Record,
     Store,
     TeacherCost,
+    describe_error,
     phase_config,
 )
 from peftbench.sealed import building, fingerprint, lock, unseal
@@ -104,14 +105,14 @@ class Teacher:
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """The progress that tells nobody."""
+    """Progress that is not shown."""
 
 
 class Workbench:
     """
     What the cases of one scale share: splits, tokens, the teacher and its logits; each made at first use.
 
-    It can be left out of any call, at the price of making them again.
+    Optional in any call; without one, what a call needs is made again.
     """
 
     def __init__(self, scale: Scale, settings: Settings, progress: Progress = silent, notify: Callable[[str], None] = say) -> None:
@@ -463,7 +464,7 @@ def failed_record(phase: Phase, seed: int, bench: Workbench, error: BaseExceptio
         **_describe_case(phase.at(bench.scale.name), seed, bench),
         outcome="failed",
         fingerprint=None,
-        error=": ".join(filter(None, (type(error).__name__, str(error))))[:2000],
+        error=describe_error(error),
         learning_curve=(),
         predictions={},
     )

@@ -117,11 +117,9 @@ def building(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
         FullError: If there is no space left, whichever library says so.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name[:16]}~"  # of a fingerprint enough, and Windows may allow a path 259 characters only
+    prefix = f".{fingerprint(target.name)[:16]}~"  # short, as Windows may allow a path 259 characters only
     for dead in target.parent.glob(f"{prefix}*"):
-        if not target.exists() and (dead / "replaced").exists():
-            _move(dead / "replaced", target)
-        shutil.rmtree(dead, ignore_errors=True)
+        _clear(dead, target)
     aside = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     try:
         folder = aside / "new"
@@ -138,7 +136,14 @@ def building(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
             raise FullError(f"no space is left to store {target}; free some, or keep the outputs elsewhere") from None
         raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        _clear(aside, target)
+
+
+def _clear(aside: Path, target: Path) -> None:
+    """Remove what lies aside, but for a target that had made room for one that did not come."""
+    if not target.exists() and (aside / "replaced").exists():
+        _move(aside / "replaced", target)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def unseal(folder: Path) -> Mapping[str, Any] | None:

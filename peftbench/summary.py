@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peftbench.intervals import estimate, wilson_interval
+from peftbench.intervals import pooled, t_limit, wilson_interval
 from peftbench.records import Record
 
 FIGURES = (
@@ -23,6 +23,7 @@ FIGURES = (
     "memory_before_bytes",
     "artifact_bytes",
     "latency_ms",
+    "processor_wait_fraction",
 )
 """What varies with the seed, by its place in the record."""
 
@@ -64,7 +65,8 @@ class Summary:
 
     def accuracy_ci95(self, *splits: str) -> tuple[float, float] | None:
         """
-        Of the accuracy over these splits together: Wilson's for one seed, for several that of the mean over seeds and examples.
+        The interval of accuracy over these splits together: Wilson's for one seed; for several that of the mean over seeds and
+        examples, which is Wilson's for as many examples as would be as uncertain.
 
         None where no predictions were recorded. Two seeds leave it wide, as they tell little about how far seeds vary.
         """
@@ -76,12 +78,14 @@ class Summary:
             return wilson_interval(n - wrong[0].bit_count(), n)
         rates = [mask.bit_count() / n for mask in wrong]
         square = sum((one & other).bit_count() for one in wrong for other in wrong) / len(wrong) ** 2 / n
-        over_examples = max(0.0, square - statistics.fmean(rates) ** 2) / n
+        share = 1 - statistics.fmean(rates)
+        over_examples = max(0.0, square - (1 - share) ** 2) / n
         over_seeds = statistics.variance(rates) / len(rates)
-        if not over_examples + over_seeds:  # all right or all wrong, which does not make it certain that others would be
-            return wilson_interval(n - wrong[0].bit_count(), n)
-        low, high = estimate(1 - statistics.fmean(rates), [(over_examples, n - 1), (over_seeds, len(rates) - 1)]).ci95
-        return max(0.0, low), min(1.0, high)
+        variance, freedom = pooled([(over_examples, max(n - 1, 1)), (over_seeds, len(rates) - 1)])
+        if not variance or not 0 < share < 1:  # all right or all wrong, which does not make it certain that others would be
+            return wilson_interval(n * share, n)
+        alike = share * (1 - share) / variance  # as many independent examples would leave it as uncertain
+        return wilson_interval(alike * share, alike, z=t_limit(freedom))
 
 
 def summarize(records: Iterable[Record]) -> list[Summary]:
@@ -148,7 +152,7 @@ def pareto_front(summaries: Sequence[Summary]) -> set[str]:
         if len(summary.passed) < len(summary.records):
             continue
         accuracy, seconds = summary.mean("dev.accuracy") or 0.0, summary.mean("train_runtime_seconds") or 0.0
-        one = next(iter(summary.passed), summary.first)
+        one = summary.first
         trainable = one.parameter_counts.trainable if one.parameter_counts else 0
         low, _ = summary.accuracy_ci95("dev") or (accuracy, accuracy)
         if trainable and (one.majority_accuracy is None or low > one.majority_accuracy):

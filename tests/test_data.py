@@ -331,6 +331,13 @@ def test_a_byte_that_is_not_utf_8_is_named(folder):
     assert f"{folder / 'train.tsv'} is not UTF-8: byte 18 is 0xe9; save it as UTF-8" == str(caught.value)
 
 
+def test_a_test_split_of_one_label_is_not_held_out(folder):
+    """Four positives in a thousand leave none for a tenth of them."""
+    write_tsv(folder / "train.tsv", [f"row {i}\t{int(i < 4)}" for i in range(1000)])
+    with pytest.raises(DataError, match=r"train\.tsv has too few rows of one label to hold a test split out of it; add test\.tsv"):
+        read_glue_folder(folder)
+
+
 def test_a_train_file_too_short_to_hold_out_of_is_refused(folder):
     """19 rows give one for test; the error says to add a test file."""
     write_tsv(folder / "train.tsv", rows(19))

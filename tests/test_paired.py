@@ -182,6 +182,20 @@ def test_false_alarms_are_rare_where_few_examples_differ():
         assert is_rare(alarms), differing
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 10])
+@pytest.mark.parametrize("name", ["accuracy", "f1"])
+def test_seeds_that_share_few_examples_are_no_more_evidence(name, seeds):
+    """Of 2,000 comparisons each, five or eight examples in which the sides differ, the same ones for all seeds."""
+    rng = np.random.default_rng(7)
+    for differing in (5, 8):
+        alarms = []
+        while len(alarms) < 2000:
+            gold, base, head = simulate(rng, n=1800, discordance=differing / 1800)
+            if (base != head).sum() == differing:
+                alarms.append(differ(name, gold, *(np.repeat(side, seeds, axis=0) for side in (base, head))).p < 0.05)
+        assert is_rare(alarms), differing
+
+
 @pytest.mark.parametrize("runs", [2, 3, 5])
 def test_false_alarms_of_repeated_times_are_rare(runs):
     """Of 2,000 comparisons of runs that differ by 2%, with an average of three seeds in each that differ by 1%."""

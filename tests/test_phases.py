@@ -36,6 +36,8 @@ def phase(**changes):
         pytest.param({"unfreeze_top_layers": -1}, "unfreeze_top_layers", "-1", "at least 0", id="unfreeze_top_layers"),
         pytest.param({"subset": 0}, "subset", "0", "at least 1", id="subset"),
         pytest.param({"kd_subsets": (500, 0)}, "subset", "0", "at least 1", id="kd_subsets"),
+        pytest.param({"kd_subsets": 1000}, "kd_subsets", "1000", "a tuple", id="kd_subsets-number"),
+        pytest.param({"at_scale": {"mini": 3}}, "at_scale", "3", "a mapping", id="at_scale-number"),
         pytest.param({"kd_subsets": ("500",)}, "subset", "'500'", "a whole number", id="kd_subsets-text"),
         pytest.param({"learning_rate": 0.0}, "learning_rate", "0.0", "above 0", id="learning_rate-zero"),
         pytest.param({"learning_rate": float("nan")}, "learning_rate", "nan", "a finite number", id="learning_rate-nan"),
@@ -209,6 +211,11 @@ def test_facts_do_not_load_torch():
     ("changes", "message"),
     [
         ({"name": "a/b"}, "a scale's name must be of letters, digits and underscores, got 'a/b'"),
+        ({"threads": 0}, "scale tiny: threads must be a whole number of at least 1, got 0"),
+        (
+            {"data_revisions": {"nyu-mll/glue": "main"}},
+            "scale tiny: data_revisions are of the Hub's data, and this scale has grammar",
+        ),
         ({"student": "my-student"}, "scale tiny: student must be Pretrained or Untrained, got 'my-student'"),
         ({"teacher": Phase(id="T-x", role="student", epochs=1)}, "the teacher is the backbone with all parameters tuned"),
         ({"teacher": Phase(id="T-x", role="backbone", epochs=1, subset=9)}, "can have no subset"),

@@ -22,6 +22,7 @@ from peftbench.report import (
     render_plans,
     render_results,
     render_summary,
+    short,
 )
 from peftbench.summary import summarize
 from peftbench.verdicts import Row
@@ -449,3 +450,9 @@ def test_plan_by_hand(free, verdict):
     assert ["B-lora", "591.0k", "8241", "1032", "441.7k", "18.3", "1.0", "251", "MiB", "16", "1:00", "min"] == row
     assert "all: about 2:30 min, at 340 GFLOP/s" in text
     assert verdict in text.splitlines()[-1]
+
+
+def test_runs_of_a_minute_are_told_apart_where_there_are_no_commits():
+    """A commit's first digits name it, a run's do not."""
+    assert "c" * 12 == short("c" * 40)
+    assert "20260101T102701Z-aaaaaa" == short("20260101T102701Z-aaaaaa")

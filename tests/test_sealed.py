@@ -160,16 +160,16 @@ def test_a_killed_process_leaves_the_old_folder_and_the_next_one_clears_up(targe
     killed.communicate()
     assert -signal.SIGKILL == killed.returncode
     assert {"n": 1} == unseal(target)
-    assert 1 == len([name for name in names(target.parent) if name.startswith(".kd_500~")])
+    assert 1 == len([name for name in names(target.parent) if "~" in name])
     with lock(target):
         build(target, {"n": 3}, data="new")
     assert {"n": 3} == unseal(target)
-    assert [] == [name for name in names(target.parent) if name.startswith(".kd_500~")]
+    assert [] == [name for name in names(target.parent) if "~" in name]
 
 
 def test_clearing_up_spares_the_neighbours(target):
-    """Only leftovers of the same target go: whoever builds a neighbour holds another lock."""
-    neighbour = target.parent / f"{target.name}-long"
+    """Only leftovers of the same target go: whoever builds a neighbour holds another lock, however alike their names are."""
+    target, neighbour = (target.parent / f"kd_1000_length_{length}" for length in (100, 128))
     with building(neighbour, {"whose": "neighbour"}) as folder:
         (folder / "data").write_text("half")
         build(target, {}, data="own")
@@ -408,3 +408,21 @@ def test_a_path_aside_is_hardly_longer_than_in_place(tmp_path):
     target = tmp_path / ("f" * 64)
     with building(target, {}) as folder:
         assert len(str(folder)) < len(str(target))
+
+
+def test_an_interrupt_between_the_renames_keeps_what_was_there(target, monkeypatch):
+    """Ctrl-C comes at any time."""
+    build(target, {"n": 1}, data="old")
+    replace, moves = Path.replace, []
+
+    def interrupted(self, to):
+        moves.append(to)
+        if len(moves) == 3:  # after the manifest's and the old folder's, at the new one's
+            raise KeyboardInterrupt
+        return replace(self, to)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(target, {"n": 2}, data="new")
+    assert {"n": 1} == unseal(target)
+    assert [target.name] == names(target.parent)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from samples import NOTHING
 from samples import passed as measured
 from scipy import stats
+from statsmodels.stats.proportion import proportion_confint
 
 from peftbench.intervals import wilson_interval
 from peftbench.records import Efficiency, ParameterCounts, Record, SplitMetrics
@@ -193,15 +194,36 @@ def test_the_report_of_several_seeds_holds_means_where_the_record_holds_values()
 
 @pytest.mark.parametrize("spread", [0, 30])
 def test_the_interval_of_a_mean_accuracy_is_over_seeds_and_examples(spread):
-    """The variances of both, by their definitions, and Student's t; alike seeds leave the interval of the examples."""
+    """Wilson's of as many examples as have the variance of both, by Student's t; alike seeds leave the interval of the examples."""
     wrong = [set(range(100)) | set(range(200, 200 + spread * i)) for i in range(3)]
     records = [measured(seed=seed, wrong=positions) for seed, positions in zip((42, 43, 44), wrong, strict=True)]
     correct = np.array([[i not in positions for i in range(900)] for positions in wrong], float)
     by_example, by_seed = correct.mean(axis=0).var() / 900, correct.mean(axis=1).var(ddof=1) / 3
     freedom = (by_example + by_seed) ** 2 / (by_example**2 / 899 + by_seed**2 / 2)
-    half = stats.t.ppf(0.975, freedom) * (by_example + by_seed) ** 0.5
-    low, high = phase_report(Summary(records))["dev"]["accuracy_ci95"]
-    assert (pytest.approx(correct.mean() - half), pytest.approx(correct.mean() + half)) == (low, high)
+    share, t = correct.mean(), stats.t.ppf(0.975, freedom)
+    alike = share * (1 - share) / (by_example + by_seed)
+    ends = proportion_confint(share * alike, alike, alpha=2 * stats.norm.sf(t), method="wilson")
+    assert pytest.approx(ends) == phase_report(Summary(records))["dev"]["accuracy_ci95"]
+
+
+def test_an_interval_near_the_end_holds_the_truth():
+    """Of 1,000 with three seeds that agree on every example, of which 97% are right: 95%, up to chance, as for one seed."""
+    rng = np.random.default_rng(7)
+    held = []
+    for _ in range(1000):
+        wrong = set(np.flatnonzero(rng.random(100) < 0.03).tolist())
+        low, high = Summary([measured(seed=seed, wrong=wrong, n=100) for seed in (1, 2, 3)]).accuracy_ci95("dev")
+        held.append(low <= 0.97 <= high)
+    assert 0.93 < np.mean(held) < 0.99
+
+
+def test_one_example_and_several_seeds_are_summarized():
+    """Rounding leaves it a variance, and n - 1 is zero."""
+    for wrong in range(8):
+        records = [measured(seed=seed, wrong=range(seed < wrong), n=1) for seed in range(7)]
+        low, high = Summary(records).accuracy_ci95("dev")
+        assert 0 <= low <= 1 - wrong / 7 + 1e-9
+        assert 1 - wrong / 7 - 1e-9 <= high <= 1
 
 
 def test_the_interval_of_one_seed_is_wilsons():

@@ -17,7 +17,7 @@ from peftbench.errors import PeftbenchError
 from peftbench.phases import KD_MAX_LENGTH, SCALES, STANDARD_KD_SUBSETS, Phase, Scale
 from peftbench.plugin.options import add_options
 from peftbench.plugin.session import Session
-from peftbench.records import Record, Store
+from peftbench.records import Record, Store, describe_error
 from peftbench.report import printable, render_comparison, render_summary, seen_from
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SESSION = pytest.StashKey[Session]()
 RECORD = pytest.StashKey[Record]()
-"""Of the test that is running, until it is written."""
+"""The record of the test that is running, until it is written."""
 ATTEMPTED = pytest.StashKey[Path]()
 """Where a test has left a record: the next one of the same case, as where failed tests are run again, takes its place."""
 
@@ -189,7 +189,7 @@ def _keep(item: pytest.Item, error: BaseException | None = None) -> str | None:
     del item.stash[RECORD]
     session = item.config.stash[SESSION]
     if error and record.outcome == "passed" and not isinstance(error, pytest.skip.Exception):
-        record = dataclasses.replace(record, outcome="failed", error=pytest.ExceptionInfo.from_exception(error).exconly()[:2000])
+        record = dataclasses.replace(record, outcome="failed", error=describe_error(error))
     benchmark: Any = getattr(item, "funcargs", {}).get("benchmark")
     try:
         store = Store(session.options.outputs, record.scale)

@@ -112,7 +112,7 @@ class Session:
         return self.trained_seconds
 
     def describe_times(self) -> list[str]:
-        """Of a session that has trained: how soon, and how much of its time was something else."""
+        """How soon a session trained, and how much of its time was something else; nothing if it did not train."""
         first = self.progress.first_step
         if first is None:
             return []
@@ -160,7 +160,9 @@ class Session:
             )
 
     def find_passed(self, bench: Workbench, fingerprint: str, seed: int) -> Record | None:
-        """The newest passed record of the same case at the same commit and changes, on the same device."""
+        """The newest passed record of the same case at the same commit and changes, with the same versions, on the same device."""
+        from peftbench.measure import describe_versions
+
         store = bench.store
         if self.settings.commit.get("problem"):
             return None  # as nobody knows what code it was
@@ -172,11 +174,12 @@ class Session:
                 else:
                     readable.append(record)
         same = ("device", "accelerator") if bench.device.kind == "cuda" else ("device", "processor", "cores")
-        wanted = ("passed", fingerprint, seed, self.settings.commit, [bench.machine[fact] for fact in same])
+        versions = describe_versions()
+        wanted = ("passed", fingerprint, seed, self.settings.commit, versions, [bench.machine[fact] for fact in same])
         for record in reversed(self._history[store.runs]):
             there = [record.machine.get(fact) for fact in same]
             evaluations = min(self.options.evaluations, record.optimizer_steps or 0)
-            if (record.outcome, record.fingerprint, record.seed, record.commit, there) == wanted and (
+            if (record.outcome, record.fingerprint, record.seed, record.commit, record.versions, there) == wanted and (
                 len(record.dev_curve or ()) >= evaluations
             ):
                 return record
@@ -184,14 +187,18 @@ class Session:
         return None
 
     def _say_why_not(self, fingerprint: str, seed: int, history: list[Record]) -> None:
-        """Of a case that has passed elsewhere, what keeps it from being resumed."""
+        """Say why a case that has passed elsewhere is not resumed."""
         passed = [r for r in history if (r.outcome, r.fingerprint, r.seed) == ("passed", fingerprint, seed)]
         if not passed:
             return
         last = passed[-1]
         where = f"in run {last.run_id}" + (f" at commit {commit[:12]}" if (commit := last.commit.get("id")) else "")
         dirty = " with uncommitted changes" if last.commit.get("dirty") else ""
-        same = "this machine and as many evaluations" if last.commit == self.settings.commit else "this commit and these changes"
+        same = (
+            "this machine, these versions and as many evaluations"
+            if last.commit == self.settings.commit
+            else "this commit and these changes"
+        )
         case = f"{last.phase_id} with seed {seed}"
         self.progress.say(f"{case} runs again: it passed {where}{dirty}, and only cases of {same} are resumed")
 

@@ -3,6 +3,8 @@
 import json
 import subprocess
 
+import pytest
+
 from peftbench.cli import main
 
 
@@ -81,13 +83,14 @@ def test_a_record_with_fewer_evaluations_than_asked_for_is_not_resumed(study):
         study(*arguments, "--peft-evaluations", fewer).assert_outcomes(skipped=2, deselected=4)
 
 
-def test_another_processor_is_another_device(study, pytester):
-    """Records that were brought along from another machine are run again; the device's number makes no other one."""
+@pytest.mark.parametrize(("group", "fact"), [("machine", "processor"), ("versions", "torch")])
+def test_what_was_measured_elsewhere_is_run_again(study, pytester, group, fact):
+    """On another machine, or with other libraries; the device's number makes no other one."""
     study("-k", "small")
     study("-k", "small", "--peft-resume", "--peft-device", "cpu:0").assert_outcomes(skipped=1, deselected=5)
     [path] = (pytester.path / "outputs/tiny/runs").glob("*/*.json")
     content = json.loads(path.read_text())
-    content["machine"]["processor"] = "another"
+    content[group][fact] = "another"
     path.write_text(json.dumps(content))
     study("-k", "small", "--peft-resume").assert_outcomes(passed=1, deselected=5)
 
