@@ -45,8 +45,8 @@ COST: Mapping[str, Column] = {
 LEGEND = (
     "over maj.: dev accuracy beyond that of always answering the more frequent label; acc/M, acc/min: dev accuracy per",
     "million trained parameters, per minute of training; front *: the interval of dev acc is above the majority, and no",
-    "other trained phase is as good in dev acc, trained and train and better in one; trained: scalars an optimizer step",
-    "may change; ships: bytes to store; latency: of one text alone; texts/s: in evaluation, dev and test",
+    "other trained phase is at least as good in all of dev acc, trained and train, and better in one; trained: parameters",
+    "that training may change; ships: bytes to store; latency: of one text alone; texts/s: in evaluation, dev and test",
 )
 
 POOLED = "accuracy and f1 are over dev and test together"
@@ -427,8 +427,8 @@ def _notes(summaries: Sequence[Summary]) -> list[str]:
         if cost:
             teachers.setdefault((phase, cost.training_seconds, cost.logit_seconds), set()).add(cost.cache)
     for (phase, training, logits), uses in sorted(teachers.items()):
-        spent = f"tuning {render_duration(training)}, logits {render_duration(logits)}, when first made"
-        lines.append(f"{phase} also needs the teacher: {spent}; cache {' and '.join(sorted(uses, reverse=True))} here")
+        spent = f"the teacher, tuned in {render_duration(training)}, and its logits, {render_duration(logits)}, when first made"
+        lines.append(f"{phase}: plus {spent}; cache {' and '.join(sorted(uses, reverse=True))} here")
     if any(len(summary.passed) > 1 and summary.trains for summary in summaries):
         lines.append("×N, N of M seeds: figures are means over N seeds; ±: their standard deviation")
     return lines + render_failures(records)

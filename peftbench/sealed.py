@@ -19,6 +19,7 @@ from peftbench.errors import PeftbenchError
 
 MANIFEST = "manifest.json"
 WINDOWS = os.name == "nt"
+NO_LOCKS = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -92,6 +93,8 @@ def lock(target: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
         waiting()
         held.acquire()
     except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
         raise LockError(
             f"cannot lock {target}: {getattr(error, 'strerror', None) or error}; keep outputs on a file system with locks"
         ) from error

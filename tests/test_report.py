@@ -313,7 +313,7 @@ def test_the_lines_below_name_scale_data_and_majority():
 def test_the_lines_below_name_the_teachers_cost():
     """A phase that learned from a teacher was not as cheap as its own training."""
     cost = TeacherCost(training_seconds=242.0, logit_seconds=4.5, cache="hit")
-    expected = "B also needs the teacher: tuning 4:02 min, logits 4.50 s, when first made; cache hit here"
+    expected = "B: plus the teacher, tuned in 4:02 min, and its logits, 4.50 s, when first made; cache hit here"
     assert expected in render_summary([dataclasses.replace(LORA, teacher_cost=cost)]).splitlines()
 
 
