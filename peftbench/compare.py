@@ -416,5 +416,7 @@ def _judge_single(metric: Metric, row: Row, base_runs: int, head_runs: int) -> R
     single = [name for name, runs in (("base", base_runs), ("head", head_runs)) if runs == 1]
     how = "one run a side" if len(single) > 1 else f"one run in the {single[0]}" if single else "figures without a ratio"
     how = f"{how}, tolerance {metric.relative:.0%}" if metric.relative else "exact"
+    if metric.relative * abs(row.base) < abs(difference) < metric.absolute:
+        how = f"less than {metric.absolute:g} {metric.unit} does not matter"
     verdict: Verdict = "no difference shown" if within else "better" if metric.gain(difference) > 0 else "worse"
     return dataclasses.replace(row, difference=difference, verdict=verdict, reason=how)

@@ -176,9 +176,9 @@ def trace(records: Iterable[Record], metric: Metric, commits: Sequence[Commit]) 
     A metric over commits, by phase.
 
     Levels go along the line that leads to HEAD. A commit shifts the level if it differs from the first of the level (quality) or
-    from all of it (the rest), so that slow drifts show, too. Commits off the line are shown and take no part, and neither do
-    commits that git does not know, or changes that were never committed, where there is anything else; they stand where their time
-    puts them.
+    from all of it (the rest), so that slow drifts show, too, and if a seed newly fails. Commits off the line are shown and take no
+    part, and neither do commits that git does not know, or changes that were never committed, where there is anything else; they
+    stand where their time puts them.
     """
     place = {commit.id: i for i, commit in enumerate(commits)}
     by_phase: dict[tuple[str, str], dict[tuple[str, str], list[Record]]] = {}
@@ -189,7 +189,7 @@ def trace(records: Iterable[Record], metric: Metric, commits: Sequence[Commit]) 
     traced = {}
     for (scale, phase), groups in sorted(by_phase.items()):
         taking_part = _taking_part(groups, commits, place)
-        line, points = _Line(metric), []
+        line, points, failing = _Line(metric), [], False
         for (commit, changes), group in _in_order(groups, place):
             known = commits[place[commit]] if commit in place else None
             sample = Sample(group)
@@ -201,6 +201,9 @@ def trace(records: Iterable[Record], metric: Metric, commits: Sequence[Commit]) 
             if sample.passed and (commit, changes) in taking_part:
                 shift, other = line.take(sample)
                 marks += [f"other {other}"] if other else []
+            if (commit, changes) in taking_part:
+                shift = "worse" if sample.error and not failing else shift
+                failing = sample.error is not None
             subject, value = known.subject if known else "", sample.mean(metric)
             points.append(Point(commit=commit, subject=subject, value=value, passed=len(sample.passed), marks=marks, shift=shift))
         if any(point.value is not None for point in points):

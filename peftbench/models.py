@@ -156,6 +156,11 @@ def load_classifier(weights: Weights, *, tuned: bool = False, shapes_only: bool 
         kept = nn.ModuleList(stack[i - 1] for i in source.layers)
         _encoder(model).layer = kept
         model.config.num_hidden_layers = len(kept)
+    largest, rows = max(load_tokenizer(weights).get_vocab().values()), model.get_input_embeddings().num_embeddings
+    if largest >= rows:
+        raise ModelError(
+            f"{source.source}: the tokenizer has ids up to {largest}, the model embeds {rows}; they are of different checkpoints"
+        )
     return model  # type: ignore[no-any-return]
 
 
@@ -184,7 +189,10 @@ def _from_checkpoint(weights: Weights, labels: dict[str, Any], *, tuned: bool) -
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
     if tuned and (missing := sorted(loaded["missing_keys"])):
-        raise ModelError(f"{source.source} is not a tuned classifier: it lacks {', '.join(missing)[:200]}")
+        raise ModelError(
+            f"{source.source} is not a tuned classifier: it lacks {', '.join(missing)[:200]}; give one that is, or a "
+            "Phase by which the scale's backbone is tuned to become the teacher"
+        )
     return model
 
 
@@ -243,6 +251,8 @@ def _adapt(model: nn.Module, phase: Phase) -> nn.Module:
     assert phase.peft is not None
     head = [name for name, _ in model.named_children() if name in HEAD]
     peft = copy.deepcopy(dict(phase.peft))  # peft extends lists in place
+    if (task := peft.pop("task_type", TaskType.SEQ_CLS)) != TaskType.SEQ_CLS:
+        raise ModelError(f"{phase.id}: peft's task_type must be SEQ_CLS or left out, got {task!r}")
     try:
         with warnings.catch_warnings():  # peft asks transformers by an old name whether activations are checkpointed
             warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)

@@ -29,6 +29,7 @@ from peftbench.report import (
     render_duration,
     render_failures,
     render_name,
+    render_teachers,
     render_value,
     render_warnings,
     seen_from,
@@ -136,7 +137,7 @@ def render_page(
         seeds = max(len(summary.passed) for summary in summaries)
         body.append("; ±: standard deviation over seeds.</p>" if seeds > 1 else ".</p>")
         body += [f"<p>{escape(line)}</p>" for line in render_failures(of_scale)]
-        body += [f"<p>{escape(line)}</p>" for line in render_warnings(measured)]
+        body += [f"<p>{escape(line)}</p>" for line in (*render_warnings(measured), *render_teachers(measured))]
         if measured:
             body.append(f"<p>{escape(render_data(measured[0].passed[0]))}</p>")
             charts = [_trade_off(measured, cost, place, looks) for cost in ("parameters", "minutes")]
@@ -206,7 +207,8 @@ def _trade_off(summaries: Sequence[Summary], cost: str, place: int, looks: "_Loo
         )
         points[name] = x, 100 * accuracy
         bars.append([(x, 100 * accuracy - ends[0][0]), (x, 100 * accuracy + ends[1][0])])
-    places = sorted(points.values())
+    whole = {summary.first.phase_id for summary in summaries if len(summary.passed) == len(summary.records)}
+    places = sorted(point for name, point in points.items() if name in whole)
     edge = [(x, y) for x, y in places if not any(other <= x and best >= y for other, best in places if (other, best) != (x, y))]
     if len(edge) > 1:
         axes.step(*zip(*edge, strict=True), "--", where="post", color=_FRONT, linewidth=1, zorder=0)

@@ -208,8 +208,8 @@ def render_history(traced: Mapping[str, Sequence[Point]], metric: Metric) -> str
         blocks.append(f"{printable(phase)}  {metric.name}  {sparkline(values)}\n{table}")
     blocks.append(
         f"{metric.name}: {metric.better} is better{f'; {POOLED}' if metric.kind == 'quality' else ''}\n"
-        "level: where it got better or worse by more than noise, accuracy and f1 than at the previous shift, all else than at "
-        "any commit since; other branches are left out, and so is what is dirty or unknown, unless there is nothing else\n"
+        "level: where it newly fails, or got better or worse by more than noise, accuracy and f1 than at the previous shift, all "
+        "else than at any commit since; left out are other branches, and what is dirty or unknown unless there is nothing else\n"
         "marks: dirty, with uncommitted changes; unknown to git here; failed, the last run of a seed failed; other ..., "
         "not compared; other seed set, compared over the seeds of both"
     )
@@ -250,17 +250,31 @@ def render_failures(records: Sequence[Record]) -> list[str]:
     return [f"{r.phase_id} seed {r.seed} failed: {r.reason[:300]}" for r in records if r.outcome == "failed"]
 
 
+def render_teachers(summaries: Sequence[Summary]) -> list[str]:
+    """A line for each phase that needs a teacher, whose cost is not among the phase's own."""
+    lines = []
+    teachers: dict[tuple[str, float, float], set[str]] = {}
+    for phase, cost in ((record.phase, record.teacher_cost) for summary in summaries for record in summary.passed):
+        if cost:
+            teachers.setdefault((phase, cost.training_seconds, cost.logit_seconds), set()).add(cost.cache)
+    for (phase, training, logits), uses in sorted(teachers.items()):
+        spent = f"the teacher, tuned in {render_duration(training)}, and its logits, {render_duration(logits)}, when first made"
+        lines.append(f"{phase}: plus {spent}; cache {' and '.join(sorted(uses, reverse=True))} here")
+    return lines
+
+
 def render_warnings(summaries: Sequence[Summary]) -> list[str]:
     """A line for each thing that makes figures say less than they seem to."""
     which = {"data": "which", "machines": "whose times"}
     lines = [f"warning: different {what} in one table, {which[what]} cannot be compared; no front" for what in differing(summaries)]
-    for summary in summaries:
-        for record in (record for record in summary.passed if record.waited):
-            case = f"{record.phase_id} seed {record.seed}" if len(summary.passed) > 1 else record.phase_id
-            share = f"{100 * (record.processor_wait_fraction or 0):.0f}%"
-            lines.append(
-                f"warning: {case} waited for a processor {share} of its time, as when other work runs; its times say little"
-            )
+    waited = [record for summary in summaries for record in summary.passed if record.waited]
+    if waited:
+        cases = dict.fromkeys(record.phase_id for record in waited)
+        most = max(record.processor_wait_fraction or 0 for record in waited)
+        much = f"{100 * most:.0f}%" if len(waited) == 1 else f"up to {100 * most:.0f}%"
+        lines.append(
+            f"warning: {', '.join(cases)} waited for a processor {much} of the time, as when other work runs; its times say little"
+        )
     if any(record.peak_memory_scope == PEAK_SINCE_START for summary in summaries for record in summary.passed):
         lines.append("peak is of the process since its start: where an earlier case's was higher, this system does not tell")
     for record in [record for summary in summaries for record in summary.passed][:1]:
@@ -422,13 +436,7 @@ def _notes(summaries: Sequence[Summary]) -> list[str]:
     if passed:
         lines += LEGEND
         lines += render_warnings(summaries)
-    teachers: dict[tuple[str, float, float], set[str]] = {}
-    for phase, cost in ((record.phase, record.teacher_cost) for record in passed):
-        if cost:
-            teachers.setdefault((phase, cost.training_seconds, cost.logit_seconds), set()).add(cost.cache)
-    for (phase, training, logits), uses in sorted(teachers.items()):
-        spent = f"the teacher, tuned in {render_duration(training)}, and its logits, {render_duration(logits)}, when first made"
-        lines.append(f"{phase}: plus {spent}; cache {' and '.join(sorted(uses, reverse=True))} here")
+    lines += render_teachers(summaries)
     if any(len(summary.passed) > 1 and summary.trains for summary in summaries):
         lines.append("×N, N of M seeds: figures are means over N seeds; ±: their standard deviation")
     return lines + render_failures(records)

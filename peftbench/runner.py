@@ -395,7 +395,7 @@ def train(
         return kd_loss(logits, targets[batch.rows.to(targets.device, non_blocking=True)], batch.labels, phase.distillation)
 
     def accuracy(on: Encoded) -> float:
-        return float((predict(model, on, device, packed=packed).argmax(dim=1) == on.labels).float().mean())
+        return int((predict(model, on, device, packed=packed).argmax(dim=1) == on.labels).sum()) / len(on)
 
     words = torch.cat([*encoded.tokens, *(dev.tokens if dev else ())])
     rows_stay = packed and not phase.weight_decay  # of words that do not occur: no padding and no decay touches them
@@ -497,6 +497,9 @@ def seed_everything(seed: int) -> None:
 
 def _describe_case(phase: Phase, seed: int, bench: Workbench) -> dict[str, Any]:
     """What is known of a case however it ends."""
+    recipe = bench.scale.teacher
+    needs_teacher = phase.role == "teacher" or phase.distillation is not None
+    taught = {"teacher": phase_config(recipe)} if isinstance(recipe, Phase) and needs_teacher else {}
     return {
         "schema_version": SCHEMA_VERSION,
         "run_id": bench.settings.run_id,
@@ -504,7 +507,7 @@ def _describe_case(phase: Phase, seed: int, bench: Workbench) -> dict[str, Any]:
         "name": phase.name,
         "scale": bench.scale.name,
         "seed": seed,
-        "config": phase_config(phase),
+        "config": {**phase_config(phase), **taught},
         "data": bench.splits.describe() if "splits" in vars(bench) else {},
         "machine": bench.machine,
         "versions": describe_versions(),

@@ -5,6 +5,9 @@ import random
 from peftbench.intervals import wilson_interval
 from peftbench.records import SCHEMA_VERSION, Efficiency, ParameterCounts, Predictions, Record, SplitMetrics
 
+REWRITTEN = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
+"""For sessions in this process, which has loaded the plugin before, with warnings as errors."""
+
 NOTHING = {
     "schema_version": SCHEMA_VERSION,
     "learning_curve": (),

@@ -452,3 +452,20 @@ def test_tokenizer_identity_is_what_it_does():
     assert tokenizer_identity(first) == tokenizer_identity(second)
     second.add_tokens(["xylophone"])
     assert tokenizer_identity(first) != tokenizer_identity(second)
+
+
+def test_a_tokenizer_of_another_checkpoint_is_refused(tmp_path):
+    """Its words would be looked up beyond the embeddings."""
+    weights = locate(TINY, fetch=None)
+    model, tokenizer = load_classifier(weights), load_tokenizer(weights)
+    model.resize_token_embeddings(20)
+    save_classifier(model, tokenizer, tmp_path)
+    with pytest.raises(ModelError, match=r"the tokenizer has ids up to \d+, the model embeds 20; they are of different"):
+        load_classifier(locate(Pretrained(source=str(tmp_path)), fetch=None))
+
+
+def test_a_peft_task_of_another_kind_is_refused():
+    """peft would ask the classifier for what only a generator has."""
+    phase = Phase(id="E-x", role="student", epochs=1, peft={"peft_type": "LORA", "task_type": "CAUSAL_LM"})
+    with pytest.raises(ModelError, match="E-x: peft's task_type must be SEQ_CLS or left out, got 'CAUSAL_LM'"):
+        prepare(load_classifier(locate(TINY, fetch=None)), phase)

@@ -394,6 +394,16 @@ def test_a_teacher_that_cannot_be_stored_is_not_tuned(data, tmp_path, monkeypatc
     assert [] == told
 
 
+def test_how_the_teacher_was_tuned_is_in_the_records_that_rest_on_it(data, tmp_path):
+    """So that a comparison says what was changed."""
+    settings = settings_in(tmp_path, data)
+    bench = Workbench(TINY, settings)
+    records = [
+        run_phase(phase, TINY, 42, settings, workbench=bench) for phase in (TEACHER, dataclasses.replace(KD, epochs=1), FULL)
+    ]
+    assert [5, 5, None] == [record.config.get("teacher", {}).get("epochs") for record in records]
+
+
 @pytest.mark.parametrize("subset", [None, 4])
 def test_evaluating_while_training_changes_nothing_but_tells(data, tmp_path, subset):
     """The same predictions and losses, also of words that were not trained on; the last point is the trained model's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,6 +103,7 @@ class Options:
             limits = [] if typed["compare"] == "" else config.getini("peft_fail")
         if limits and not given["compare"]:
             raise pytest.UsageError(f"{option} {limits[0]} needs a comparison; name what to compare with by --peft-compare BASE")
+        _check_ini_file(config, typed)
         options = cls(
             scale=given["scale"],
             seeds=tuple(map(int, seeds)),
@@ -130,6 +132,28 @@ class Options:
                 check_data_folder(self.data, spelled)
             except ValueError as error:
                 raise pytest.UsageError(str(error)) from None
+
+
+def _check_ini_file(config: pytest.Config, typed: Mapping[str, str | None]) -> None:
+    """
+    Refuse to run without the ini file that the user means.
+
+    Before pytest knows our options, it takes an existing folder that is a word of its own for one of tests, and where there is no
+    other it looks for its ini file there.
+    """
+    words, start = config.invocation_params.args, config.invocation_params.dir
+    apart = [f"--peft-{name}" for name, value in typed.items() if value in words and (start / str(value)).exists()]
+    if not apart or config.args_source is config.ArgsSource.ARGS:
+        return
+    for folder in (start, *start.parents):
+        if folder == config.rootpath:
+            return
+        for name in ("pytest.ini", "pyproject.toml", "tox.ini", "setup.cfg"):
+            if (folder / name).is_file():
+                raise pytest.UsageError(
+                    f"pytest has taken {typed[apart[0].removeprefix('--peft-')]} for a folder of tests and passed over "
+                    f"{folder / name}; write {apart[0]}=DIR in one word"
+                )
 
 
 def _parse_gates(limits: list[str], option: str) -> tuple[Gate, ...]:

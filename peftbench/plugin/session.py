@@ -155,8 +155,10 @@ class Session:
         """
         known = self._phases.setdefault(phase.letter.lower(), phase)
         if known != phase:
+            field = next(f.name for f in dataclasses.fields(Phase) if getattr(known, f.name) != getattr(phase, f.name))
             raise RecordError(
-                f"phases {known.id} and {phase.id} differ but would share phase_{phase.letter.lower()}_metrics.json; rename one"
+                f"phases {known.id} and {phase.id} differ in {field} but would share "
+                f"phase_{phase.letter.lower()}_metrics.json; rename one"
             )
 
     def find_passed(self, bench: Workbench, fingerprint: str, seed: int) -> Record | None:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from samples import passed
+from samples import REWRITTEN, passed
 
 from peftbench.plugin import SESSION
 from peftbench.records import Store
@@ -39,7 +39,7 @@ def test_a_test_that_fails_before_it_trains_is_told_of_its_own_error_alone(study
     """Not of a clock that was never started, where warnings are errors."""
     text = "from peftbench.phases import Phase\ndef test_x(run_phase):\n    run_phase(Phase(id='E-x', role='studnt'))\n"
     (pytester.path / "test_own.py").write_text(text)
-    result = study("test_own.py", "-W", "error")
+    result = study("test_own.py", "-W", "error", *REWRITTEN)
     result.assert_outcomes(failed=1, deselected=1)
     result.stdout.fnmatch_lines(["*E-x: role must be one of teacher, backbone, student, got 'studnt'*"])
 

@@ -1,6 +1,7 @@
 """--peft-data: bad folders end in one clear message."""
 
 import pytest
+from samples import REWRITTEN
 
 
 @pytest.mark.parametrize(
@@ -47,8 +48,24 @@ def test_sentences_of_dev_in_train_are_warned_of_and_counted(study, tmp_path, da
     stolen = (tmp_path / "train.tsv").read_text().splitlines()[1]
     with (tmp_path / "dev.tsv").open("a") as dev:
         dev.write(stolen + "\n")
-    result = study("-k", "small", "-W", "error", "-W", "ignore::FutureWarning", data=tmp_path)
+    result = study("-k", "small", "-W", "error", "-W", "ignore::FutureWarning", *REWRITTEN, data=tmp_path)
     result.assert_outcomes(passed=1, deselected=5)
     result.stdout.fnmatch_lines(["warning: 1 dev sentences also occur in train"])
     [record] = records().values()
     assert 1 == record["data"]["dev_sentences_in_train"]
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"), [(["--peft-data", "{}"], True), (["--peft-data={}"], False), (["--peft-data", "{}", "."], False)]
+)
+def test_a_folder_that_pytest_takes_for_tests_does_not_cost_the_ini_file(study, pytester, data_folder, words, refused):
+    """As a word of its own, where no path of tests is given, it would move the root to where the data are."""
+    pytester.makeini("[pytest]\npeft_seeds = 7")
+    result = study("-k", "small", *(word.format(data_folder) for word in words), data=None)
+    if refused:
+        assert pytest.ExitCode.USAGE_ERROR == result.ret
+        result.stderr.fnmatch_lines(
+            [f"*taken {data_folder} for a folder of tests and passed over *tox.ini; write --peft-data=DIR*"]
+        )
+    else:
+        result.assert_outcomes(passed=1, deselected=5)

@@ -4,6 +4,7 @@ import json
 import subprocess
 
 import pytest
+from samples import REWRITTEN
 
 from peftbench.cli import main
 
@@ -43,7 +44,7 @@ def test_a_corrupt_record_is_left_out_and_named(study, pytester):
     study("-k", "small").assert_outcomes(passed=1, deselected=5)
     [path] = (pytester.path / "outputs/tiny/runs").glob("*/*.json")
     path.write_text(path.read_text()[:100])
-    result = study("-k", "small", "--peft-resume", "-W", "error", "-W", "ignore::FutureWarning")
+    result = study("-k", "small", "--peft-resume", "-W", "error", "-W", "ignore::FutureWarning", *REWRITTEN)
     result.assert_outcomes(passed=1, deselected=5)
     result.stdout.fnmatch_lines(["*left out of the history: *S-small-tiny-s42.json*"])
 
