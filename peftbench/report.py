@@ -269,7 +269,11 @@ def render_warnings(summaries: Sequence[Summary]) -> list[str]:
     lines = [f"warning: different {what} in one table, {which[what]} cannot be compared; no front" for what in differing(summaries)]
     waited = [record for summary in summaries for record in summary.passed if record.waited]
     if waited:
-        cases = dict.fromkeys(record.phase_id for record in waited)
+        cases = []
+        for summary in summaries:
+            seeds = [record.seed for record in summary.passed if record.waited]
+            of = f" seed {', '.join(map(str, seeds))}" if len(seeds) < len(summary.passed) else ""
+            cases += [f"{summary.first.phase_id}{of}"] if seeds else []
         most = max(record.processor_wait_fraction or 0 for record in waited)
         much = f"{100 * most:.0f}%" if len(waited) == 1 else f"up to {100 * most:.0f}%"
         lines.append(

@@ -419,6 +419,14 @@ def test_marks_tell_what_is_unusual():
     assert [[], ["dirty"], ["other machine"], ["failed"], ["unknown"]] == marks
 
 
+def test_a_commit_at_which_seeds_newly_fail_shifts_the_level():
+    """Even if none is left that the level has; where they fail on, nothing is new, and a recovery is none."""
+    broken = [failed(run=f"2026010{day}T000000Z-aaaaaa", seed=1, commit={"id": id_ * 40}) for day, id_ in ((2, "b"), (3, "c"))]
+    others = [at("b" * 40, 2, seed=2), at("c" * 40, 3, seed=2), at("d" * 40, 4, seed=1)]
+    points = points_of([at("a" * 40, 1, seed=1), *broken, *others], "accuracy", COMMITS)
+    assert [None, "worse", None, None] == [point.shift for point in points]
+
+
 def test_a_commit_that_failed_last_has_the_value_of_what_passed():
     """A failed record's own figures are in no value."""
     low = dataclasses.replace(at("a" * 40, 2, wrong=LOST), outcome="failed", error="AssertionError")

@@ -151,6 +151,16 @@ def test_dev_accuracy_while_training_is_drawn_where_it_was_measured(open_page):
     assert "C1-full: dev accuracy 84.0% after 1:10 min and 10 steps" == page.locator("[id^=dev-0-]").get_attribute("data-tip")
 
 
+def test_what_a_phase_costs_besides_is_on_the_page():
+    """As below the terminal's table; a phase of which a seed failed is on no line of what nothing beats."""
+    cost = TeacherCost(training_seconds=242.0, logit_seconds=4.5, cache="hit")
+    page = page_of([passed("C2-kd", teacher_cost=cost)])
+    assert "C2: plus the teacher, tuned in 4:02 min, and its logits, 4.50 s, when first made; cache hit here" in page
+    good = [passed("B-lora", seed=1, trainable=10, wrong=range(90)), passed("C1-full", trainable=1000)]
+    assert "dashed: what no other phase beats" in page_of(good)
+    assert "dashed: what no other phase beats" not in page_of([*good, failed("B-lora", seed=2)])
+
+
 def test_history_marks_the_shift(open_page):
     """The commit that lost accuracy says so."""
     page, _, _ = open_page(page_of(study()))

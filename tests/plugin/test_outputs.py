@@ -145,7 +145,7 @@ def test_two_phases_of_one_letter_are_refused(pytester, data_folder):
     result.assert_outcomes(passed=2, failed=2, deselected=4)
     report = json.loads((pytester.path / "outputs/tiny/reports/phase_s_metrics.json").read_text())
     assert ("one", [1, 2]) == (report["name"], report["seeds"])
-    result.stdout.fnmatch_lines(["*phases S-one and S-two differ but would share phase_s_metrics.json; rename one*"])
+    result.stdout.fnmatch_lines(["*phases S-one and S-two differ in id but would share phase_s_metrics.json; rename one*"])
 
 
 def test_history_is_never_replaced(pytester, data_folder, records):
