@@ -31,7 +31,8 @@ def describe_commit(folder: Path) -> dict[str, Any]:
     Returns:
         ``id`` (null without git), ``dirty``, and ``changes``: a fingerprint of what differs
         in tracked files and of untracked Python modules; the latter two null where git does not say.
-        ``problem`` where there is a repository that git will not read, such as one of another user, or in less than 20 s.
+        ``problem`` where git does not read the repository, such as one of another user, or does not say in 20 s what is
+        uncommitted.
     """
     unknown = {"id": None, "dirty": None, "changes": None}
     top = git(folder, "rev-parse", "--show-toplevel")
@@ -69,7 +70,9 @@ def git(folder: Path, *arguments: str) -> str | None:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return os.fsdecode(done.stdout) if done.returncode == 0 else None  # of Windows, too, git writes UTF-8
+    if done.returncode:
+        return None
+    return done.stdout.decode("utf-8", "replace") if os.name == "nt" else os.fsdecode(done.stdout)
 
 
 def _same(one: Path, other: Path) -> bool:

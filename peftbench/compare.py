@@ -201,7 +201,10 @@ def set_up_changes(base: Iterable[Record], head: Iterable[Record]) -> list[str]:
     phases: dict[str, list[str]] = {}
     for case in both:
         rows = [_set_up(side[case].passed[-1]) for side in sides]
+        taught = all(any(key.startswith("config.teacher.") for key in row) for row in rows)  # earlier versions did not record it
         for key in dict.fromkeys([*rows[0], *rows[1]]):
+            if key.startswith("config.teacher.") and not taught:
+                continue
             before, after = (str(row.get(key)) for row in rows)
             if before != after:
                 phases.setdefault(f"{key} {_excerpts(before, after)}", []).append(labels[case])

@@ -344,13 +344,14 @@ def _read_table(folder: Path, stem: str, columns: Sequence[str]) -> Any:
         )
     try:
         table = pa.concat_tables(parquet.read_table(f) if f.suffix == ".parquet" else json.read_json(f) for f in files)
-    except (pa.ArrowException, OSError) as error:
+        rows = {column: table[column].to_pylist() for column in columns if column in table.column_names}
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{files[0]} cannot be read: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}"
         ) from error
     if missing := [column for column in columns if column not in table.column_names]:
         raise DataError(f"{files[0]} has columns {table.column_names} and lacks {missing}")
-    return {column: table[column].to_pylist() for column in columns}
+    return rows
 
 
 def _count_in_train(train: Split, *others: Split) -> dict[str, int]:

@@ -23,7 +23,7 @@ _PACKAGES = ("torch", "transformers", "tokenizers")
 CODE_VERSION = fingerprint(
     [*(file_sha256(Path(__file__).with_name(f"{name}.py")) for name in _MODULES), *(version(name) for name in _PACKAGES)]
 )
-"""Version of the code that decides what a teacher learns and says; part of every cache key, so raise it when that changes."""
+"""Version of the code that decides what a teacher learns and says; a part of every cache key."""
 
 LOGIT_BLOCK = 500
 """

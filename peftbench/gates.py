@@ -81,7 +81,7 @@ class Gate:
             noise = max(self.metric.absolute, self.metric.relative * abs(row.base))
             if self.metric.kind == "size" or row.verdict != "no difference shown" or not self._exceeded(noise, row.base):
                 return None
-            return f"single runs cannot show less than {self._render(noise)} in {row.phase}"
+            return f"less than {self._render(noise)} is not shown in {row.phase} ({row.reason})"
         worst = max(-self.metric.gain(end) for end in row.ci95)
         if not self._exceeded(worst, row.base):
             return None

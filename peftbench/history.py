@@ -19,6 +19,9 @@ from peftbench.verdicts import Point
 LEVEL = 0.01
 """Significance level of a shift: strict, as every commit is tested."""
 
+UNKNOWN_CHANGES = "unknown"
+"""In place of a fingerprint of uncommitted changes, where git did not say whether there were any."""
+
 
 class HistoryError(PeftbenchError, ValueError):
     """What was asked for names no records."""
@@ -183,17 +186,18 @@ def trace(records: Iterable[Record], metric: Metric, commits: Sequence[Commit]) 
     place = {commit.id: i for i, commit in enumerate(commits)}
     by_phase: dict[tuple[str, str], dict[tuple[str, str], list[Record]]] = {}
     for record in sorted((r for r in records if not r.interrupted), key=lambda r: r.run_id):
-        key = (str(record.commit.get("id") or record.run_id), str(record.commit.get("changes") or ""))
+        changes = record.commit.get("changes") or (UNKNOWN_CHANGES if record.commit.get("problem") else "")
+        key = (str(record.commit.get("id") or record.run_id), str(changes))
         by_phase.setdefault((record.scale, record.phase_id), {}).setdefault(key, []).append(record)
     several = len({scale for scale, _ in by_phase}) > 1
     traced = {}
     for (scale, phase), groups in sorted(by_phase.items()):
         taking_part = _taking_part(groups, commits, place)
-        line, points, failing = _Line(metric), [], False
+        line, points, last = _Line(metric), [], dict[int, str]()
         for (commit, changes), group in _in_order(groups, place):
             known = commits[place[commit]] if commit in place else None
             sample = Sample(group)
-            marks = ["dirty"] if changes else []
+            marks = ["perhaps dirty" if changes == UNKNOWN_CHANGES else "dirty"] if changes else []
             marks += [] if known else ["unknown"]
             marks += ["failed"] if sample.error else []
             marks += ["other branch"] if known and not known.on_line else []
@@ -202,8 +206,10 @@ def trace(records: Iterable[Record], metric: Metric, commits: Sequence[Commit]) 
                 shift, other = line.take(sample)
                 marks += [f"other {other}"] if other else []
             if (commit, changes) in taking_part:
-                shift = "worse" if sample.error and not failing else shift
-                failing = sample.error is not None
+                outcomes = {seed: record.outcome for seed, record in sample.latest.items()}
+                if any(outcome == "failed" and last.get(seed) == "passed" for seed, outcome in outcomes.items()):
+                    shift = "worse"
+                last |= outcomes
             subject, value = known.subject if known else "", sample.mean(metric)
             points.append(Point(commit=commit, subject=subject, value=value, passed=len(sample.passed), marks=marks, shift=shift))
         if any(point.value is not None for point in points):

@@ -209,13 +209,16 @@ def _version(package: str) -> str:
 
 def _processor() -> str:
     """Its model; on Linux for Arm, which gives it no name, the numbers of its makers."""
-    if sys.platform == "darwin":
-        asked = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
-        return asked.stdout.strip() or platform.processor() or "unknown"
+    model = ""
     try:
-        return _model(Path("/proc/cpuinfo").read_text()) or platform.processor() or "unknown"
+        if sys.platform == "darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            model = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        else:
+            model = _model(Path("/proc/cpuinfo").read_text())
     except OSError:
-        return platform.processor() or "unknown"
+        pass
+    return model or platform.processor() or "unknown"
 
 
 def _model(cpuinfo: str) -> str:

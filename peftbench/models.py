@@ -156,7 +156,7 @@ def load_classifier(weights: Weights, *, tuned: bool = False, shapes_only: bool 
         kept = nn.ModuleList(stack[i - 1] for i in source.layers)
         _encoder(model).layer = kept
         model.config.num_hidden_layers = len(kept)
-    largest, rows = max(load_tokenizer(weights).get_vocab().values()), model.get_input_embeddings().num_embeddings
+    largest, rows = max(load_tokenizer(weights).get_vocab().values(), default=-1), model.get_input_embeddings().num_embeddings
     if largest >= rows:
         raise ModelError(
             f"{source.source}: the tokenizer has ids up to {largest}, the model embeds {rows}; they are of different checkpoints"

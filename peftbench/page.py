@@ -319,7 +319,7 @@ def _history(history: Mapping[str, Sequence[Point]], looks: "_Looks") -> str:
     axes.set_xlabel("commits, oldest first")
     axes.set_ylabel("accuracy, dev and test, %")
     figure.legend(loc="outside upper left", ncols=3, frameon=False, labelcolor=_INK)
-    return _embed(figure, "Accuracy over commits; a larger mark is a shift of the level", tips)
+    return _embed(figure, "Accuracy over commits; a larger mark is a shift of the level, a commit without one failed", tips)
 
 
 def _stops(points: Sequence[Point]) -> list[tuple[str, int]]:

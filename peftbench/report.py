@@ -258,7 +258,8 @@ def render_teachers(summaries: Sequence[Summary]) -> list[str]:
         if cost:
             teachers.setdefault((phase, cost.training_seconds, cost.logit_seconds), set()).add(cost.cache)
     for (phase, training, logits), uses in sorted(teachers.items()):
-        spent = f"the teacher, tuned in {render_duration(training)}, and its logits, {render_duration(logits)}, when first made"
+        tuned = f"the teacher, tuned in {render_duration(training)}, and its" if training else "the published teacher's"
+        spent = f"{tuned} logits, {render_duration(logits)}, when first made"
         lines.append(f"{phase}: plus {spent}; cache {' and '.join(sorted(uses, reverse=True))} here")
     return lines
 
@@ -272,7 +273,7 @@ def render_warnings(summaries: Sequence[Summary]) -> list[str]:
         cases = []
         for summary in summaries:
             seeds = [record.seed for record in summary.passed if record.waited]
-            of = f" seed {', '.join(map(str, seeds))}" if len(seeds) < len(summary.passed) else ""
+            of = f" seed {' and '.join(map(str, seeds))}" if len(seeds) < len(summary.passed) else ""
             cases += [f"{summary.first.phase_id}{of}"] if seeds else []
         most = max(record.processor_wait_fraction or 0 for record in waited)
         much = f"{100 * most:.0f}%" if len(waited) == 1 else f"up to {100 * most:.0f}%"

@@ -19,7 +19,7 @@ from peftbench.errors import PeftbenchError
 
 MANIFEST = "manifest.json"
 WINDOWS = os.name == "nt"
-NO_LOCKS = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
+NO_LOCKS = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -135,8 +135,9 @@ def building(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
             _move(target, aside / "replaced")
         _move(folder, target)
     except Exception as error:
-        if any(os.strerror(number) in str(error) for number in NO_SPACE):  # not by type: safetensors has errors of its own
-            raise FullError(f"no space is left to store {target}; free some, or keep the outputs elsewhere") from None
+        full = error.errno in NO_SPACE if isinstance(error, OSError) else os.strerror(errno.ENOSPC) in str(error)  # as safetensors'
+        if full:
+            raise FullError(f"no space is left to store {target}; free some, or keep the outputs elsewhere") from error
         raise
     finally:
         _clear(aside, target)

@@ -118,7 +118,8 @@ def phase_report(summary: Summary) -> dict[str, Any]:
         for figure, spread in report["spread"].items():
             *path, last = figure.split(".")
             place = report[path[0]] if path else report
-            place[last] = round(spread["mean"]) if isinstance(place[last], int) else spread["mean"]
+            whole = last.endswith("_bytes")
+            place[last] = round(spread["mean"]) if whole else spread["mean"]
         for split in ("dev", "test"):
             quality = report[split]
             quality["accuracy_ci95"] = list(

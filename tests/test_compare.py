@@ -384,3 +384,13 @@ def test_a_phase_is_not_compared_with_itself():
     """However it is named."""
     with pytest.raises(ValueError, match="'B' and 'lora' are the same phase; name two of B-lora, C1-full"):
         compare_phases([passed(), passed("C1-full")], "B", "lora")
+
+
+def test_a_teacher_that_was_tuned_otherwise_is_said():
+    """But nothing of it where the records of one side are of a version that did not keep how it was tuned."""
+    old, one, three = (
+        passed("C2-kd", config={"epochs": 2, **({"teacher": {"epochs": epochs, "dropout": 0.1}} if epochs else {})})
+        for epochs in (None, 1, 3)
+    )
+    assert ["C2-kd: config.teacher.epochs 1 → 3"] == set_up_changes([one], [three])
+    assert [] == set_up_changes([old], [three])

@@ -177,8 +177,9 @@ def test_good_records_are_used_beside_bad_ones(store):
     record = keep(store, "c" * 40)
     bad = store.record_path(record).with_name("x.json")
     bad.write_text('{"outcome"')
-    side = History.from_outputs(store.outputs).select("latest")
     bad.with_name("._y.json").write_bytes(b"\x00\x05\x16\x07")  # what macOS puts beside files on foreign disks is none
+    assert 2 == len(list(store.records()))
+    side = History.from_outputs(store.outputs).select("latest")
     assert [record] == list(side.records)
     [problem] = side.problems
     assert problem.startswith(str(bad))
@@ -425,6 +426,24 @@ def test_a_commit_at_which_seeds_newly_fail_shifts_the_level():
     others = [at("b" * 40, 2, seed=2), at("c" * 40, 3, seed=2), at("d" * 40, 4, seed=1)]
     points = points_of([at("a" * 40, 1, seed=1), *broken, *others], "accuracy", COMMITS)
     assert [None, "worse", None, None] == [point.shift for point in points]
+    first = failed(run="20260101T000000Z-aaaaaa", seed=1, commit={"id": "a" * 40})
+    swapped = [at("b" * 40, 2, seed=1), at("b" * 40, 2, seed=2), failed(run="20260103T000000Z-a", seed=2, commit={"id": "c" * 40})]
+    points = points_of([first, *swapped, at("c" * 40, 3, seed=1)], "accuracy", COMMITS)
+    assert [None, None, "worse"] == [point.shift for point in points]
+
+
+def test_a_run_whose_changes_git_did_not_tell_gives_way_to_a_clean_one(repository, store):
+    """And makes no level."""
+    folder, ids = repository
+    unsure = {"id": ids[0], "dirty": None, "changes": None, "problem": "slow"}
+    record = passed(run="20260101T000000Z-aaaaaa", commit=unsure)
+    store.save(record)
+    side = History.from_outputs(store.outputs, folder).select(ids[0])
+    assert ([record], f"commit {ids[0][:12]}, perhaps with uncommitted changes") == (list(side.records), side.label)
+    clean = keep(store, ids[0], day=2)
+    assert [clean] == list(History.from_outputs(store.outputs, folder).select(ids[0]).records)
+    points = points_of([record, clean], "accuracy", commits_in_order(folder))
+    assert [[], ["perhaps dirty"]] == [list(point.marks) for point in points]
 
 
 def test_a_commit_that_failed_last_has_the_value_of_what_passed():

@@ -315,6 +315,9 @@ def test_the_lines_below_name_the_teachers_cost():
     cost = TeacherCost(training_seconds=242.0, logit_seconds=4.5, cache="hit")
     expected = "B: plus the teacher, tuned in 4:02 min, and its logits, 4.50 s, when first made; cache hit here"
     assert expected in render_summary([dataclasses.replace(LORA, teacher_cost=cost)]).splitlines()
+    published = dataclasses.replace(cost, training_seconds=0.0)
+    expected = "B: plus the published teacher's logits, 4.50 s, when first made; cache hit here"
+    assert expected in render_summary([dataclasses.replace(LORA, teacher_cost=published)]).splitlines()
 
 
 def test_scales_have_a_table_each():

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peftbench.gates import Gate
 
 OPTIONS = {
-    "scale": ("auto", f"Scale of the cases: auto (thesis where CUDA is available, else mini), {', '.join(SCALES)}."),
+    "scale": ("auto", f"Scale of the cases: auto (thesis with CUDA, unless the device is cpu; else mini), {', '.join(SCALES)}."),
     "seeds": ("42", "Seeds, separated by commas; each case runs once per seed."),
     "outputs": ("outputs", "Folder for records, reports, KD subsets and caches."),
     "data": ("", "Folder with train.tsv, dev.tsv and, if labelled, test.tsv in GLUE's format, to replace the scale's data."),
@@ -29,6 +29,14 @@ OPTIONS = {
     ),
 }
 """Those with a value: its default and its help text."""
+
+INI_FILES = {
+    **dict.fromkeys(("pytest.toml", ".pytest.toml", "pytest.ini", ".pytest.ini"), ""),
+    "pyproject.toml": "[tool.pytest",
+    "tox.ini": "[pytest]",
+    "setup.cfg": "[tool:pytest]",
+}
+"""Where pytest looks for its ini keys, and what such a file has in it."""
 
 
 def add_options(parser: pytest.Parser) -> None:
@@ -143,16 +151,17 @@ def _check_ini_file(config: pytest.Config, typed: Mapping[str, str | None]) -> N
     """
     words, start = config.invocation_params.args, config.invocation_params.dir
     apart = [f"--peft-{name}" for name, value in typed.items() if value in words and (start / str(value)).exists()]
-    if not apart or config.args_source is config.ArgsSource.ARGS:
+    chosen = config.getoption("inifilename") or config.getoption("rootdir")
+    if not apart or chosen or config.args_source is config.ArgsSource.ARGS:
         return
     for folder in (start, *start.parents):
-        if folder == config.rootpath:
+        if folder == (config.inipath.parent if config.inipath else config.rootpath):
             return
-        for name in ("pytest.ini", "pyproject.toml", "tox.ini", "setup.cfg"):
-            if (folder / name).is_file():
+        for name, section in INI_FILES.items():
+            if (folder / name).is_file() and section in (folder / name).read_text("utf-8", "replace"):
                 raise pytest.UsageError(
                     f"pytest has taken {typed[apart[0].removeprefix('--peft-')]} for a folder of tests and passed over "
-                    f"{folder / name}; write {apart[0]}=DIR in one word"
+                    f"{folder / name}; write {apart[0]}={typed[apart[0].removeprefix('--peft-')]} in one word"
                 )
 
 

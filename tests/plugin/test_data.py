@@ -65,7 +65,7 @@ def test_a_folder_that_pytest_takes_for_tests_does_not_cost_the_ini_file(study, 
     if refused:
         assert pytest.ExitCode.USAGE_ERROR == result.ret
         result.stderr.fnmatch_lines(
-            [f"*taken {data_folder} for a folder of tests and passed over *tox.ini; write --peft-data=DIR*"]
+            [f"*taken {data_folder} for a folder of tests and passed over *tox.ini; write --peft-data={data_folder} in one word"]
         )
     else:
         result.assert_outcomes(passed=1, deselected=5)
