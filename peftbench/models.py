@@ -141,8 +141,8 @@ def load_classifier(weights: Weights, *, tuned: bool = False, shapes_only: bool 
         shapes_only: Read no weights; for torch's meta device.
 
     Raises:
-        ModelError: If the checkpoint cannot be read, lacks the head it must bring, has another number of labels, or not the
-            layers that were asked for.
+        ModelError: If the checkpoint cannot be read, lacks the head it must bring, has another number of labels, not the layers
+            that were asked for, or a tokenizer with more ids than it has embeddings.
     """
     labels: dict[str, Any] = {"num_labels": 2, "id2label": LABELS, "label2id": {v: k for k, v in LABELS.items()}}
     source = weights.source

@@ -31,7 +31,7 @@ class FullError(PeftbenchError, OSError):
     """No space is left where something was to be stored."""
 
 
-class LockError(PeftbenchError, OSError):
+class LockError(PeftbenchError):
     """A file system on which nothing can be locked."""
 
 

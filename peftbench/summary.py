@@ -118,8 +118,7 @@ def phase_report(summary: Summary) -> dict[str, Any]:
         for figure, spread in report["spread"].items():
             *path, last = figure.split(".")
             place = report[path[0]] if path else report
-            whole = last.endswith("_bytes")
-            place[last] = round(spread["mean"]) if whole else spread["mean"]
+            place[last] = round(spread["mean"]) if last.endswith("_bytes") else spread["mean"]
         for split in ("dev", "test"):
             quality = report[split]
             quality["accuracy_ci95"] = list(

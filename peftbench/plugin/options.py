@@ -150,18 +150,19 @@ def _check_ini_file(config: pytest.Config, typed: Mapping[str, str | None]) -> N
     other it looks for its ini file there.
     """
     words, start = config.invocation_params.args, config.invocation_params.dir
-    apart = [f"--peft-{name}" for name, value in typed.items() if value in words and (start / str(value)).exists()]
-    chosen = config.getoption("inifilename") or config.getoption("rootdir")
-    if not apart or chosen or config.args_source is config.ArgsSource.ARGS:
+    apart = [(name, value) for name, value in typed.items() if value and value in words and (start / value).exists()]
+    if not apart or config.getoption("inifilename") or config.args_source is config.ArgsSource.ARGS:
         return
+    searched = config.inipath.parent if config.inipath else None if config.getoption("rootdir") else config.rootpath
+    option, given = apart[0]
     for folder in (start, *start.parents):
-        if folder == (config.inipath.parent if config.inipath else config.rootpath):
+        if folder == searched:
             return
         for name, section in INI_FILES.items():
             if (folder / name).is_file() and section in (folder / name).read_text("utf-8", "replace"):
                 raise pytest.UsageError(
-                    f"pytest has taken {typed[apart[0].removeprefix('--peft-')]} for a folder of tests and passed over "
-                    f"{folder / name}; write {apart[0]}={typed[apart[0].removeprefix('--peft-')]} in one word"
+                    f"pytest has taken {given} for a folder of tests and passed over {folder / name}; "
+                    f"write --peft-{option}={given} in one word"
                 )
 
 

@@ -56,7 +56,14 @@ def test_sentences_of_dev_in_train_are_warned_of_and_counted(study, tmp_path, da
 
 
 @pytest.mark.parametrize(
-    ("words", "refused"), [(["--peft-data", "{}"], True), (["--peft-data={}"], False), (["--peft-data", "{}", "."], False)]
+    ("words", "refused"),
+    [
+        (["--peft-data", "{}"], True),
+        (["--rootdir=.", "--peft-data", "{}"], True),  # which moves the root, and finds no ini file
+        (["-c", "tox.ini", "--peft-data", "{}"], False),
+        (["--peft-data={}"], False),
+        (["--peft-data", "{}", "."], False),
+    ],
 )
 def test_a_folder_that_pytest_takes_for_tests_does_not_cost_the_ini_file(study, pytester, data_folder, words, refused):
     """As a word of its own, where no path of tests is given, it would move the root to where the data are."""
