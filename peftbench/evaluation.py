@@ -15,7 +15,7 @@ from peftbench.data import Split
 from peftbench.device import Device
 from peftbench.intervals import wilson_interval
 from peftbench.models import ModelError
-from peftbench.packing import Encoded, make_batch
+from peftbench.packing import Encoded, make_batch, row_step_on
 from peftbench.records import Predictions, SplitMetrics
 
 METRICS_VERSION = 1
@@ -80,13 +80,14 @@ def score(logits: Tensor, split: Split) -> tuple[SplitMetrics, Predictions]:
 def latency_ms(model: nn.Module, encoded: Encoded, device: Device, *, packed: bool, texts: int = 30) -> float:
     """Median milliseconds from token ids to logits for one text alone, over texts spread evenly through the split."""
     rows = [i * len(encoded) // texts for i in range(texts)]
+    step = row_step_on(device)
     model.eval()
     times = []
     with torch.inference_mode(), device.autocast():
         for row in [*rows[:5], *rows]:  # the first few warm caches up
             device.synchronize()
             began = time.perf_counter()
-            model(**make_batch(encoded, [row], device.name, packed=packed).inputs).logits.cpu()
+            model(**make_batch(encoded, [row], device.name, packed=packed, row_step=step).inputs).logits.cpu()
             device.synchronize()
             times.append((time.perf_counter() - began) * 1e3)
     return statistics.median(times[5:])

@@ -15,7 +15,7 @@ from peftbench.kernels import can_be_captured, cast_frozen
 from peftbench.layers import make_packable
 from peftbench.measure import Stopwatch
 from peftbench.models import ModelError, Weights, count_parameters, load_classifier, prepare, shipped
-from peftbench.packing import Encoded, make_batch, shuffled_rows
+from peftbench.packing import Encoded, make_batch, row_step_on, shuffled_rows
 from peftbench.phases import DATA_SEED, Phase
 from peftbench.records import Plan
 
@@ -82,13 +82,15 @@ def plan_phase(
     model, packed = _shapes(weights, phase)
     total, trainable = count_parameters(model)
     trainable = trainable if phase.epochs else 0
-    forward = _flops_per_token(model, train, phase, packed=packed, training=False)
+    forward = _flops_per_token(model, train, phase, device, packed=packed, training=False)
     tokens = sum(map(len, train.tokens)) if phase.epochs else 0
     other = forward * sum(len(t) for encoded in held_out for t in encoded.tokens)
     if teacher is not None and taught:
         teaching, teacher_packed = _shapes(teacher, Phase(id=phase.id, role="teacher"))
-        other += _flops_per_token(teaching, train, phase, packed=teacher_packed, training=False) * sum(map(len, taught))
-    training = _flops_per_token(model, train, phase, packed=packed, training=True) * phase.epochs * tokens if phase.epochs else 0
+        other += _flops_per_token(teaching, train, phase, device, packed=teacher_packed, training=False) * sum(map(len, taught))
+    training = 0.0
+    if phase.epochs:
+        training = _flops_per_token(model, train, phase, device, packed=packed, training=True) * phase.epochs * tokens
     free = device.free_memory() if memory_bytes is None else memory_bytes
     if device.casts_frozen:
         cast_frozen(model, device.dtype)
@@ -155,13 +157,13 @@ def _shapes(weights: Weights, phase: Phase) -> tuple[nn.Module, bool]:
     return model.train(), make_packable(model)
 
 
-def _flops_per_token(model: nn.Module, encoded: Encoded, phase: Phase, *, packed: bool, training: bool) -> float:
+def _flops_per_token(model: nn.Module, encoded: Encoded, phase: Phase, device: Device, *, packed: bool, training: bool) -> float:
     steps = SAMPLED_STEPS["packed" if packed else "padded"]
     generator = torch.Generator().manual_seed(DATA_SEED)
     tokens = 0
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
         for rows in itertools.islice(shuffled_rows(len(encoded), phase.batch_size, generator), steps):
-            batch = make_batch(encoded, rows, "meta", packed=packed)
+            batch = make_batch(encoded, rows, "meta", packed=packed, row_step=row_step_on(device))
             inputs = {name: value for name, value in batch.inputs.items() if name != "attention_mask"}  # its values are asked for
             try:
                 loss = F.cross_entropy(model(**inputs).logits, batch.labels)

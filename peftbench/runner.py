@@ -50,7 +50,7 @@ from peftbench.models import (
     save_classifier,
     tokenizer_identity,
 )
-from peftbench.packing import Batch, Batches, Encoded, predict
+from peftbench.packing import Batch, Batches, Encoded, predict, row_step_on
 from peftbench.parameters import SeparateParameters, flattened
 from peftbench.phases import DATA_SEED, Phase, Pretrained, Scale, Untrained
 from peftbench.plan import examples_at_once, plan_phase
@@ -407,7 +407,7 @@ def train(
         return fit(
             model,
             loss,
-            Batches(encoded, phase.batch_size, torch.Generator().manual_seed(seed), device.name, packed),
+            Batches(encoded, phase.batch_size, torch.Generator().manual_seed(seed), device.name, packed, row_step_on(device)),
             parameters,
             Recipe(
                 epochs=phase.epochs,

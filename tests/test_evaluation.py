@@ -18,7 +18,7 @@ from peftbench.device import Device
 from peftbench.evaluation import latency_ms, score
 from peftbench.layers import make_packable
 from peftbench.models import ModelError
-from peftbench.packing import ROW_STEP, Encoded
+from peftbench.packing import BF16_ROW_STEP, ROW_STEP, Encoded
 
 CPU = Device(name="cpu", precision="fp32", why="test")
 
@@ -126,9 +126,11 @@ def test_scoring_uses_no_network_and_leaves_no_file(tmp_path, monkeypatch):
     assert [] == list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    ("packed", "precision", "length"), [(True, "fp32", ROW_STEP), (True, "bf16", BF16_ROW_STEP), (False, "bf16", 2)]
+)
 @pytest.mark.parametrize("n", [3, 60])
-def test_latency_is_of_one_text_at_a_time(packed, n):
+def test_latency_is_of_one_text_at_a_time(packed, precision, length, n):
     """Five warm-ups and the texts asked for, alone, spread evenly through the split; the median is some milliseconds."""
     model = AutoModelForSequenceClassification.from_config(
         BertConfig(vocab_size=99, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
@@ -137,8 +139,9 @@ def test_latency_is_of_one_text_at_a_time(packed, n):
     seen = []
     model.register_forward_pre_hook(lambda _, __, inputs: seen.append(inputs["input_ids"]), with_kwargs=True)
     encoded = Encoded(split_of([i % 2 for i in range(n)]), [torch.tensor([i + 1, 5]) for i in range(n)], torch.zeros(n).long())
-    milliseconds = latency_ms(model, encoded, CPU, packed=packed, texts=30)
+    device = Device(name="cpu", precision=precision, why="test")
+    milliseconds = latency_ms(model, encoded, device, packed=packed, texts=30)
     assert 0 < milliseconds < 60_000
-    assert {(1, ROW_STEP if packed else 2)} == {tuple(ids.shape) for ids in seen}
+    assert {(1, length)} == {tuple(ids.shape) for ids in seen}
     expected = [i * n // 30 + 1 for i in range(30)]
     assert [*expected[:5], *expected] == [int(ids[0, 0]) for ids in seen]

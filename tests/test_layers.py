@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, Roberta
 from peftbench.kernels import economize, only_words
 from peftbench.layers import make_packable
 from peftbench.models import prepare
-from peftbench.packing import Row, make_batch
+from peftbench.packing import BF16_ROW_STEP, ROW_STEP, Row, make_batch
 from peftbench.phases import Phase
 from peftbench.training import checkpoint_activations
 
@@ -25,10 +25,10 @@ def loss_and_gradients(model, batch):
     return logits, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-def packed_batch(encoded, rows, *, one_row=False):
+def packed_batch(encoded, rows, *, one_row=False, row_step=ROW_STEP):
     """In rows that sentences share for attention, as on a CPU, or in a single one, as on a GPU."""
     if not one_row:
-        return make_batch(encoded, rows, "cpu", packed=True)
+        return make_batch(encoded, rows, "cpu", packed=True, row_step=row_step)
     row = Row(encoded, rows)
     return row.batch(row.numbers)
 
@@ -60,13 +60,19 @@ architectures = pytest.mark.parametrize("architecture", ["bert", "distilbert"])
 @methods
 @pytest.mark.parametrize(("economized", "one_row"), [(False, False), (True, False), (False, True)])
 @settings(max_examples=12, deadline=None)
-@given(lengths=st.lists(st.integers(1, LONGEST), min_size=1, max_size=6), seed=st.integers(0, 99))
-def test_packed_logits_and_gradients_are_the_padded_model_s(twins, architecture, method, economized, one_row, lengths, seed):
+@given(
+    lengths=st.lists(st.integers(1, LONGEST), min_size=1, max_size=6),
+    seed=st.integers(0, 99),
+    row_step=st.sampled_from([ROW_STEP, BF16_ROW_STEP]),
+)
+def test_packed_logits_and_gradients_are_the_padded_model_s(
+    twins, architecture, method, economized, one_row, lengths, seed, row_step
+):
     """Whatever the mix of lengths, packing changes neither a logit nor the gradient of any parameter that trains."""
     untouched, packable = twins[architecture, method][0], twins[architecture, method][1 + economized]
     encoded, rows = encoded_of(lengths, seed), range(len(lengths))
     expected, expected_gradients = loss_and_gradients(untouched, make_batch(encoded, rows, "cpu", packed=False))
-    actual, gradients = loss_and_gradients(packable, packed_batch(encoded, rows, one_row=one_row))
+    actual, gradients = loss_and_gradients(packable, packed_batch(encoded, rows, one_row=one_row, row_step=row_step))
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-10)
     assert expected_gradients.keys() == gradients.keys()
     for name, gradient in expected_gradients.items():

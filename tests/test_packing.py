@@ -14,10 +14,22 @@ from peftbench.device import Device, DoesNotFit
 from peftbench.kernels import economize
 from peftbench.layers import make_packable
 from peftbench.models import load_tokenizer, locate
-from peftbench.packing import ATTENTION_STEP, ROW_STEP, Encoded, Spans, make_batch, predict, shuffled_rows
+from peftbench.packing import (
+    ATTENTION_STEP,
+    BF16_ROW_STEP,
+    ROW_STEP,
+    Batches,
+    Encoded,
+    Spans,
+    make_batch,
+    predict,
+    row_step_on,
+    shuffled_rows,
+)
 from peftbench.phases import Untrained
 
 CPU = Device(name="cpu", precision="fp32", why="test")
+BF16 = Device(name="cpu", precision="bf16", why="test")
 
 
 def test_spans_say_where_sentences_lie():
@@ -61,19 +73,32 @@ def test_a_cell_that_is_not_used_attends_to_its_row_s_first_sentence():
     assert [8 * [7 * [0] + [no]], 8 * [6 * [0] + 2 * [no]], 8 * [3 * [0] + 5 * [no]]] == bias.tolist()
 
 
-@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=20), heads=st.integers(1, 3))
-def test_attention_has_a_cell_for_every_token(lengths, heads):
+def test_filling_never_makes_attention_s_rows_longer():
+    """Lengths 3 and 6: 23 tokens of filling to 32 are sentences of the 8 cells that a row has anyway, and of the 7 left."""
+    spans = Spans([3, 6], row_step=32)
+    assert 23 == spans.filling
+    assert [*range(3), *range(6), *range(8), *range(8), *range(7)] == spans.positions.tolist()
+    assert (5, 1, 8, 8) == spans.tokens.bias.shape
+    assert [0, 3] == spans.starts.tolist()
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=20),
+    heads=st.integers(1, 3),
+    step=st.sampled_from([ROW_STEP, BF16_ROW_STEP]),
+)
+def test_attention_has_a_cell_for_every_token(lengths, heads, step):
     """Shapes come in steps, what is spread is collected again, and a token attends to its sentence's tokens and no other."""
-    spans = Spans(lengths)
+    spans = Spans(lengths, row_step=step)
     n = len(spans.positions)
-    assert 0 == n % ROW_STEP
+    assert 0 == n % step
     assert sum(lengths) == n - spans.filling
-    assert 0 <= spans.filling < ROW_STEP
+    assert 0 <= spans.filling < step
     items = torch.randn(n, heads, 2)
     cells = spans.tokens.spread(items)
     assert 0 == cells.shape[2] % ATTENTION_STEP
     assert torch.equal(items, spans.tokens.collect(cells))
-    of_token = torch.arange(len(lengths) + 1).repeat_interleave(torch.tensor([*lengths, spans.filling])).double()
+    of_token = (spans.positions == 0).cumsum(0).double() - 1
     of_cell = spans.tokens.spread(of_token[:, None, None])  # (R, 1, C, 1)
     weights = spans.tokens.bias.double().softmax(-1)
     torch.testing.assert_close(of_cell, weights @ of_cell)  # the mean over what a cell attends to is its own sentence
@@ -81,6 +106,16 @@ def test_attention_has_a_cell_for_every_token(lengths, heads):
     assert (heard > 0.999).all()  # by itself at least, as a share of its sentence
     firsts = spans.firsts.bias.double().softmax(-1) @ of_cell
     assert list(range(len(lengths))) == spans.firsts.collect(firsts).flatten().round().tolist()
+
+
+@pytest.mark.parametrize(("name", "precision", "step"), [("cpu", "fp32", 8), ("cpu", "bf16", 32), ("cuda:0", "bf16", 8)])
+def test_rows_come_in_longer_steps_where_shapes_are_dear(name, precision, step):
+    """In bf16 on a CPU, in training and in prediction alike."""
+    device = Device(name=name, precision=precision, why="test")
+    assert step == row_step_on(device)
+    encoded = Encoded(Split("dev", (7, 8), ("a", "b"), (1, 0)), [torch.tensor([4, 5, 6]), torch.tensor([9])], torch.tensor([1, 0]))
+    batches = Batches(encoded, 2, torch.Generator(), "cpu", packed=True, row_step=step)
+    assert (1, step) == batches.collate([0, 1]).inputs["input_ids"].shape
 
 
 def test_padded_batch_holds_tokens_mask_and_labels():
@@ -149,6 +184,15 @@ def test_predicting_is_without_dropout_and_restores_the_mode(training):
     first, second = (predict(model, encoded, CPU, packed=True) for _ in range(2))
     assert torch.equal(first, second)
     assert training == model.training
+
+
+def test_predicting_in_bf16_takes_few_shapes():
+    """Six batches of 3 to 31 tokens each are rows of 32."""
+    model, shapes = classifier("bert").eval(), []
+    assert make_packable(model)
+    model.register_forward_pre_hook(lambda _, __, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True)
+    predict(model, encoded_of([3, 7, 12, 18, 25, 31]), BF16, packed=True, batch_size=1)
+    assert 6 * [(1, 32)] == shapes
 
 
 def test_predicting_nothing_is_refused_by_name():
