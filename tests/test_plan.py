@@ -1,7 +1,5 @@
 """A plan counts what the loop then does: arithmetic against torch's counter on real steps, memory by hand."""
 
-import timeit
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -186,9 +184,21 @@ def test_a_gpu_s_steps_cost_by_the_layer(monkeypatch):
     assert one_at_once == pytest.approx(steps + 3 * 6 * 16 * planning.LAUNCHED_LAYER_SECONDS)
 
 
-def test_matrix_rate_counts_the_products_arithmetic():
-    """The rate is that of torch's own product of the same shapes, timed here, within a factor that a busy machine explains."""
-    tokens, width = 256, 256
-    x, w = torch.ones(tokens, width), torch.ones(width, 4 * width)
-    seconds = min(timeit.repeat(lambda: x @ w, number=20, repeat=5)) / 20
-    assert 1 / 4 < measure_matrix_rate(CPU, tokens=tokens, width=width) / (2 * tokens * width * 4 * width / seconds) < 4
+def test_matrix_rate_counts_the_products_arithmetic(monkeypatch):
+    """By a clock that goes by torch's count of operations, a second for 10⁹, the rate is 10⁹ a second, whatever the shapes."""
+    counter = FlopCounterMode(display=False)
+
+    class Clock:
+        def __init__(self, _):
+            self.began = counter.get_total_flops()
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.seconds = (counter.get_total_flops() - self.began) / 1e9
+
+    monkeypatch.setattr(planning, "Stopwatch", Clock)
+    with counter:
+        assert measure_matrix_rate(CPU, tokens=64, width=128) == pytest.approx(1e9)
+    assert counter.get_total_flops() >= 1e9 * planning.LEAST_SECONDS
