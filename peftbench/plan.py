@@ -20,7 +20,7 @@ from peftbench.phases import DATA_SEED, Phase
 from peftbench.records import Plan
 
 SAMPLED_STEPS = {"packed": 2, "padded": 8}
-"""Steps whose operations are counted; the others are taken to cost the same per token, which padding makes less exact."""
+"""Steps whose operations are counted; the others are taken to cost the same per token that goes through the model."""
 
 ASKED_FOR_NUMBERS = (RuntimeError, AssertionError, AttributeError, TypeError, OSError)
 """Errors of adapters that read the values of tensors, where tensors have shapes alone."""
@@ -160,7 +160,7 @@ def _shapes(weights: Weights, phase: Phase) -> tuple[nn.Module, bool]:
 def _flops_per_token(model: nn.Module, encoded: Encoded, phase: Phase, device: Device, *, packed: bool, training: bool) -> float:
     steps = SAMPLED_STEPS["packed" if packed else "padded"]
     generator = torch.Generator().manual_seed(DATA_SEED)
-    tokens = 0
+    computed = 0
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
         for rows in itertools.islice(shuffled_rows(len(encoded), phase.batch_size, generator), steps):
             batch = make_batch(encoded, rows, "meta", packed=packed, row_step=row_step_on(device))
@@ -174,8 +174,17 @@ def _flops_per_token(model: nn.Module, encoded: Encoded, phase: Phase, device: D
                 raise ModelError(
                     f"{phase.id} cannot be planned: its model reads the values of tensors, and planning has shapes only: {why}"
                 ) from error
-            tokens += batch.tokens
-    return float(counter.get_total_flops()) / tokens
+            computed += batch.inputs["input_ids"].numel()
+    return float(counter.get_total_flops()) / computed * _computed_tokens(encoded, phase, device, packed=packed)
+
+
+def _computed_tokens(encoded: Encoded, phase: Phase, device: Device, *, packed: bool) -> float:
+    """Tokens that go through the model in an epoch, filling or padding included, for each token of text."""
+    lengths, step, computed = list(map(len, encoded.tokens)), row_step_on(device), 0
+    for rows in shuffled_rows(len(encoded), phase.batch_size, torch.Generator().manual_seed(DATA_SEED)):
+        of_text = [lengths[i] for i in rows]
+        computed += -(-sum(of_text) // step) * step if packed else len(rows) * max(of_text)
+    return computed / sum(lengths)
 
 
 def _fitting(model: nn.Module, encoded: Encoded, batch_size: int, device: Device, room: int | None) -> int:
