@@ -27,7 +27,7 @@ class Sample:
     def _values(self) -> dict[str, list[float]]:
         return {}
 
-    @property
+    @functools.cached_property
     def latest(self) -> dict[int, Record]:
         """By seed, whether it passed or not."""
         return {record.seed: record for record in self.records}

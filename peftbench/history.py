@@ -206,10 +206,10 @@ def trace(records: Iterable[Record], metric: Metric, commits: Sequence[Commit]) 
                 shift, other = line.take(sample)
                 marks += [f"other {other}"] if other else []
             if (commit, changes) in taking_part:
-                outcomes = {seed: record.outcome for seed, record in sample.latest.items()}
-                if any(outcome == "failed" and last.get(seed) == "passed" for seed, outcome in outcomes.items()):
-                    shift = "worse"
-                last |= outcomes
+                for seed, record in sample.latest.items():
+                    if record.outcome == "failed" and last.get(seed) == "passed":
+                        shift = "worse"
+                    last[seed] = record.outcome
             subject, value = known.subject if known else "", sample.mean(metric)
             points.append(Point(commit=commit, subject=subject, value=value, passed=len(sample.passed), marks=marks, shift=shift))
         if any(point.value is not None for point in points):

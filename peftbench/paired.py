@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -55,7 +56,9 @@ def paired_difference(name: str, n: int, gold: int, base: Sequence[int], head: S
     before, after = ([_score(name, n, gold, predicted) for predicted in side] for side in (base, head))
     differences = [score - other for (score, _, _), (other, _, _) in zip(after, before, strict=True)]
     effects = [(sign * effect, mask) for sign, side in ((-1, before), (1, after)) for _, _, parts in side for effect, mask in parts]
-    squares = math.fsum([e * other * (mask & also).bit_count() for e, mask in effects for other, also in effects])
+    pairs = itertools.combinations(effects, 2)
+    products = [2 * effect * other * (mask & also).bit_count() for (effect, mask), (other, also) in pairs]
+    squares = math.fsum(products + [effect**2 * mask.bit_count() for effect, mask in effects])
     mean = math.fsum([effect * mask.bit_count() for effect, mask in effects])
     seeds = len(base)
     one_example = statistics.fmean([step for _, step, _ in (*before, *after)])
