@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftbench.assets import ASSETS, asset_path
 from peftbench.errors import PeftbenchError
 from peftbench.metrics import METRICS
 from peftbench.phases import PRECISIONS, SCALES, Phase, check_data_folder
@@ -124,6 +123,8 @@ def history(options: argparse.Namespace) -> int:
 
 def fetch(options: argparse.Namespace) -> None:
     """Fill the cache with the mini scale's assets."""
+    from peftbench.assets import ASSETS, asset_path
+
     for asset in ASSETS.values():
         folder = asset_path(asset, Store(options.outputs, "mini").assets, archives=options.archives)
         print(f"{asset.name}: {folder} ({asset.requirement}, {asset.licence})")

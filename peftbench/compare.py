@@ -1,46 +1,44 @@
 """Two sets of records to verdicts: did it get worse, by how much, and is that more than noise?"""
 
 import dataclasses
-import functools
 import itertools
 import statistics
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from peftbench.intervals import Estimate
 from peftbench.metrics import METRICS, Metric
-from peftbench.paired import SHOWN, holm, paired_difference, ratio_difference
+from peftbench.paired import SHOWN, Score, holm, paired_difference, ratio_difference, score
 from peftbench.records import Record
 from peftbench.verdicts import Row, Verdict
 
 Case = tuple[str, str, str]  # scale, letter, name
 Identity = tuple[tuple[str, str], ...]
+Scored = tuple[tuple[str, ...], int, int, Score]  # fingerprints of the splits, examples, their true labels as bits
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Sample:
-    """The records of one phase on one side, by run; what they say is looked up once."""
+    """
+    The records of one phase on one side, by run; what they say is looked up once.
+
+    Attributes:
+        latest: The last of each seed, whether it passed or not.
+        passed: All that measured something.
+        by_seed: The last of each seed that measured something.
+    """
 
     records: Sequence[Record]
+    latest: dict[int, Record] = field(init=False)
+    passed: list[Record] = field(init=False)
+    by_seed: dict[int, Record] = field(init=False)
+    _values: dict[str, list[float]] = field(init=False, default_factory=dict)
+    _scored: dict[str, dict[int, Scored]] = field(init=False, default_factory=dict)
 
-    @functools.cached_property
-    def _values(self) -> dict[str, list[float]]:
-        return {}
-
-    @functools.cached_property
-    def latest(self) -> dict[int, Record]:
-        """By seed, whether it passed or not."""
-        return {record.seed: record for record in self.records}
-
-    @functools.cached_property
-    def passed(self) -> list[Record]:
-        """All that measured something."""
-        return [record for record in self.records if record.outcome == "passed"]
-
-    @functools.cached_property
-    def by_seed(self) -> dict[int, Record]:
-        """The last of each seed that measured something."""
-        return {record.seed: record for record in self.passed}
+    def __post_init__(self) -> None:
+        self.latest = {record.seed: record for record in self.records}
+        self.passed = [record for record in self.records if record.outcome == "passed"]
+        self.by_seed = {record.seed: record for record in self.passed}
 
     @property
     def error(self) -> str | None:
@@ -75,12 +73,27 @@ class Sample:
     def values(self, metric: Metric) -> list[float]:
         """Independent measurements: of quality, one a seed; of all else, the mean of each run, whose seeds share its conditions."""
         if metric.name not in self._values:
-            grouped: dict[object, list[float]] = {}
-            for record in self.measured(metric):
-                if (value := metric.value(record)) is not None:
-                    grouped.setdefault(record.seed if metric.kind == "quality" else record.run_id, []).append(value)
-            self._values[metric.name] = [statistics.fmean(values) for values in grouped.values()]
+            if metric.kind == "quality":
+                self._values[metric.name] = [one.value for _, _, _, one in self.scored(metric).values()]
+            else:
+                grouped: dict[str, list[float]] = {}
+                for record in self.passed:
+                    if (value := metric.value(record)) is not None:
+                        grouped.setdefault(record.run_id, []).append(value)
+                self._values[metric.name] = [statistics.fmean(values) for values in grouped.values()]
         return self._values[metric.name]
+
+    def scored(self, metric: Metric) -> dict[int, Scored]:
+        """By seed, the quality of its last record that has predictions, over all its splits."""
+        if metric.name not in self._scored:
+            scored = self._scored[metric.name] = {}
+            for seed, record in self.by_seed.items():
+                splits = sorted(record.predictions)
+                n, gold, predicted = record.labels(splits)
+                if n:
+                    examples = tuple([record.predictions[split].split_fingerprint for split in splits])
+                    scored[seed] = examples, n, gold, score(metric.name, n, gold, predicted)
+        return self._scored[metric.name]
 
     def measured(self, metric: Metric) -> list[Record]:
         """What a metric goes by."""
@@ -249,22 +262,15 @@ def other_memory_before(metric: Metric, peaks: Sequence[float], base: Sequence[i
 
 def judge_quality(metric: Metric, base: Sample, head: Sample) -> Estimate | str:
     """How two samples differ that are not `incomparable`, paired on the predictions; a reason if they are after all."""
-    sides = base.by_seed, head.by_seed
-    seeds = sorted(sides[0])
-    splits = sorted(sides[0][seeds[0]].predictions)
-    bits = [[side[seed].labels(splits) for seed in seeds] for side in sides]
-    fingerprints = {
-        tuple(record.predictions[split].split_fingerprint if split in record.predictions else None for split in splits)
-        for side in sides
-        for record in side.values()
-    }
-    if len({(n, gold) for side in bits for n, gold, _ in side}) != 1 or len(fingerprints) != 1:
-        return "other data: the predictions are of other examples"
-    n, gold, _ = bits[0][0]
-    if not n:
+    sides = base.scored(metric), head.scored(metric)
+    if not any(sides):
         return "no predictions were recorded"
-    base_predicted, head_predicted = ([predicted for _, _, predicted in side] for side in bits)
-    return paired_difference(metric.name, n, gold, base_predicted, head_predicted)
+    examples = {one[:3] for side in sides for one in side.values()}
+    if sides[0].keys() != sides[1].keys() or len(examples) > 1:
+        return "other data: the predictions are of other examples"
+    [(_, n, _)] = examples
+    before, after = ([side[seed][3] for seed in sorted(side)] for side in sides)
+    return paired_difference(metric.name, n, before, after)
 
 
 def judge_runs(metric: Metric, base: Sequence[float], head: Sequence[float]) -> Estimate | None:

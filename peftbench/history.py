@@ -91,11 +91,8 @@ class History:
             HistoryError: If there are none.
         """
         for folder in (outputs / "runs", outputs / "tiny" / "runs"):
-            files: dict[str, list[Path]] = {}
-            for path in sorted(folder.glob("*/*.*"), key=str):
-                if path.parent.name != without and (file := _record_file(path)):
-                    files.setdefault(path.parent.name, []).append(file)
-            if files:
+            runs = [run for run in sorted(folder.glob("*"), key=str) if run.name != without]
+            if files := {run.name: of_run for run in runs if (of_run := _record_files(run.glob("*.*")))}:
                 return cls(folder, files, repository)
         raise HistoryError(f"no records in {outputs / 'runs'}; run pytest benchmarks first, or name the outputs folder")
 
@@ -154,7 +151,7 @@ class History:
 
     def _runs(self, label: str, runs: Iterable[str], without: Collection[str] = ()) -> Side:
         paths = dict.fromkeys(path for run in runs for path in self.files[run])  # two runs share what one has resumed
-        left = [path for path in paths if path.parent.name not in without] or list(paths)
+        left = [path for path in paths if not without or path.parent.name not in without] or list(paths)
         return _read(label, left, str(self.folder))
 
     def _describe_depth(self) -> str:

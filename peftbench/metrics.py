@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from peftbench.paired import score
 from peftbench.records import Record
 
 Kind = Literal["quality", "time", "memory", "size"]
@@ -35,24 +36,14 @@ class Metric:
     def value(self, record: Record) -> float | None:
         """The record's figure; None where it measured none, as a phase that trains nothing has no training time."""
         if self.kind == "quality":
-            return _quality(record, self.name)
+            n, gold, predicted = record.labels(record.predictions)
+            return score(self.name, n, gold, predicted).value if n else None
         value = record.look_up(self.place)
         return None if value is None or (self.kind == "time" and not value) else float(value)
 
     def gain(self, difference: float) -> float:
         """The difference, its sign such that more is better."""
         return difference if self.better == "higher" else -difference
-
-
-def _quality(record: Record, name: str) -> float | None:
-    """Accuracy, or F1 of the positive class, over all splits that the record has predictions for."""
-    n, gold, predicted = record.labels(record.predictions)
-    hits, wrong = (predicted & gold).bit_count(), (predicted ^ gold).bit_count()
-    if not n:
-        return None
-    if name == "accuracy":
-        return (n - wrong) / n
-    return 2 * hits / (2 * hits + wrong) if hits or wrong else 0.0
 
 
 _TABLE: tuple[tuple[str, str, str, Kind, Literal["higher", "lower"], float, float], ...] = (

@@ -1,16 +1,56 @@
 """Whether two measurements of the same thing differ: paired quality over examples and seeds, times by their ratio."""
 
-import dataclasses
 import functools
-import itertools
 import math
 import statistics
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from peftbench.intervals import Estimate, beta_share, estimate
 
 SHOWN = 0.05
 """Significance level; it matches the 95% intervals."""
+
+
+class Score(NamedTuple):
+    """
+    Accuracy or F1 of predictions for some examples.
+
+    Attributes:
+        value: A fraction.
+        step: About how much one example moves it.
+        effects: The influence of each example, in pairs of effect and mask: the sum of the effects in whose masks its bit is set,
+            up to a constant. Its variance, over n, is that of a bootstrap over examples: of accuracy, which is a mean, that of all
+            its draws; of F1 to first order (the infinitesimal jackknife, Efron 1982).
+        wrong: Mask of the examples whose prediction is wrong.
+    """
+
+    value: float
+    step: float
+    effects: Sequence[tuple[float, int]]
+    wrong: int
+
+
+def score(name: str, n: int, gold: int, predicted: int) -> Score:
+    """
+    Accuracy, or F1 of the positive class; labels are the bits of a number, one an example.
+
+    Args:
+        name: ``accuracy`` or ``f1``.
+        n: How many examples there are, at least one.
+        gold: True labels.
+        predicted: Predicted ones.
+    """
+    wrong = gold ^ predicted
+    misses = wrong.bit_count()
+    if name == "accuracy":
+        return Score((n - misses) / n, 1 / n, ((-1.0, wrong),), wrong)
+    hits = gold & predicted
+    size = 2 * hits.bit_count() + misses
+    if not size:
+        return Score(0.0, 0.0, (), wrong)
+    value = (size - misses) / size
+    return Score(value, 1 / size, ((2 * (1 - value) * n / size, hits), (-value * n / size, wrong)), wrong)
 
 
 @functools.lru_cache(maxsize=4096)  # a history asks for the same counts again and again
@@ -35,9 +75,9 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def paired_difference(name: str, n: int, gold: int, base: Sequence[int], head: Sequence[int]) -> Estimate:
+def paired_difference(name: str, n: int, base: Sequence[Score], head: Sequence[Score]) -> Estimate:
     """
-    Accuracy or F1 of the head less that of the base, the mean over seeds; labels are the bits of a number, one an example.
+    Accuracy or F1 of the head less that of the base, the mean over seeds.
 
     The variance is the sum of two paired bootstraps', in closed form: over examples, the same for both sides and all seeds, and
     over seeds, with their few degrees of freedom (Satterthwaite 1946). What examples and seeds share counts twice, which errs on
@@ -49,31 +89,33 @@ def paired_difference(name: str, n: int, gold: int, base: Sequence[int], head: S
     Args:
         name: ``accuracy`` or ``f1``.
         n: How many examples there are.
-        gold: True labels.
-        base: Predicted labels of each seed.
+        base: Of each seed, on the same examples.
         head: The same.
     """
-    before, after = ([_score(name, n, gold, predicted) for predicted in side] for side in (base, head))
-    differences = [score - other for (score, _, _), (other, _, _) in zip(after, before, strict=True)]
-    effects = [(sign * effect, mask) for sign, side in ((-1, before), (1, after)) for _, _, parts in side for effect, mask in parts]
-    pairs = itertools.combinations(effects, 2)
-    products = [2 * effect * other * (mask & also).bit_count() for (effect, mask), (other, also) in pairs]
-    squares = math.fsum(products + [effect**2 * mask.bit_count() for effect, mask in effects])
-    mean = math.fsum([effect * mask.bit_count() for effect, mask in effects])
+    differences = [later.value - earlier.value for earlier, later in zip(base, head, strict=True)]
+    effects = [(-effect, mask) for one in base for effect, mask in one.effects]
+    effects += [part for one in head for part in one.effects]
+    mean, squares = 0.0, 0.0  # over the examples: the sum of their influences, and of the squares of these
+    for i, (effect, mask) in enumerate(effects):
+        total = effect * mask.bit_count()
+        mean += total
+        squares += effect * total
+        for other, also in effects[:i]:
+            squares += 2 * effect * other * (mask & also).bit_count()
     seeds = len(base)
-    one_example = statistics.fmean([step for _, step, _ in (*before, *after)])
+    one_example = statistics.fmean([one.step for one in (*base, *head)])
     sources = [(max(0.0, squares - mean**2 / n) / (n * seeds) ** 2 + 2 * one_example**2, max(n - 1.0, 1.0))]
     if seeds > 1:
         sources.append((statistics.variance(differences) / seeds, seeds - 1.0))
     exact = None
     if seeds == 1 and name == "accuracy":
-        wrong, later = gold ^ base[0], gold ^ head[0]
-        exact = mcnemar_exact((later & ~wrong).bit_count(), (wrong & ~later).bit_count())
+        earlier, later = base[0].wrong, head[0].wrong
+        exact = mcnemar_exact((later & ~earlier).bit_count(), (earlier & ~later).bit_count())
     found = estimate(statistics.fmean(differences), sources, p=exact)
     low, high = found.ci95
     if exact is not None and exact >= SHOWN:
         low, high = min(low, 0.0), max(high, 0.0)
-    return dataclasses.replace(found, ci95=(max(-1.0, low), min(1.0, high)))
+    return Estimate(found.value, (max(-1.0, low), min(1.0, high)), found.p)
 
 
 def ratio_difference(base: Sequence[float], head: Sequence[float]) -> Estimate | None:
@@ -97,23 +139,3 @@ def ratio_difference(base: Sequence[float], head: Sequence[float]) -> Estimate |
     mean = statistics.fmean(base)
     difference, low, high = (mean * math.expm1(min(one, 100.0)) for one in (ratio.value, *ratio.ci95))  # beyond, it overflows
     return Estimate(difference, (low, high), ratio.p)
-
-
-def _score(name: str, n: int, gold: int, predicted: int) -> tuple[float, float, list[tuple[float, int]]]:
-    """
-    Accuracy or F1, about how much one example moves it, and the influence of each example as pairs of effect and mask.
-
-    An example's influence is the sum of the effects in whose masks its bit is set, up to a constant.
-
-    The variance of that, over n, is the variance of a bootstrap over examples: of accuracy, which is a mean, that of all its draws;
-    of F1 to first order (the infinitesimal jackknife, Efron 1982).
-    """
-    wrong = gold ^ predicted
-    if name == "accuracy":
-        return 1 - wrong.bit_count() / n, 1 / n, [(-1.0, wrong)]
-    hits = gold & predicted
-    size = 2 * hits.bit_count() + wrong.bit_count()
-    if not size:
-        return 0.0, 0.0, []
-    score = 2 * hits.bit_count() / size
-    return score, 1 / size, [(2 * (1 - score) * n / size, hits), (-score * n / size, wrong)]

@@ -296,13 +296,10 @@ class Record:
     def labels(self, splits: Iterable[str]) -> tuple[int, int, int]:
         """How many examples the splits have, and their gold and predicted labels, end to end, as the bits of whole numbers."""
         n, gold, predicted = 0, 0, 0
-        for predictions in (self.predictions[split] for split in splits if split in self.predictions):
-            of_split = predictions.masks()
-            n, predicted, gold = (
-                n + predictions.n,
-                predicted << predictions.n | of_split[0],
-                gold << predictions.n | of_split[1],
-            )
+        for split in splits:
+            if one := self.predictions.get(split):
+                of_predictions, of_gold = one.masks()
+                n, gold, predicted = n + one.n, gold << one.n | of_gold, predicted << one.n | of_predictions
         return n, gold, predicted
 
     def reaching(self, accuracy: float) -> tuple[int, float] | None:

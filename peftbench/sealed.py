@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from peftbench.errors import PeftbenchError
 
 MANIFEST = "manifest.json"
@@ -85,6 +83,8 @@ def lock(target: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
     Raises:
         LockError: If the file system has no locks.
     """
+    from filelock import FileLock, Timeout  # here, so that reading results does not wait for sockets and logging
+
     target.parent.mkdir(parents=True, exist_ok=True)
     held = FileLock(target.parent / f".{target.name}.lock")
     try:

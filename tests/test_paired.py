@@ -6,7 +6,7 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from peftbench.paired import holm, mcnemar_exact, paired_difference, ratio_difference
+from peftbench.paired import holm, mcnemar_exact, paired_difference, ratio_difference, score
 
 
 def simulate(rng, *, n, seeds=1, discordance=0.06, effect=0.0, seed_effect=0.0, shared=0.5):
@@ -32,7 +32,8 @@ def simulate(rng, *, n, seeds=1, discordance=0.06, effect=0.0, seed_effect=0.0, 
 def differ(name, gold, base, head):
     """The library's estimate for labels of shapes (N,), (S, N) and (S, N)."""
     of_gold, *predicted = (int.from_bytes(np.packbits(row).tobytes(), "big") for row in (gold, *base, *head))
-    return paired_difference(name, gold.size, of_gold, predicted[: len(base)], predicted[len(base) :])
+    scores = [score(name, gold.size, of_gold, one) for one in predicted]
+    return paired_difference(name, gold.size, scores[: len(base)], scores[len(base) :])
 
 
 @pytest.mark.parametrize(("lost", "won"), [(0, 0), (1, 0), (5, 15), (10, 10), (200, 150), (38, 16)])
@@ -138,7 +139,7 @@ def test_an_interval_and_mcnemars_test_agree():
         for won in range(lost, 120):
             gold = (1 << 1800) - 1
             base, head = gold ^ ((1 << won) - 1), gold ^ (((1 << lost) - 1) << 200)
-            found = paired_difference("accuracy", 1800, gold, [base], [head])
+            found = paired_difference("accuracy", 1800, *([score("accuracy", 1800, gold, side)] for side in (base, head)))
             assert (found.ci95[0] <= 0 <= found.ci95[1]) == (found.p >= 0.05), (lost, won)
 
 
