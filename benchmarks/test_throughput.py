@@ -25,7 +25,7 @@ EXAMPLES, EXAMPLES_ON_GPU, TINY_EXAMPLES, BATCH = 256, 1024, 32, 16
 """Sentences that each contender learns from. On a GPU 256 are over before many steps are CUDA graphs."""
 ROUNDS = 3
 AHEAD = 1.4
-"""How many times as fast as a tuned Trainer the loop must be at least; on an H200 it was three to seven times."""
+"""How many times as fast as a tuned Trainer the loop must be at least; on GPUs it was three to seven times."""
 CONTENDERS = {
     "full": ("notebook", "tuned", "peftbench"),
     "lora": ("notebook", "tuned", "peftbench"),
