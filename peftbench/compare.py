@@ -8,19 +8,18 @@ from dataclasses import dataclass, field
 
 from peftbench.intervals import Estimate
 from peftbench.metrics import METRICS, Metric
-from peftbench.paired import SHOWN, Score, holm, paired_difference, ratio_difference, score
+from peftbench.paired import SHOWN, Score, holm, paired_difference, ratio_difference
 from peftbench.records import Record
 from peftbench.verdicts import Row, Verdict
 
 Case = tuple[str, str, str]  # scale, letter, name
 Identity = tuple[tuple[str, str], ...]
-Scored = tuple[tuple[str, ...], int, int, Score]  # fingerprints of the splits, examples, their true labels as bits
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sample:
     """
-    The records of one phase on one side, by run; what they say is looked up once.
+    The records of one phase on one side, by run, not to be changed; what they say is looked up once.
 
     Attributes:
         latest: The last of each seed, whether it passed or not.
@@ -32,8 +31,8 @@ class Sample:
     latest: dict[int, Record] = field(init=False)
     passed: list[Record] = field(init=False)
     by_seed: dict[int, Record] = field(init=False)
-    _values: dict[str, list[float]] = field(init=False, default_factory=dict)
-    _scored: dict[str, dict[int, Scored]] = field(init=False, default_factory=dict)
+    _values: dict[str, list[float]] = field(init=False, repr=False, default_factory=dict)
+    _scores: dict[str, dict[int, Score]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.latest = {record.seed: record for record in self.records}
@@ -74,7 +73,7 @@ class Sample:
         """Independent measurements: of quality, one a seed; of all else, the mean of each run, whose seeds share its conditions."""
         if metric.name not in self._values:
             if metric.kind == "quality":
-                self._values[metric.name] = [one.value for _, _, _, one in self.scored(metric).values()]
+                self._values[metric.name] = [one.value for one in self.scores(metric).values()]
             else:
                 grouped: dict[str, list[float]] = {}
                 for record in self.passed:
@@ -83,17 +82,12 @@ class Sample:
                 self._values[metric.name] = [statistics.fmean(values) for values in grouped.values()]
         return self._values[metric.name]
 
-    def scored(self, metric: Metric) -> dict[int, Scored]:
-        """By seed, the quality of its last record that has predictions, over all its splits."""
-        if metric.name not in self._scored:
-            scored = self._scored[metric.name] = {}
-            for seed, record in self.by_seed.items():
-                splits = sorted(record.predictions)
-                n, gold, predicted = record.labels(splits)
-                if n:
-                    examples = tuple([record.predictions[split].split_fingerprint for split in splits])
-                    scored[seed] = examples, n, gold, score(metric.name, n, gold, predicted)
-        return self._scored[metric.name]
+    def scores(self, metric: Metric) -> dict[int, Score]:
+        """Of a metric of quality, by seed, of its last record that passed; a seed of which that has no predictions is left out."""
+        if metric.name not in self._scores:
+            scores = {seed: metric.score(record) for seed, record in self.by_seed.items()}
+            self._scores[metric.name] = {seed: one for seed, one in scores.items() if one is not None}
+        return self._scores[metric.name]
 
     def measured(self, metric: Metric) -> list[Record]:
         """What a metric goes by."""
@@ -262,15 +256,16 @@ def other_memory_before(metric: Metric, peaks: Sequence[float], base: Sequence[i
 
 def judge_quality(metric: Metric, base: Sample, head: Sample) -> Estimate | str:
     """How two samples differ that are not `incomparable`, paired on the predictions; a reason if they are after all."""
-    sides = base.scored(metric), head.scored(metric)
-    if not any(sides):
-        return "no predictions were recorded"
-    examples = {one[:3] for side in sides for one in side.values()}
-    if sides[0].keys() != sides[1].keys() or len(examples) > 1:
+    before, after = base.scores(metric), head.scores(metric)
+    for name, side, scores in (("base", base, before), ("head", head, after)):
+        if lacking := [str(seed) for seed in side.by_seed if seed not in scores]:
+            return f"no predictions were recorded in the {name} for seed {', '.join(lacking)}"
+    sides = (base, before), (head, after)
+    examples = {(one.n, one.gold, *side.by_seed[seed].examples) for side, scores in sides for seed, one in scores.items()}
+    if before.keys() != after.keys() or len(examples) > 1:
         return "other data: the predictions are of other examples"
-    [(_, n, _)] = examples
-    before, after = ([side[seed][3] for seed in sorted(side)] for side in sides)
-    return paired_difference(metric.name, n, before, after)
+    seeds = sorted(before)
+    return paired_difference(metric.name, [before[seed] for seed in seeds], [after[seed] for seed in seeds])
 
 
 def judge_runs(metric: Metric, base: Sequence[float], head: Sequence[float]) -> Estimate | None:

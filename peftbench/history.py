@@ -151,7 +151,8 @@ class History:
 
     def _runs(self, label: str, runs: Iterable[str], without: Collection[str] = ()) -> Side:
         paths = dict.fromkeys(path for run in runs for path in self.files[run])  # two runs share what one has resumed
-        left = [path for path in paths if not without or path.parent.name not in without] or list(paths)
+        left = [path for path in paths if path.parent.name not in without] if without else []  # a thousand names take a while
+        left = left or list(paths)
         return _read(label, left, str(self.folder))
 
     def _describe_depth(self) -> str:
@@ -430,7 +431,7 @@ def _shift(metric: Metric, level: _Level, sample: Sample, values: Sequence[float
     """Whether a sample is better or worse than a level."""
     if metric.kind == "quality":
         base, head = level.of_seeds(sample)
-        if not head.passed:
+        if not (base.values(metric) and head.values(metric)):
             return None
         difference = statistics.fmean(head.values(metric)) - statistics.fmean(base.values(metric))
     else:

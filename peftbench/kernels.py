@@ -79,14 +79,14 @@ class RowEmbedding(nn.Embedding):
 
     def add_gradient(self, ids: Tensor, gradient: Tensor) -> None:
         """Accumulate what flows into the rows that were looked up: (N,) and (N, width)."""
-        if self.padding_idx is not None:
-            real = ids != self.padding_idx
-            ids, gradient = ids[real], gradient[real]
         if self.weight.grad is None:
             self.weight.grad = torch.zeros_like(self.weight)
         elif supersede(self.weight):
             self.weight.grad.zero_()
+        padding = None if self.padding_idx is None else self.weight.grad[self.padding_idx].clone()
         self.weight.grad.index_add_(0, ids, gradient.to(self.weight.dtype))
+        if padding is not None:  # a look-up of padding adds nothing to its row
+            self.weight.grad[self.padding_idx] = padding
 
 
 class Linear(nn.Linear):

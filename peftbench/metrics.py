@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from peftbench.paired import score
+from peftbench.paired import Score, score
 from peftbench.records import Record
 
 Kind = Literal["quality", "time", "memory", "size"]
@@ -36,10 +36,14 @@ class Metric:
     def value(self, record: Record) -> float | None:
         """The record's figure; None where it measured none, as a phase that trains nothing has no training time."""
         if self.kind == "quality":
-            n, gold, predicted = record.labels(record.predictions)
-            return score(self.name, n, gold, predicted).value if n else None
+            return found.value if (found := self.score(record)) else None
         value = record.look_up(self.place)
         return None if value is None or (self.kind == "time" and not value) else float(value)
+
+    def score(self, record: Record) -> Score | None:
+        """Of a metric of quality, over all splits that the record has predictions for, by their names; None without any."""
+        n, gold, predicted = record.labels(sorted(record.predictions))
+        return score(self.name, n, gold, predicted) if n else None
 
     def gain(self, difference: float) -> float:
         """The difference, its sign such that more is better."""

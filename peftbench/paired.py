@@ -1,10 +1,10 @@
-"""Whether two measurements of the same thing differ: paired quality over examples and seeds, times by their ratio."""
+"""Quality, and whether two measurements of the same thing differ: quality paired over examples and seeds, times by their ratio."""
 
 import functools
 import math
 import statistics
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from peftbench.intervals import Estimate, beta_share, estimate
 
@@ -12,45 +12,52 @@ SHOWN = 0.05
 """Significance level; it matches the 95% intervals."""
 
 
-class Score(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Score:
     """
-    Accuracy or F1 of predictions for some examples.
+    Accuracy or F1 of predictions.
+
+    Labels, and which examples something is true of, are the bits of a number, one an example.
 
     Attributes:
+        n: How many examples there are.
+        gold: True labels.
+        errors: The examples whose prediction is wrong.
         value: A fraction.
         step: About how much one example moves it.
-        effects: The influence of each example, in pairs of effect and mask: the sum of the effects in whose masks its bit is set,
-            up to a constant. Its variance, over n, is that of a bootstrap over examples: of accuracy, which is a mean, that of all
-            its draws; of F1 to first order (the infinitesimal jackknife, Efron 1982).
-        wrong: Mask of the examples whose prediction is wrong.
+        influence: Of each example, in pairs of an effect and the examples that it is of: the sum of its effects, up to a constant.
+            Its variance, over n, is that of a bootstrap over examples: of accuracy, which is a mean, that of all its draws; of F1
+            to first order (the infinitesimal jackknife, Efron 1982).
     """
 
+    n: int
+    gold: int
+    errors: int
     value: float
     step: float
-    effects: Sequence[tuple[float, int]]
-    wrong: int
+    influence: Sequence[tuple[float, int]]
 
 
 def score(name: str, n: int, gold: int, predicted: int) -> Score:
     """
-    Accuracy, or F1 of the positive class; labels are the bits of a number, one an example.
+    Accuracy, or F1 of the positive class.
 
     Args:
         name: ``accuracy`` or ``f1``.
         n: How many examples there are, at least one.
-        gold: True labels.
+        gold: True labels, as in `Score`.
         predicted: Predicted ones.
     """
-    wrong = gold ^ predicted
-    misses = wrong.bit_count()
+    errors = gold ^ predicted
+    wrong = errors.bit_count()
     if name == "accuracy":
-        return Score((n - misses) / n, 1 / n, ((-1.0, wrong),), wrong)
-    hits = gold & predicted
-    size = 2 * hits.bit_count() + misses
+        return Score(n, gold, errors, (n - wrong) / n, 1 / n, ((-1.0, errors),))
+    true_positives = gold & predicted
+    size = 2 * true_positives.bit_count() + wrong
     if not size:
-        return Score(0.0, 0.0, (), wrong)
-    value = (size - misses) / size
-    return Score(value, 1 / size, ((2 * (1 - value) * n / size, hits), (-value * n / size, wrong)), wrong)
+        return Score(n, gold, errors, 0.0, 0.0, ())
+    value = (size - wrong) / size
+    return Score(n, gold, errors, value, 1 / size, ((2 * (1 - value) * n / size, true_positives), (-value * n / size, errors)))
 
 
 @functools.lru_cache(maxsize=4096)  # a history asks for the same counts again and again
@@ -75,7 +82,7 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def paired_difference(name: str, n: int, base: Sequence[Score], head: Sequence[Score]) -> Estimate:
+def paired_difference(name: str, base: Sequence[Score], head: Sequence[Score]) -> Estimate:
     """
     Accuracy or F1 of the head less that of the base, the mean over seeds.
 
@@ -87,30 +94,29 @@ def paired_difference(name: str, n: int, base: Sequence[Score], head: Sequence[S
     Accuracy with one seed is judged by McNemar's exact test, whose interval has zero in it where that shows nothing.
 
     Args:
-        name: ``accuracy`` or ``f1``.
-        n: How many examples there are.
-        base: Of each seed, on the same examples.
-        head: The same.
+        name: ``accuracy`` or ``f1``, whichever the scores are.
+        base: One a seed, all on the same examples.
+        head: Of the same seeds on the same examples.
     """
-    differences = [later.value - earlier.value for earlier, later in zip(base, head, strict=True)]
-    effects = [(-effect, mask) for one in base for effect, mask in one.effects]
-    effects += [part for one in head for part in one.effects]
-    mean, squares = 0.0, 0.0  # over the examples: the sum of their influences, and of the squares of these
+    n, differences = base[0].n, [after.value - before.value for before, after in zip(base, head, strict=True)]
+    effects = [(-effect, mask) for one in base for effect, mask in one.influence]
+    effects += [part for one in head for part in one.influence]
+    total, squares = 0.0, 0.0  # over the examples: the sum of their influences, and of the squares of these
     for i, (effect, mask) in enumerate(effects):
-        total = effect * mask.bit_count()
-        mean += total
-        squares += effect * total
+        of_effect = effect * mask.bit_count()
+        total += of_effect
+        squares += effect * of_effect
         for other, also in effects[:i]:
             squares += 2 * effect * other * (mask & also).bit_count()
     seeds = len(base)
     one_example = statistics.fmean([one.step for one in (*base, *head)])
-    sources = [(max(0.0, squares - mean**2 / n) / (n * seeds) ** 2 + 2 * one_example**2, max(n - 1.0, 1.0))]
+    sources = [(max(0.0, squares - total**2 / n) / (n * seeds) ** 2 + 2 * one_example**2, max(n - 1.0, 1.0))]
     if seeds > 1:
         sources.append((statistics.variance(differences) / seeds, seeds - 1.0))
     exact = None
     if seeds == 1 and name == "accuracy":
-        earlier, later = base[0].wrong, head[0].wrong
-        exact = mcnemar_exact((later & ~earlier).bit_count(), (earlier & ~later).bit_count())
+        before, after = base[0].errors, head[0].errors
+        exact = mcnemar_exact((after & ~before).bit_count(), (before & ~after).bit_count())
     found = estimate(statistics.fmean(differences), sources, p=exact)
     low, high = found.ci95
     if exact is not None and exact >= SHOWN:

@@ -293,11 +293,16 @@ class Record:
             value = None if value is None else getattr(value, name)
         return value
 
+    @property
+    def examples(self) -> tuple[tuple[str, str], ...]:
+        """What was predicted: the splits by name, each with its fingerprint."""
+        return tuple([(split, self.predictions[split].split_fingerprint) for split in sorted(self.predictions)])
+
     def labels(self, splits: Iterable[str]) -> tuple[int, int, int]:
         """How many examples the splits have, and their gold and predicted labels, end to end, as the bits of whole numbers."""
         n, gold, predicted = 0, 0, 0
         for split in splits:
-            if one := self.predictions.get(split):
+            if (one := self.predictions.get(split)) is not None:
                 of_predictions, of_gold = one.masks()
                 n, gold, predicted = n + one.n, gold << one.n | of_gold, predicted << one.n | of_predictions
         return n, gold, predicted

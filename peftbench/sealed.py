@@ -83,7 +83,7 @@ def lock(target: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
     Raises:
         LockError: If the file system has no locks.
     """
-    from filelock import FileLock, Timeout  # here, so that reading results does not wait for sockets and logging
+    from filelock import FileLock, Timeout  # here, as reading results needs no lock, and this imports sockets and logging
 
     target.parent.mkdir(parents=True, exist_ok=True)
     held = FileLock(target.parent / f".{target.name}.lock")

@@ -10,7 +10,7 @@ import pytest
 from samples import passed
 
 from peftbench import cli
-from peftbench.assets import ENCODER, REVIEWS, Asset
+from peftbench.assets import ASSETS, ENCODER, REVIEWS, Asset
 from peftbench.records import Store
 from peftbench.sealed import MANIFEST, file_sha256
 
@@ -34,7 +34,7 @@ def shelf(tmp_path, monkeypatch):
             licence="MIT",
             members={"data": "data"},
         )
-    monkeypatch.setattr(cli, "ASSETS", assets)
+    monkeypatch.setattr("peftbench.assets.ASSETS", assets)
     return folder
 
 
@@ -118,7 +118,7 @@ def test_help_names_the_options(capsys):
 
 def test_both_pinned_assets_are_fetched():
     """The encoder and the reviews, and nothing else."""
-    assert {"encoder": ENCODER, "reviews": REVIEWS} == cli.ASSETS
+    assert {"encoder": ENCODER, "reviews": REVIEWS} == ASSETS
 
 
 PHASES_FILE = """

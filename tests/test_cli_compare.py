@@ -299,7 +299,7 @@ import sys
 from peftbench.cli import main
 for command in (["compare", "latest"], ["history"], ["report"], ["report", "--format", "html"], ["export", "--format", "bencher"]):
     assert main(command) == 0
-assert not {"torch", "transformers", "datasets", "peft"} & set(sys.modules)
+assert not {"torch", "transformers", "datasets", "peft", "filelock", "peftbench.assets"} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=outputs.parent, capture_output=True, text=True, check=False)
     assert 0 == done.returncode, done.stderr

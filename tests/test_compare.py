@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from samples import failed, passed
+from samples import failed, passed, predictions
 
 from peftbench.compare import Sample, compare, compare_phases, judge_runs, set_up_changes
 from peftbench.metrics import METRICS
@@ -128,6 +128,9 @@ def test_what_fails_in_the_head_is_new_where_the_base_has_passed():
         ({"machine": {"id": "m2"}}, "train_runtime_seconds", "other machine: m1 and m2"),
         ({"machine": {"id": "m2"}}, "peak_memory_bytes", "other machine"),
         ({"predictions": passed(n=800).predictions}, "accuracy", "other data"),
+        ({"predictions": {**passed().predictions, "dev": predictions(900, (), seed=1)}}, "accuracy", "other data"),
+        ({"predictions": {"dev": passed().predictions["dev"]}}, "accuracy", "other data"),
+        ({"predictions": {}}, "f1", "no predictions were recorded in the head for seed 42"),
         ({"machine": {"id": "m1 with 2 workers"}}, "evaluation_seconds", "other machine"),
         ({"peak_memory_bytes": None}, "peak_memory_bytes", "not measured in the head"),
         (
@@ -185,6 +188,15 @@ def test_runs_that_differ_raise_no_false_alarms(runs):
         found = judge_runs(metric, base.values(metric), head.values(metric))
         alarms += found is not None and found.p < 0.05
     assert alarms / 2000 <= (0.06 if runs > 1 else 0)
+
+
+def test_a_seed_without_predictions_is_not_left_out_unsaid():
+    """On both sides or one; the other seed alone would have shown a loss."""
+    silent = passed(seed=43, predictions={})
+    row = row_of([passed(), silent], [passed(wrong=LOST), silent], "accuracy")
+    assert ("not comparable", "no predictions were recorded in the base for seed 43") == (row.verdict, row.reason)
+    row = row_of([passed(), passed(seed=43)], [passed(wrong=LOST), silent], "accuracy")
+    assert "no predictions were recorded in the head for seed 43" == row.reason
 
 
 def test_repeated_times_go_by_the_interval():

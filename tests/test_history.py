@@ -411,6 +411,13 @@ def test_a_phase_that_is_always_wrong_is_shown():
     assert 0.0 == point.value
 
 
+def test_a_seed_without_predictions_moves_no_level():
+    """Nor does it end the command where it is the only seed that two commits share."""
+    records = [at("a" * 40, 1), at("a" * 40, 1, seed=43, predictions={}), at("b" * 40, 2, seed=43)]
+    records += [at("c" * 40, 3, wrong=LOST), at("c" * 40, 3, seed=43, predictions={})]
+    assert [None, None, None] == [point.shift for point in points_of(records, "accuracy", COMMITS)]
+
+
 def test_marks_tell_what_is_unusual():
     """Another machine, uncommitted changes, a failure, a commit that git does not know."""
     dirty = dataclasses.replace(at("b" * 40, 2), commit={"id": "b" * 40, "dirty": True, "changes": "abc"})

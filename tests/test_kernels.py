@@ -265,11 +265,12 @@ def test_row_embedding_looked_up_twice_in_one_pass():
     assert [[1], [11], [0]] == rows.weight.grad.tolist()
 
 
-def test_row_embedding_adds_to_a_gradient_that_is_there():
-    """As everywhere in torch, a gradient set by the caller is added to."""
-    rows = RowEmbedding(3, 1)
+@pytest.mark.parametrize("padding", [None, 0])
+def test_row_embedding_adds_to_a_gradient_that_is_there(padding):
+    """As everywhere in torch, a gradient set by the caller is added to; looking up padding adds nothing to its row."""
+    rows = RowEmbedding(3, 1, padding_idx=padding)
     rows.weight.grad = torch.ones(3, 1)
-    rows(torch.tensor([1])).sum().backward()
+    rows(torch.tensor([1] if padding is None else [1, padding])).sum().backward()
     assert [[1], [2], [1]] == rows.weight.grad.tolist()
 
 

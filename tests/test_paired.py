@@ -2,7 +2,10 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
+from sklearn.metrics import accuracy_score, f1_score
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
@@ -33,7 +36,7 @@ def differ(name, gold, base, head):
     """The library's estimate for labels of shapes (N,), (S, N) and (S, N)."""
     of_gold, *predicted = (int.from_bytes(np.packbits(row).tobytes(), "big") for row in (gold, *base, *head))
     scores = [score(name, gold.size, of_gold, one) for one in predicted]
-    return paired_difference(name, gold.size, scores[: len(base)], scores[len(base) :])
+    return paired_difference(name, scores[: len(base)], scores[len(base) :])
 
 
 @pytest.mark.parametrize(("lost", "won"), [(0, 0), (1, 0), (5, 15), (10, 10), (200, 150), (38, 16)])
@@ -64,8 +67,6 @@ def test_holm_is_that_of_statsmodels():
 
 def test_the_variance_is_that_of_scipys_bootstrap():
     """One seed: the standard error behind the interval, for accuracy and F1, paired over examples."""
-    from sklearn.metrics import f1_score
-
     gold, base, head = simulate(np.random.default_rng(0), n=400, discordance=0.2, effect=0.05)
     figures = {"accuracy": lambda g, p: np.mean(g == p), "f1": lambda g, p: f1_score(g, p)}
     for name, figure in figures.items():
@@ -98,6 +99,15 @@ def test_one_example_and_two_seeds_are_too_few(name):
     found = differ(name, gold, base, head)
     assert -0.5 == found.value
     assert found.p > 0.3
+
+
+@given(pairs=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=70))
+def test_scores_are_those_of_scikit_learn(pairs):
+    """Whatever is predicted, as where there are no positives."""
+    predicted, gold = (np.array(side, np.uint8) for side in zip(*pairs, strict=True))
+    bits = [int("".join(map(str, side)), 2) for side in (gold, predicted)]
+    assert accuracy_score(gold, predicted) == pytest.approx(score("accuracy", len(pairs), *bits).value, rel=1e-12)
+    assert f1_score(gold, predicted, zero_division=0) == pytest.approx(score("f1", len(pairs), *bits).value, rel=1e-12)
 
 
 def test_f1_without_positives_is_zero():
@@ -139,7 +149,7 @@ def test_an_interval_and_mcnemars_test_agree():
         for won in range(lost, 120):
             gold = (1 << 1800) - 1
             base, head = gold ^ ((1 << won) - 1), gold ^ (((1 << lost) - 1) << 200)
-            found = paired_difference("accuracy", 1800, *([score("accuracy", 1800, gold, side)] for side in (base, head)))
+            found = paired_difference("accuracy", *([score("accuracy", 1800, gold, side)] for side in (base, head)))
             assert (found.ci95[0] <= 0 <= found.ci95[1]) == (found.p >= 0.05), (lost, won)
 
 

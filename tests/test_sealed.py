@@ -364,7 +364,7 @@ def test_a_file_system_without_locks_is_told(target, monkeypatch, error):
     def refuse(self, **_):
         raise error
 
-    monkeypatch.setattr("peftbench.sealed.FileLock.acquire", refuse)
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
     with pytest.raises(LockError, match=r"cannot lock \S+kd_500: (Operation not supported|no flock here); keep"), lock(target):
         pass
 
