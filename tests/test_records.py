@@ -94,6 +94,7 @@ MEASURED = {
     "train_runtime_seconds": NUMBERS,
     "efficiency": st.builds(Efficiency, accuracy_per_million_params=st.none() | NUMBERS, accuracy_per_minute=st.none() | NUMBERS),
 }
+SIZES = st.fixed_dictionaries({}, optional={"sizes": st.dictionaries(st.text(max_size=8), WHOLE, max_size=2)})
 ANY = {
     "schema_version": st.just(SCHEMA_VERSION),
     "run_id": st.text(max_size=8),
@@ -108,7 +109,7 @@ ANY = {
     "peak_memory_bytes": st.none() | WHOLE,
     "teacher_cost": st.none()
     | st.builds(TeacherCost, training_seconds=NUMBERS, logit_seconds=NUMBERS, cache=st.sampled_from(["hit", "miss"])),
-    "data": MAPPINGS,
+    "data": st.builds(lambda free, sizes: {key: free[key] for key in free if key != "sizes"} | sizes, MAPPINGS, SIZES),
     "machine": MAPPINGS,
     "commit": MAPPINGS,
     "predictions": st.dictionaries(st.text(max_size=8), PREDICTIONS, max_size=2),
