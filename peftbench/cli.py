@@ -217,6 +217,8 @@ def _write(path: Path | None, text: str) -> None:
         if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():  # a file, which is to be the same everywhere
             sys.stdout.reconfigure(encoding="utf-8", errors="replace", newline="")
         sys.stdout.write(text)
+    elif path.is_dir():
+        raise ValueError(f"--to must name a file, got the folder {str(path)!r}")
     elif path.exists() and not path.is_file():  # such as /dev/stdout, which must stay what it is
         path.write_text(text, "utf-8")
     else:

@@ -14,6 +14,7 @@ from peftbench.verdicts import Row, Verdict
 
 Case = tuple[str, str, str]  # scale, letter, name
 Identity = tuple[tuple[str, str], ...]
+Examples = tuple[tuple[tuple[str, str], ...], int, int]  # the splits and their fingerprints, how many examples, their true labels
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +34,7 @@ class Sample:
     by_seed: dict[int, Record] = field(init=False)
     _values: dict[str, list[float]] = field(init=False, repr=False, default_factory=dict)
     _scores: dict[str, dict[int, Score]] = field(init=False, repr=False, default_factory=dict)
+    _examples: set[Examples] = field(init=False, repr=False, default_factory=set)
 
     def __post_init__(self) -> None:
         self.latest = {record.seed: record for record in self.records}
@@ -88,6 +90,17 @@ class Sample:
             scores = {seed: metric.score(record) for seed, record in self.by_seed.items()}
             self._scores[metric.name] = {seed: one for seed, one in scores.items() if one is not None}
         return self._scores[metric.name]
+
+    def unscored(self, metric: Metric) -> list[int]:
+        """Seeds whose last record that passed has no predictions."""
+        scores = self.scores(metric)
+        return [seed for seed in self.by_seed if seed not in scores] if len(scores) < len(self.by_seed) else []
+
+    def examples(self, metric: Metric) -> set[Examples]:
+        """What the scores are of; one element where that is the same for all seeds."""
+        if not self._examples:
+            self._examples = {(self.by_seed[seed].examples, one.n, one.gold) for seed, one in self.scores(metric).items()}
+        return self._examples
 
     def measured(self, metric: Metric) -> list[Record]:
         """What a metric goes by."""
@@ -256,14 +269,14 @@ def other_memory_before(metric: Metric, peaks: Sequence[float], base: Sequence[i
 
 def judge_quality(metric: Metric, base: Sample, head: Sample) -> Estimate | str:
     """How two samples differ that are not `incomparable`, paired on the predictions; a reason if they are after all."""
+    for name, side in (("base", base), ("head", head)):
+        if unscored := side.unscored(metric):
+            return f"no predictions were recorded in the {name} for seed {' and '.join(map(str, unscored))}"
     before, after = base.scores(metric), head.scores(metric)
-    for name, side, scores in (("base", base, before), ("head", head, after)):
-        if lacking := [str(seed) for seed in side.by_seed if seed not in scores]:
-            return f"no predictions were recorded in the {name} for seed {', '.join(lacking)}"
-    sides = (base, before), (head, after)
-    examples = {(one.n, one.gold, *side.by_seed[seed].examples) for side, scores in sides for seed, one in scores.items()}
+    examples = base.examples(metric) | head.examples(metric)
     if before.keys() != after.keys() or len(examples) > 1:
-        return "other data: the predictions are of other examples"
+        splits = {" and ".join(split for split, _ in fingerprints) for fingerprints, _, _ in examples}
+        return "other data: the predictions are of " + (" or of ".join(sorted(splits)) if len(splits) > 1 else "other examples")
     seeds = sorted(before)
     return paired_difference(metric.name, [before[seed] for seed in seeds], [after[seed] for seed in seeds])
 

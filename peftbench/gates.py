@@ -61,7 +61,7 @@ class Gate:
         number = float(found["number"]) * units[found["unit"]] if found and found["unit"] in units else None
         if found is None or number is None or not math.isfinite(number) or (not metric.unit and number > 1):
             written = ", ".join(f"5{unit}" for unit in units)
-            raise ValueError(f"{option} {name}: the limit must be written as {written} (of the base); got {limit!r}")
+            raise ValueError(f"{option} {name}: the limit must be written as {written} (of the base); got {text!r}")
         return cls(metric, number, found["unit"] == "%", limit)
 
     def breaks(self, row: Row, *, strict: bool) -> bool:

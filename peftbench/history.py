@@ -128,8 +128,10 @@ class History:
                 count += f"; {len(dirty)} with uncommitted changes left out (to use one, name its id): {_few(reversed(dirty))}"
             return self._runs(f"commit {wanted[:12]}{note}{count}", clean or at_commit, without)
         if wanted:
+            silent = [run for run in runs if run not in known]
             raise HistoryError(
                 f"no run in {self.folder} is of commit {wanted[:12]} ({text!r}); runs are of {_few(one[:12] for one in ids)}"
+                + (f"; of these none can be read, or none says its commit: {_few(silent)}" if silent else "")
             )
         raise HistoryError(
             f"{text!r} is not a file, a folder, 'latest', a run in {self.folder}, or a commit that git or a record knows; "
@@ -149,11 +151,11 @@ class History:
         """All runs."""
         return self._runs(f"all {len(self.files)} runs in {self.folder}", list(self.files))
 
-    def _runs(self, label: str, runs: Iterable[str], without: Collection[str] = ()) -> Side:
+    def _runs(self, label: str, runs: Sequence[str], without: Collection[str] = ()) -> Side:
         paths = dict.fromkeys(path for run in runs for path in self.files[run])  # two runs share what one has resumed
         left = [path for path in paths if path.parent.name not in without] if without else []  # a thousand names take a while
         left = left or list(paths)
-        return _read(label, left, str(self.folder))
+        return _read(label, left, str(self.folder / runs[0] if len(runs) == 1 else self.folder))
 
     def _describe_depth(self) -> str:
         shallow = (git(self.repository, "rev-parse", "--is-shallow-repository") or "").strip() == "true"
@@ -199,9 +201,12 @@ def trace(records: Iterable[Record], metric: Metric, commits: Sequence[Commit]) 
             marks += [] if known else ["unknown"]
             marks += ["failed"] if sample.error else []
             marks += ["other branch"] if known and not known.on_line else []
-            shift = None
-            if sample.passed and (commit, changes) in taking_part:
-                shift, other = line.take(sample)
+            measured, shift = sample, None
+            if metric.kind == "quality" and (unscored := sample.unscored(metric)):
+                marks.append(f"no predictions for seed {' and '.join(map(str, unscored))}")
+                measured = sample.of_seeds(sample.scores(metric))
+            if measured.passed and (commit, changes) in taking_part:
+                shift, other = line.take(measured)
                 marks += [f"other {other}"] if other else []
             if (commit, changes) in taking_part:
                 for seed, record in sample.latest.items():
@@ -431,7 +436,7 @@ def _shift(metric: Metric, level: _Level, sample: Sample, values: Sequence[float
     """Whether a sample is better or worse than a level."""
     if metric.kind == "quality":
         base, head = level.of_seeds(sample)
-        if not (base.values(metric) and head.values(metric)):
+        if not head.passed:
             return None
         difference = statistics.fmean(head.values(metric)) - statistics.fmean(base.values(metric))
     else:

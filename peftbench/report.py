@@ -211,7 +211,8 @@ def render_history(traced: Mapping[str, Sequence[Point]], metric: Metric) -> str
         "level: where it newly fails, or got better or worse by more than noise, accuracy and f1 than at the previous shift, all "
         "else than at any commit since; left out are other branches, and what is dirty or unknown unless there is nothing else\n"
         "marks: dirty, with uncommitted changes; perhaps dirty, git did not say; unknown to git here; failed, the last run of a "
-        "seed failed; other ..., not compared; other seed set, compared over the seeds of both"
+        "seed failed; other ..., not compared; other seed set, compared over the seeds of both, if there are any; no predictions "
+        "for a seed, which is left out"
     )
     return "\n\n".join(blocks)
 

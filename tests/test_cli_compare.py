@@ -201,7 +201,7 @@ def test_gates_decide_the_exit_status(outputs, capsys, arguments, expected):
         (("plan", "--memory", "-3"), "--memory must be more than 0 GiB, got -3"),
         (("export", "bad.json", "--format", "bencher"), "bad.json: "),
         (("report", "empty"), "no record in empty"),
-        (("report", "--format", "csv", "--to", "empty"), "empty"),
+        (("report", "--format", "csv", "--to", "empty"), "--to must name a file, got the folder 'empty'"),
     ],
 )
 def test_wrong_use_is_one_line_and_status_2(outputs, tmp_path, capsys, arguments, message):

@@ -129,7 +129,11 @@ def test_what_fails_in_the_head_is_new_where_the_base_has_passed():
         ({"machine": {"id": "m2"}}, "peak_memory_bytes", "other machine"),
         ({"predictions": passed(n=800).predictions}, "accuracy", "other data"),
         ({"predictions": {**passed().predictions, "dev": predictions(900, (), seed=1)}}, "accuracy", "other data"),
-        ({"predictions": {"dev": passed().predictions["dev"]}}, "accuracy", "other data"),
+        (
+            {"predictions": {"dev": passed().predictions["dev"]}},
+            "accuracy",
+            "other data: the predictions are of dev or of dev and test",
+        ),
         ({"predictions": {}}, "f1", "no predictions were recorded in the head for seed 42"),
         ({"machine": {"id": "m1 with 2 workers"}}, "evaluation_seconds", "other machine"),
         ({"peak_memory_bytes": None}, "peak_memory_bytes", "not measured in the head"),

@@ -115,6 +115,19 @@ def test_what_names_nothing_is_said(repository, store, text, message):
         History.from_outputs(store.outputs, folder).select(text)
 
 
+def test_a_run_that_cannot_be_read_is_named(repository, store):
+    """By its own id, and where its commit is looked for."""
+    folder, ids = repository
+    keep(store, ids[0])
+    broken = store.record_path(keep(store, ids[1], day=2))
+    broken.write_text("{")
+    history = History.from_outputs(store.outputs, folder)
+    with pytest.raises(HistoryError, match=f"no record in {broken.parent} can be read; the first problem: .*: not JSON"):
+        history.select(broken.parent.name)
+    with pytest.raises(HistoryError, match=f"no run .* or none says its commit: {broken.parent.name}$"):
+        history.select(ids[1])
+
+
 def test_a_run_that_is_named_can_be_given(store, tmp_path):
     """A message has the whole id."""
     run = make_run_id()
@@ -411,11 +424,16 @@ def test_a_phase_that_is_always_wrong_is_shown():
     assert 0.0 == point.value
 
 
-def test_a_seed_without_predictions_moves_no_level():
-    """Nor does it end the command where it is the only seed that two commits share."""
-    records = [at("a" * 40, 1), at("a" * 40, 1, seed=43, predictions={}), at("b" * 40, 2, seed=43)]
-    records += [at("c" * 40, 3, wrong=LOST), at("c" * 40, 3, seed=43, predictions={})]
-    assert [None, None, None] == [point.shift for point in points_of(records, "accuracy", COMMITS)]
+def test_a_seed_without_predictions_is_left_out_and_said():
+    """It hides no loss of the other seed, there or later, and does not end the command where two commits share no other."""
+    silent = {"seed": 43, "predictions": {}}
+    records = [at("a" * 40, 1), at("a" * 40, 1, **silent), at("b" * 40, 2, seed=43), at("c" * 40, 3, wrong=LOST)]
+    records += [at("c" * 40, 3, **silent), at("d" * 40, 4, **silent)]
+    points = points_of(records, "accuracy", COMMITS)
+    assert [None, None, "worse", None] == [point.shift for point in points]
+    said = [[mark for mark in point.marks if "predictions" in mark] for point in points]
+    assert [["no predictions for seed 43"], [], ["no predictions for seed 43"], ["no predictions for seed 43"]] == said
+    assert [2, 1, 2, 1] == [point.passed for point in points]
 
 
 def test_marks_tell_what_is_unusual():
