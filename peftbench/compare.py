@@ -73,19 +73,18 @@ class Sample:
 
     def values(self, metric: Metric) -> list[float]:
         """Independent measurements: of quality, one a seed; of all else, the mean of each run, whose seeds share its conditions."""
+        if metric.kind == "quality":
+            return [one.value for one in self.scores(metric).values()]
         if metric.name not in self._values:
-            if metric.kind == "quality":
-                self._values[metric.name] = [one.value for one in self.scores(metric).values()]
-            else:
-                grouped: dict[str, list[float]] = {}
-                for record in self.passed:
-                    if (value := metric.value(record)) is not None:
-                        grouped.setdefault(record.run_id, []).append(value)
-                self._values[metric.name] = [statistics.fmean(values) for values in grouped.values()]
+            grouped: dict[str, list[float]] = {}
+            for record in self.passed:
+                if (value := metric.value(record)) is not None:
+                    grouped.setdefault(record.run_id, []).append(value)
+            self._values[metric.name] = [statistics.fmean(values) for values in grouped.values()]
         return self._values[metric.name]
 
     def scores(self, metric: Metric) -> dict[int, Score]:
-        """Of a metric of quality, by seed, of its last record that passed; a seed of which that has no predictions is left out."""
+        """Of a metric of quality, by seed, from its last record that passed; without the seeds that are `unscored`."""
         if metric.name not in self._scores:
             scores = {seed: metric.score(record) for seed, record in self.by_seed.items()}
             self._scores[metric.name] = {seed: one for seed, one in scores.items() if one is not None}
@@ -97,7 +96,7 @@ class Sample:
         return [seed for seed in self.by_seed if seed not in scores] if len(scores) < len(self.by_seed) else []
 
     def examples(self, metric: Metric) -> set[Examples]:
-        """What the scores are of; one element where that is the same for all seeds."""
+        """What the scores of any metric of quality are of; one element where that is the same for all seeds."""
         if not self._examples:
             self._examples = {(self.by_seed[seed].examples, one.n, one.gold) for seed, one in self.scores(metric).items()}
         return self._examples

@@ -131,7 +131,7 @@ class History:
             silent = [run for run in runs if run not in known]
             raise HistoryError(
                 f"no run in {self.folder} is of commit {wanted[:12]} ({text!r}); runs are of {_few(one[:12] for one in ids)}"
-                + (f"; of these none can be read, or none says its commit: {_few(silent)}" if silent else "")
+                + (f"; no record that can be read says the commit of {_few(silent)}" if silent else "")
             )
         raise HistoryError(
             f"{text!r} is not a file, a folder, 'latest', a run in {self.folder}, or a commit that git or a record knows; "

@@ -93,7 +93,7 @@ def beta_share(x: float, a: float, b: float) -> float:
     log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
     ratio = 1 / (1 - (a + b) * x / (a + 1) or tiny)
     fraction, numerator, change, m = ratio, 1.0, 0.0, 0
-    while abs(change - 1) > 1e-13:
+    while abs(change - 1) > 1e-13:  # beyond, a slow tail's steps are little but rounding
         m += 1
         for factor in (
             m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),

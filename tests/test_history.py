@@ -124,7 +124,7 @@ def test_a_run_that_cannot_be_read_is_named(repository, store):
     history = History.from_outputs(store.outputs, folder)
     with pytest.raises(HistoryError, match=f"no record in {broken.parent} can be read; the first problem: .*: not JSON"):
         history.select(broken.parent.name)
-    with pytest.raises(HistoryError, match=f"no run .* or none says its commit: {broken.parent.name}$"):
+    with pytest.raises(HistoryError, match=f"no run .*; no record that can be read says the commit of {broken.parent.name}$"):
         history.select(ids[1])
 
 
