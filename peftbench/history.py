@@ -55,13 +55,15 @@ class Side:
         return list({(r.scale, r.phase, r.name, r.seed): r for r in by_run}.values())
 
 
-class _Committed(msgspec.Struct):
-    """The part of a record that says its commit."""
+class _Origin(msgspec.Struct):
+    """The part of a record that says its run and commit."""
 
+    run_id: str
     commit: dict[str, Any]
 
 
-_COMMIT = msgspec.json.Decoder(_Committed)
+_ORIGIN = msgspec.json.Decoder(_Origin)
+_RUN_ID = re.compile(r"[0-9TZ]+-[0-9a-f]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class History:
 
     Attributes:
         folder: That holds a folder for each run.
-        files: Of each run, by the run's id, in the order of time.
+        files: Of each run, by the name of its folder, in the order of time; of a copy the files that it is of.
     """
 
     folder: Path
@@ -92,8 +94,8 @@ class History:
         """
         for folder in (outputs / "runs", outputs / "tiny" / "runs"):
             runs = [run for run in sorted(folder.glob("*"), key=str) if run.name != without]
-            if files := {run.name: of_run for run in runs if (of_run := _record_files(run.glob("*.*")))}:
-                return cls(folder, files, repository)
+            if found := dict(_in_time(run, files) for run in runs if (files := _record_files(run.glob("*.*")))):
+                return cls(folder, {name: found[began, is_id, name] for began, is_id, name in sorted(found)}, repository)
         raise HistoryError(f"no records in {outputs / 'runs'}; run pytest benchmarks first, or name the outputs folder")
 
     def select(self, text: str, *, without: Collection[str] = ()) -> Side:
@@ -111,7 +113,7 @@ class History:
             return self._runs(f"latest run {runs[-1]}", runs[-1:])
         if text in runs:
             return self._runs(f"run {text}", [text])
-        if re.fullmatch(r"[0-9TZ]+-[0-9a-f]+", text) and (tiny := self.folder.parent / "tiny" / "runs" / text).is_dir():
+        if _RUN_ID.fullmatch(text) and (tiny := self.folder.parent / "tiny" / "runs" / text).is_dir():
             return _read(f"run {text} of the tiny scale", _record_files(tiny.iterdir()), str(tiny))
         known = {run: facts for run in runs if (facts := self.commit_of(run)).get("id")}
         ids = {str(facts["id"]) for facts in known.values()}
@@ -140,12 +142,7 @@ class History:
 
     def commit_of(self, run: str) -> Mapping[str, Any]:
         """What the run's first readable record says of its commit; nothing if none does."""
-        for path in self.files[run]:
-            try:
-                return _COMMIT.decode(read_content(path)).commit
-            except (RecordError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                continue
-        return {}
+        return _origin(self.files[run]).commit
 
     def everything(self) -> Side:
         """All runs."""
@@ -270,6 +267,29 @@ def _files_in(folder: Path) -> list[Path]:
     """The reports or records that a folder holds, whichever folder of outputs it is."""
     places = ("phase_*_metrics.json", "*.*", "runs/*/*.json", "*/*.json")
     return next((files for place in places if (files := _record_files(folder.glob(place)))), [])
+
+
+def _in_time(run: Path, files: list[Path]) -> tuple[tuple[str, bool, str], list[Path]]:
+    """
+    A run's files, with what it is sorted by: its id, and its folder's name.
+
+    A folder that was renamed stands where its records were made, and a copy before its original.
+    """
+    if _RUN_ID.fullmatch(run.name):
+        return (run.name, True, run.name), files
+    run_id = _origin(files).run_id
+    originals = [(run.parent / run_id / file.name, file) for file in files]
+    return (run_id, False, run.name), [original if original.is_file() else file for original, file in originals]
+
+
+def _origin(files: Iterable[Path]) -> _Origin:
+    """Of the first record that can be read; of no run and commit if there is none."""
+    for path in files:
+        try:
+            return _ORIGIN.decode(read_content(path))
+        except (RecordError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            continue
+    return _Origin("", {})
 
 
 def _record_files(paths: Iterable[Path]) -> list[Path]:

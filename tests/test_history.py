@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 
 import pytest
@@ -126,6 +127,26 @@ def test_a_run_that_cannot_be_read_is_named(repository, store):
         history.select(broken.parent.name)
     with pytest.raises(HistoryError, match=f"no run .*; no record that can be read says the commit of {broken.parent.name}$"):
         history.select(ids[1])
+
+
+def test_a_run_whose_folder_was_renamed_stays_in_its_place(store, tmp_path):
+    """A name that a person gave it names it, and the latest is the run that began last."""
+    first, last = keep(store, "c1", day=1), keep(store, "c2", day=2)
+    store.record_path(first).parent.rename(store.runs / "the-baseline")
+    history = History.from_outputs(store.outputs, tmp_path)
+    assert ["the-baseline", last.run_id] == list(history.files)
+    assert [first] == list(history.select("the-baseline").records)
+    assert [last] == list(history.select("latest").records)
+
+
+def test_a_run_that_was_copied_counts_once(store, tmp_path):
+    """The copy can be named, too."""
+    records = [keep(store, "c1", day=day) for day in (1, 2)]
+    shutil.copytree(store.record_path(records[1]).parent, store.runs / "kept")
+    history = History.from_outputs(store.outputs, tmp_path)
+    assert records == sorted(history.everything().records, key=lambda record: record.run_id)
+    assert f"latest run {records[1].run_id}" == history.select("latest").label
+    assert [records[1]] == list(history.select("kept").records)
 
 
 def test_a_run_that_is_named_can_be_given(store, tmp_path):
