@@ -398,9 +398,10 @@ def _without_teacher(base: Sample, head: Sample) -> str:
 def _judge_outcome(phase: str, base: Sample, head: Sample) -> Row | None:
     """The row of a phase that did not pass on both sides; None for one that did."""
     verdict: Verdict
-    if not base.records or not head.records:
-        lacking = "no finished record in the head" if base.records else "new: no finished record in the base"
-        verdict, reason = "missing", lacking
+    if not head.records:
+        verdict, reason = "missing", "no finished record in the head"
+    elif not base.records:
+        verdict, reason = "new", "no finished record in the base"
     elif head.error:
         failing = {seed for seed, record in head.latest.items() if record.outcome == "failed"}
         always = failing <= {*base.latest} - {*base.by_seed} or not base.passed

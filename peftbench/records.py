@@ -49,6 +49,8 @@ CacheUse = Literal["hit", "miss"]
 Whole = Annotated[int, msgspec.Meta(ge=1 - 2**63, le=2**63 - 1)]
 """What fits 64 bits, as in arrays."""
 
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
 Step = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
 """Optimizer step, counted from 1."""
 
@@ -56,6 +58,9 @@ Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 Figure = Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)]
 """A number whose square, which a spread and an axis need, is finite, too."""
+
+Amount = Annotated[float, msgspec.Meta(ge=0, le=1e100)]
+"""The same of what cannot be negative: time, memory, rates."""
 
 _DEEPEST = 50
 """Deepest nesting that is accepted; a record has some four levels."""
@@ -84,7 +89,7 @@ class SplitMetrics:
 
     accuracy: Fraction
     f1: Fraction
-    n: Whole
+    n: Count
     accuracy_ci95: tuple[Figure, Figure]
 
 
@@ -92,16 +97,16 @@ class SplitMetrics:
 class ParameterCounts:
     """Scalars in the model, and how many of them an optimizer step may change."""
 
-    total: Whole
-    trainable: Whole
+    total: Count
+    trainable: Count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Efficiency:
     """Dev accuracy (a fraction) per million trainable parameters and per minute of training; null if nothing trained."""
 
-    accuracy_per_million_params: Figure | None
-    accuracy_per_minute: Figure | None
+    accuracy_per_million_params: Amount | None
+    accuracy_per_minute: Amount | None
 
     @classmethod
     def from_costs(cls, *, accuracy: float, trainable: int, seconds: float) -> "Efficiency":
@@ -120,8 +125,8 @@ class TeacherCost:
     ``cache`` is ``hit`` where this case found both on disk; the seconds are those of the first time in either case.
     """
 
-    training_seconds: Figure
-    logit_seconds: Figure
+    training_seconds: Amount
+    logit_seconds: Amount
     cache: CacheUse
 
 
@@ -136,8 +141,8 @@ class MemoryUse:
         gradient_checkpointing: Whether activations were computed a second time instead of kept.
     """
 
-    examples_at_once: Whole
-    times_out_of_memory: Whole = 0
+    examples_at_once: Count
+    times_out_of_memory: Count = 0
     gradient_checkpointing: bool = False
 
 
@@ -187,7 +192,7 @@ class Predictions:
     """
 
     split_fingerprint: str
-    n: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+    n: Count
     predicted: bytes
     gold: bytes
 
@@ -217,7 +222,7 @@ class Record:
     Keys that a failed case did not reach are null.
     """
 
-    schema_version: Whole
+    schema_version: Count
     run_id: str
     phase: str
     name: str
@@ -237,26 +242,26 @@ class Record:
     teacher_checkpoint: str | None = None
     dev: SplitMetrics | None = None
     test: SplitMetrics | None = None
-    majority_accuracy: Figure | None = None
-    metrics_version: Whole | None = None
+    majority_accuracy: Fraction | None = None
+    metrics_version: Count | None = None
     parameter_counts: ParameterCounts | None = None
-    train_runtime_seconds: Figure | None = None
-    evaluation_seconds: Figure | None = None
+    train_runtime_seconds: Amount | None = None
+    evaluation_seconds: Amount | None = None
     efficiency: Efficiency | None = None
     kd_path: str | None = None
-    samples_per_second: Figure | None = None
-    tokens_per_second: Figure | None = None
-    optimizer_steps: Whole | None = None
-    skipped_steps: Whole | None = None
-    replayed_steps: Whole | None = None
+    samples_per_second: Amount | None = None
+    tokens_per_second: Amount | None = None
+    optimizer_steps: Count | None = None
+    skipped_steps: Count | None = None
+    replayed_steps: Count | None = None
     memory_use: MemoryUse | None = None
     dev_curve: tuple[tuple[Step, Figure, Figure], ...] | None = None
-    peak_memory_bytes: Whole | None = None
+    peak_memory_bytes: Count | None = None
     peak_memory_scope: str | None = None
-    memory_before_bytes: Whole | None = None
-    processor_wait_fraction: Figure | None = None
-    artifact_bytes: Whole | None = None
-    latency_ms: Figure | None = None
+    memory_before_bytes: Count | None = None
+    processor_wait_fraction: Amount | None = None
+    artifact_bytes: Count | None = None
+    latency_ms: Amount | None = None
     precision: str | None = None
     batching: str | None = None
     teacher_cost: TeacherCost | None = None
@@ -364,7 +369,7 @@ class Record:
 
 
 _DECODER = msgspec.json.Decoder(Record)
-_SIZES = dict[str, Whole]
+_SIZES = dict[str, Count]
 
 
 def read_record(path: Path) -> Record:

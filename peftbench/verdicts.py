@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Verdict = Literal["better", "worse", "no difference shown", "not comparable", "newly failing", "fixed", "missing"]
+Verdict = Literal["better", "worse", "no difference shown", "not comparable", "newly failing", "fixed", "missing", "new"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

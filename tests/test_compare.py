@@ -232,7 +232,7 @@ def test_faster_is_better_whichever_way_it_is_measured():
         ([failed()], [passed()], "fixed", "failed in the base"),
         ([failed()], [failed()], "not comparable", "fails on both sides"),
         ([passed()], [], "missing", "no finished record in the head"),
-        ([], [passed()], "missing", "new: no finished record in the base"),
+        ([], [passed()], "new", "no finished record in the base"),
         ([passed(), passed(seed=43)], [passed(), failed(seed=43)], "newly failing", "seed 43: RuntimeError"),
     ],
 )

@@ -74,6 +74,7 @@ FAILED = Record(
 )
 
 NUMBERS, WHOLE = st.floats(-1e100, 1e100), st.integers(1 - 2**63, 2**63 - 1)
+AMOUNTS, COUNTS = st.floats(0, 1e100), st.integers(0, 2**63 - 1)
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | WHOLE | NUMBERS | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -81,7 +82,7 @@ JSON_VALUES = st.recursive(
 )
 MAPPINGS = st.dictionaries(st.text(max_size=8), JSON_VALUES, max_size=3)
 SHARES = st.floats(0, 1)
-QUALITIES = st.builds(SplitMetrics, accuracy=SHARES, f1=SHARES, n=WHOLE, accuracy_ci95=st.tuples(NUMBERS, NUMBERS))
+QUALITIES = st.builds(SplitMetrics, accuracy=SHARES, f1=SHARES, n=COUNTS, accuracy_ci95=st.tuples(NUMBERS, NUMBERS))
 PREDICTIONS = st.builds(
     lambda pairs, name: Predictions.from_labels([p for p, _ in pairs], [g for _, g in pairs], name),
     st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), max_size=20),
@@ -90,11 +91,11 @@ PREDICTIONS = st.builds(
 MEASURED = {
     "dev": QUALITIES,
     "test": QUALITIES,
-    "parameter_counts": st.builds(ParameterCounts, total=WHOLE, trainable=WHOLE),
-    "train_runtime_seconds": NUMBERS,
-    "efficiency": st.builds(Efficiency, accuracy_per_million_params=st.none() | NUMBERS, accuracy_per_minute=st.none() | NUMBERS),
+    "parameter_counts": st.builds(ParameterCounts, total=COUNTS, trainable=COUNTS),
+    "train_runtime_seconds": AMOUNTS,
+    "efficiency": st.builds(Efficiency, accuracy_per_million_params=st.none() | AMOUNTS, accuracy_per_minute=st.none() | AMOUNTS),
 }
-SIZES = st.fixed_dictionaries({}, optional={"sizes": st.dictionaries(st.text(max_size=8), WHOLE, max_size=2)})
+SIZES = st.fixed_dictionaries({}, optional={"sizes": st.dictionaries(st.text(max_size=8), COUNTS, max_size=2)})
 ANY = {
     "schema_version": st.just(SCHEMA_VERSION),
     "run_id": st.text(max_size=8),
@@ -106,9 +107,9 @@ ANY = {
     "config": MAPPINGS,
     "error": st.none() | st.text(),
     "learning_curve": st.lists(st.tuples(st.integers(1, 2**63 - 1), NUMBERS), max_size=3).map(tuple),
-    "peak_memory_bytes": st.none() | WHOLE,
+    "peak_memory_bytes": st.none() | COUNTS,
     "teacher_cost": st.none()
-    | st.builds(TeacherCost, training_seconds=NUMBERS, logit_seconds=NUMBERS, cache=st.sampled_from(["hit", "miss"])),
+    | st.builds(TeacherCost, training_seconds=AMOUNTS, logit_seconds=AMOUNTS, cache=st.sampled_from(["hit", "miss"])),
     "data": st.builds(lambda free, sizes: {key: free[key] for key in free if key != "sizes"} | sizes, MAPPINGS, SIZES),
     "machine": MAPPINGS,
     "commit": MAPPINGS,
@@ -227,6 +228,9 @@ def without(key):
             json.dumps(changed("data", {"sizes": {"dev": "x"}})),
             "record.data.sizes.dev is 'x': Expected `int`, got `str`",
             id="sizes-text",
+        ),
+        pytest.param(
+            json.dumps(changed("latency_ms", -1.5)), "record.latency_ms is -1.5: Expected `float` >= 0", id="less-than-none"
         ),
         pytest.param(json.dumps(changed("parameter_counts", None)), "null for parameter_counts", id="passed-without-counts"),
         pytest.param(json.dumps(changed("dev", None)), "null for dev", id="passed-without-dev"),
