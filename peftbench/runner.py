@@ -471,7 +471,7 @@ def failed_record(phase: Phase, seed: int, bench: Workbench, error: BaseExceptio
 
 
 def case_fingerprint(phase: Phase, bench: Workbench) -> str:
-    """What the figures of a case depend on, the seed aside; equal ones may be compared, and `resume` goes by it."""
+    """What the figures of a case depend on, the seed aside; ``--peft-resume`` goes by it."""
     phase = phase.at(bench.scale.name)
     needs_teacher = phase.role == "teacher" or phase.distillation is not None
     model = bench.teacher_identity if phase.role == "teacher" else bench.weights(_source(phase, bench.scale)).identity
