@@ -83,7 +83,7 @@ class Contest:
         self.bench = Workbench(SCALES[spec.scale], settings)
         self.device, self.phase = self.bench.device, PHASES[spec.method]
         scale = self.bench.scale
-        self.weights = self.bench.weights(scale.student if self.phase.role == "student" else scale.backbone)
+        self.weights = self.bench.weights(scale.source_of(self.phase.role))
         self.examples = draw(self.bench.splits.train, spec.examples)
         self.encoded = self.bench.encoded(self.examples, self.weights, self.phase.max_length)
         self.teacher_logits = None

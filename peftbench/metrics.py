@@ -17,27 +17,27 @@ class Metric:
 
     Attributes:
         name: As gates, tables and exports spell it.
-        place: Where the record has it; quality has none, as it is over dev and test together.
-        unit: Of the value; an empty one stands for a fraction.
         kind: Quality is paired example by example; time and memory compare on one machine only; size is exact.
         better: Which direction is an improvement.
         absolute: A smaller difference does not matter, however certain; in the unit.
         relative: Tolerance where a side has a single run, as a share of the base.
+        unit: Of the value; an empty one stands for a fraction.
+        place: Where the record has it, if not at its name; quality comes from the predictions of dev and test together.
     """
 
     name: str
-    place: str
-    unit: str
     kind: Kind
     better: Literal["higher", "lower"]
     absolute: float
-    relative: float
+    relative: float = 0.0
+    unit: str = ""
+    place: str = ""
 
     def value(self, record: Record) -> float | None:
         """The record's figure; None where it measured none, as a phase that trains nothing has no training time."""
         if self.kind == "quality":
             return found.value if (found := self.score(record)) else None
-        value = record.look_up(self.place)
+        value = record.look_up(self.place or self.name)
         return None if value is None or (self.kind == "time" and not value) else float(value)
 
     def score(self, record: Record) -> Score | None:
@@ -50,20 +50,25 @@ class Metric:
         return difference if self.better == "higher" else -difference
 
 
-_TABLE: tuple[tuple[str, str, str, Kind, Literal["higher", "lower"], float, float], ...] = (
-    ("accuracy", "", "", "quality", "higher", 0.001, 0.0),
-    ("f1", "", "", "quality", "higher", 0.001, 0.0),
-    ("train_runtime_seconds", "train_runtime_seconds", "s", "time", "lower", 0.1, 0.25),
-    ("samples_per_second", "samples_per_second", "1/s", "time", "higher", 0.1, 0.25),
-    ("evaluation_seconds", "evaluation_seconds", "s", "time", "lower", 0.1, 0.25),
-    ("latency_ms", "latency_ms", "ms", "time", "lower", 0.1, 0.5),
-    ("peak_memory_bytes", "peak_memory_bytes", "B", "memory", "lower", 2.0**20, 0.1),
-    ("artifact_bytes", "artifact_bytes", "B", "size", "lower", 2.0**10, 0.0),
-    ("trainable_parameters", "parameter_counts.trainable", "parameters", "size", "lower", 1.0, 0.0),
-)
-
 METRICS: Mapping[str, Metric] = {
-    name: Metric(name=name, place=place, unit=unit, kind=kind, better=better, absolute=absolute, relative=relative)
-    for name, place, unit, kind, better, absolute, relative in _TABLE
+    metric.name: metric
+    for metric in (
+        Metric(name="accuracy", kind="quality", better="higher", absolute=0.001),
+        Metric(name="f1", kind="quality", better="higher", absolute=0.001),
+        Metric(name="train_runtime_seconds", unit="s", kind="time", better="lower", absolute=0.1, relative=0.25),
+        Metric(name="samples_per_second", unit="1/s", kind="time", better="higher", absolute=0.1, relative=0.25),
+        Metric(name="evaluation_seconds", unit="s", kind="time", better="lower", absolute=0.1, relative=0.25),
+        Metric(name="latency_ms", unit="ms", kind="time", better="lower", absolute=0.1, relative=0.5),
+        Metric(name="peak_memory_bytes", unit="B", kind="memory", better="lower", absolute=2.0**20, relative=0.1),
+        Metric(name="artifact_bytes", unit="B", kind="size", better="lower", absolute=2.0**10),
+        Metric(
+            name="trainable_parameters",
+            place="parameter_counts.trainable",
+            unit="parameters",
+            kind="size",
+            better="lower",
+            absolute=1.0,
+        ),
+    )
 }
 """By name, in the order in which they are shown."""

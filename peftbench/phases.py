@@ -169,6 +169,11 @@ class Phase:
         """The part of the id after the hyphen: ``hybrid`` of ``D-hybrid``."""
         return self.id.partition("-")[2]
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether it evaluates the teacher or learns from it."""
+        return self.role == "teacher" or self.distillation is not None
+
     def at(self, scale: str) -> "Phase":
         """The phase with its changes for that scale made."""
         return dataclasses.replace(self, **self.at_scale.get(scale, {}), at_scale={})
@@ -269,6 +274,12 @@ class Scale:
                     f"scale {self.name}: the teacher is the backbone with all parameters tuned on all of train, for one epoch or "
                     f"more; its phase can have no subset, peft, distillation, at_scale or kd_subsets, got {recipe}"
                 )
+
+    def source_of(self, role: Role) -> Pretrained | Untrained:
+        """Where a role's weights come from; those of a teacher that is to be tuned, from the backbone."""
+        if role == "teacher" and isinstance(self.teacher, Pretrained):
+            return self.teacher
+        return self.student if role == "student" else self.backbone
 
 
 def check_data_folder(folder: Path, option: str) -> None:

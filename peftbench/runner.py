@@ -307,7 +307,7 @@ def _measure(phase: Phase, seed: int, bench: Workbench) -> Record:
     for size in phase.kd_subsets:
         bench.kd_subset(size, phase.max_length)
     examples, logits, kd_path = _training_examples(phase, bench)
-    weights = bench.teacher.weights if phase.role == "teacher" else bench.weights(_source(phase, scale))
+    weights = bench.teacher.weights if phase.role == "teacher" else bench.weights(scale.source_of(phase.role))
 
     bench.device.release_memory()
     memory, wait = PeakMemory(bench.device), ProcessorWait()
@@ -433,11 +433,11 @@ def plan_phases(phases: Sequence[Phase], bench: Workbench, *, memory_bytes: int 
     """
     scale, device, splits = bench.scale, bench.device, bench.splits
     recipe = scale.teacher
-    teacher = bench.weights(recipe if isinstance(recipe, Pretrained) else scale.backbone)
+    teacher = bench.weights(scale.source_of("teacher"))
     plans = []
     known: dict[int, int] = {}  # how many texts there are logits of, by their length
     for phase in (*([recipe] if isinstance(recipe, Phase) else []), *(phase.at(scale.name) for phase in phases)):
-        weights = teacher if phase.role == "teacher" else bench.weights(_source(phase, scale))
+        weights = bench.weights(scale.source_of(phase.role))
         train = splits.train if phase.subset is None else draw(splits.train, phase.subset)
         asked = max([*phase.kd_subsets, len(train) if phase.distillation is not None else 0])
         there = known.get(phase.max_length, 0)
@@ -473,15 +473,14 @@ def failed_record(phase: Phase, seed: int, bench: Workbench, error: BaseExceptio
 def case_fingerprint(phase: Phase, bench: Workbench) -> str:
     """What the figures of a case depend on, the seed aside; ``--peft-resume`` goes by it."""
     phase = phase.at(bench.scale.name)
-    needs_teacher = phase.role == "teacher" or phase.distillation is not None
-    model = bench.teacher_identity if phase.role == "teacher" else bench.weights(_source(phase, bench.scale)).identity
+    model = bench.teacher_identity if phase.role == "teacher" else bench.weights(bench.scale.source_of(phase.role)).identity
     return fingerprint(
         {
             "phase": [phase.id, phase_config(phase)],
             "scale": bench.scale.name,
             "data": bench.splits.fingerprint,
             "weights": model,
-            "teacher": bench.teacher_identity if needs_teacher else None,
+            "teacher": bench.teacher_identity if phase.needs_teacher else None,
             "precision": bench.device.precision,
             "metrics": METRICS_VERSION,
         }
@@ -498,8 +497,7 @@ def seed_everything(seed: int) -> None:
 def _describe_case(phase: Phase, seed: int, bench: Workbench) -> dict[str, Any]:
     """What is known of a case however it ends."""
     recipe = bench.scale.teacher
-    needs_teacher = phase.role == "teacher" or phase.distillation is not None
-    taught = {"teacher": phase_config(recipe)} if isinstance(recipe, Phase) and needs_teacher else {}
+    taught = {"teacher": phase_config(recipe)} if isinstance(recipe, Phase) and phase.needs_teacher else {}
     return {
         "schema_version": SCHEMA_VERSION,
         "run_id": bench.settings.run_id,
@@ -531,10 +529,6 @@ def _describe_training(run: Fit | None) -> dict[str, Any]:
         "learning_curve": run.learning_curve,
         "dev_curve": run.dev_curve,
     }
-
-
-def _source(phase: Phase, scale: Scale) -> Pretrained | Untrained:
-    return scale.student if phase.role == "student" else scale.backbone
 
 
 def _training_examples(phase: Phase, bench: Workbench) -> tuple[Split, TeacherLogits | None, str | None]:

@@ -439,7 +439,7 @@ def written_out(phase, seed, bench):
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    weights = bench.weights(bench.scale.student if phase.role == "student" else bench.scale.backbone)
+    weights = bench.weights(bench.scale.source_of(phase.role))
     tokenizer = load_tokenizer(weights)
     model, groups = prepare(load_classifier(weights), phase)
     optimizer = torch.optim.AdamW(groups, weight_decay=phase.weight_decay, foreach=False, fused=False)
