@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.stand_ins import CONFIGS, write_checkpoint
 from benchmarks.test_phases import PHASES as STUDY
-from peftbench import runner
+from peftbench import workbench
 from peftbench.assets import ENCODER, asset_path
 from peftbench.data import draw, read_glue_folder
 from peftbench.kernels import ONEDNN_LINEAR
@@ -23,7 +23,8 @@ from peftbench.models import load_tokenizer, locate
 from peftbench.phases import LORA, SCALES, Distillation, Phase, Pretrained
 from peftbench.plugin import SESSION
 from peftbench.records import Store
-from peftbench.runner import Settings, Workbench, plan_phases, run_phase
+from peftbench.runner import plan_phases, run_phase
+from peftbench.workbench import Settings, Workbench
 
 STEPS, BATCH = 20, 16
 FLOPS = {
@@ -78,8 +79,8 @@ def test_plan_holds_over_twenty_steps(phase, bench, monkeypatch, capsys, pytestc
         with counter:
             return original(*arguments, **options)
 
-    original = runner.fit
-    monkeypatch.setattr(runner, "fit", fit)
+    original = workbench.fit
+    monkeypatch.setattr(workbench, "fit", fit)
     record = run_phase(phase, bench.scale, 42, bench.settings, workbench=bench)
     assert (STEPS if phase.epochs else 0) == record.optimizer_steps
     counted = counter.get_total_flops() if phase.epochs else 0

@@ -27,7 +27,7 @@ from peftbench.measure import PeakMemory, Stopwatch
 from peftbench.models import load_classifier, load_tokenizer, prepare
 from peftbench.packing import predict
 from peftbench.phases import LORA, SCALES, Distillation, Phase
-from peftbench.runner import Settings, Workbench, seed_everything, train
+from peftbench.workbench import Settings, Workbench, seed_everything
 
 SEED = 42
 PHASES = {
@@ -110,8 +110,8 @@ class Contest:
     def _run_peftbench(self) -> tuple[float, int]:
         model, groups = self.load()
         model, packed = self.bench.place(model)
-        run = train(
-            self.phase, model, groups, self.encoded, self.bench, teacher=self.teacher_logits, packed=packed, seed=SEED, what="round"
+        run = self.bench.train(
+            self.phase, model, groups, self.encoded, teacher=self.teacher_logits, packed=packed, seed=SEED, what="round"
         )
         return run.runtime_seconds, run.steps
 

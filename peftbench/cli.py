@@ -135,7 +135,8 @@ def plan(options: argparse.Namespace) -> None:
     from peftbench.device import auto_scale
     from peftbench.plan import estimate_seconds, measure_matrix_rate
     from peftbench.report import render_plans
-    from peftbench.runner import Settings, Workbench, plan_phases
+    from peftbench.runner import plan_phases
+    from peftbench.workbench import Settings, Workbench
 
     if options.data is not None:
         check_data_folder(options.data, "--data")

@@ -1,8 +1,10 @@
 """Teacher logits are computed once and found again; the loss is Hinton's."""
 
+import ast
 import dataclasses
 import hashlib
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch.nn import functional as F
 
+from peftbench import distill
 from peftbench.data import DataError, Split, draw
 from peftbench.distill import (
     LOGIT_BLOCK,
@@ -27,6 +30,11 @@ from peftbench.phases import Distillation
 from peftbench.sealed import CorruptError
 
 KEY = TeacherKey(weights="w", tokenizer="t", max_length=96, precision="fp32", device_kind="cpu")
+
+IN_THE_KEY = {"assets", "data", "hub", "phases", "sealed", "records"}
+"""Modules that the workbench needs for what is in a cache key by itself, such as weights, texts and recipe, or for the disk."""
+
+MEASURING = {"errors", "measure"}
 
 logit_pairs = st.tuples(st.integers(1, 6), st.integers(2, 4)).flatmap(
     lambda shape: st.tuples(*[hnp.arrays("float64", shape, elements=st.floats(-10, 10))] * 2)
@@ -308,3 +316,14 @@ def test_aligning_another_text_is_refused():
     other = dataclasses.replace(examples_of(3), sentences=("sentence 0", "changed", "sentence 2"))
     with pytest.raises(DataError, match=r"example 1 were computed for 'sentence 1', but the data say 'changed'"):
         taught(examples_of(3)).align(other)
+
+
+def test_every_module_that_decides_what_a_teacher_says_is_in_the_version_of_the_code():
+    """What the workbench imports, directly or not, is hashed, or it is known to matter in no other way than by the key."""
+    package, reached, ahead = Path(distill.__file__).parent, set(), {"workbench"}
+    while ahead:
+        reached.add(name := ahead.pop())
+        tree = ast.parse((package / f"{name}.py").read_text("utf-8"))
+        modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+        ahead |= {module.removeprefix("peftbench.") for module in modules if module.startswith("peftbench.")} - reached
+    assert set(distill._MODULES) == reached - IN_THE_KEY - MEASURING

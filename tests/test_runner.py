@@ -17,14 +17,15 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
-from peftbench import runner
+from peftbench import runner, workbench
 from peftbench.data import DataError, draw, read_glue_folder
 from peftbench.distill import read_subset
 from peftbench.models import ModelError, artifact_bytes, load_classifier, load_tokenizer, prepare
 from peftbench.packing import shuffled_rows
 from peftbench.phases import LORA, SCALES, Distillation, Phase, Untrained
 from peftbench.records import OutputsError, Record
-from peftbench.runner import Settings, Workbench, case_fingerprint, failed_record, plan_phases, run_phase
+from peftbench.runner import case_fingerprint, failed_record, plan_phases, run_phase
+from peftbench.workbench import Settings, Workbench
 
 SMALL = {"layers": 1, "hidden_size": 32, "attention_heads": 2}
 TINY = dataclasses.replace(
@@ -508,7 +509,7 @@ def test_a_teacher_that_says_nothing_finite_leaves_nothing_in_the_cache(tmp_path
     """As one that overflows in fp16 does: one clear message, and the next run asks a sound teacher anew."""
     settings = settings_in(tmp_path, data)
     with monkeypatch.context() as patched:
-        patched.setattr(runner, "predict", lambda *_, **__: torch.full((192, 2), torch.inf))
+        patched.setattr(workbench, "predict", lambda *_, **__: torch.full((192, 2), torch.inf))
         with pytest.raises(ModelError, match=r"the teacher's logits of 192 of 192 texts are not finite in fp32; use another"):
             run_phase(KD, TINY, 42, settings)
     assert "passed" == run_phase(KD, TINY, 42, settings).outcome

@@ -23,7 +23,7 @@ from peftbench.report import printable, render_comparison, render_summary, seen_
 if TYPE_CHECKING:
     from peftbench.data import Splits
     from peftbench.distill import TeacherLogits
-    from peftbench.runner import Workbench
+    from peftbench.workbench import Workbench
 
 SESSION = pytest.StashKey[Session]()
 RECORD = pytest.StashKey[Record]()
@@ -301,7 +301,7 @@ def peft_seed(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(scope="session")
 def peft_workbench(request: pytest.FixtureRequest, peft_scale: Scale) -> Workbench:
     """What the cases of one scale share."""
-    from peftbench.runner import Workbench
+    from peftbench.workbench import Workbench
 
     session = request.config.stash[SESSION]
     if not isinstance(peft_scale, Scale):

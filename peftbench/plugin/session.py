@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from peftbench.device import Device
     from peftbench.gates import Judgement
     from peftbench.history import Side
-    from peftbench.runner import Settings, Workbench
+    from peftbench.workbench import Settings, Workbench
 
 
 class Session:
@@ -93,7 +93,7 @@ class Session:
     def settings(self) -> Settings:
         """What the runner needs to know of the session."""
         from peftbench.commits import describe_commit
-        from peftbench.runner import Settings
+        from peftbench.workbench import Settings
 
         options = self.options
         return Settings(

@@ -9,7 +9,7 @@ import pytest
 
 from peftbench.data import generate_sentences
 from peftbench.phases import KD_MAX_LENGTH, SCALES
-from peftbench.runner import Settings, Workbench  # at the top: torch cannot be loaded again after pytester unloads it
+from peftbench.workbench import Settings, Workbench  # at the top: torch cannot be loaded again after pytester unloads it
 
 STUDY = """
     import pytest

@@ -140,14 +140,14 @@ def test_however_a_test_ends_there_is_one_record(pytester, data_folder, records,
         f"""
         import pytest
         from peftbench.phases import Phase
-        import peftbench.runner
+        from peftbench.workbench import Workbench
 
         def end():
             {ending}
 
         def test_phase(run_phase, monkeypatch):
             if {when == "in training"}:
-                monkeypatch.setattr(peftbench.runner, "train", lambda *_, **__: end())
+                monkeypatch.setattr(Workbench, "train", lambda *_, **__: end())
             run_phase(Phase(id="S-small", role="student", subset=16, epochs=1))
             end()
         """

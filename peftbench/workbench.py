@@ -1,0 +1,318 @@
+"""
+What the cases of one scale share: data, tokens, the teacher and its logits, and the device that they train on.
+
+Of the process's own state it seeds the generators of random numbers, sets how a GPU multiplies and attends and, on CPU, has the C
+library keep freed memory.
+"""
+
+import functools
+import random
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftbench.assets import REVIEWS, Asset, asset_path, say
+from peftbench.data import Split, Splits, draw, load_splits
+from peftbench.device import Device, DoesNotFit, is_out_of_memory
+from peftbench.distill import CODE_VERSION, LOGIT_BLOCK, TeacherKey, TeacherLogits, cached_logits, kd_loss, publish_subset
+from peftbench.kernels import can_be_captured, cast_frozen, economize, economize_words, only_words, retain_memory
+from peftbench.layers import make_packable
+from peftbench.measure import describe_machine, usable_processors
+from peftbench.models import (
+    ModelError,
+    Weights,
+    check_positions,
+    load_classifier,
+    load_tokenizer,
+    locate,
+    prepare,
+    save_classifier,
+    tokenizer_identity,
+)
+from peftbench.packing import Batch, Batches, Encoded, predict, row_step_on
+from peftbench.parameters import SeparateParameters, flattened
+from peftbench.phases import DATA_SEED, Phase, Pretrained, Scale, Untrained
+from peftbench.plan import examples_at_once
+from peftbench.records import OutputsError, Store, phase_config
+from peftbench.sealed import building, fingerprint, lock, unseal
+from peftbench.training import Fit, Progress, Recipe, fit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """
+    What a session decides for all of its cases.
+
+    Attributes:
+        outputs: Where results and caches go.
+        data: A folder of GLUE-style files in place of the scale's data.
+        device: ``auto``, ``cpu``, ``cuda`` or one of several, such as ``cuda:1``.
+        precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        run_id: The run that the records belong to.
+        commit: What `peftbench.commits.describe_commit` said when the session began.
+        evaluations: How often each phase is evaluated on dev while it trains; takes no part in the training time.
+        workers: Processes that run cases beside each other.
+    """
+
+    outputs: Path
+    run_id: str
+    commit: Mapping[str, Any] = field(default_factory=dict)
+    data: Path | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    evaluations: int = 0
+    workers: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Teacher:
+    """The scale's teacher, ready to load; the cost of tuning it is that of the first time."""
+
+    weights: Weights
+    training_seconds: float
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Progress that is not shown."""
+
+
+class Workbench:
+    """
+    What the cases of one scale share: splits, tokens, the teacher and its logits; each made at first use.
+
+    Optional in any call; without one, what a call needs is made again.
+    """
+
+    def __init__(self, scale: Scale, settings: Settings, progress: Progress = silent, notify: Callable[[str], None] = say) -> None:
+        self.scale, self.settings, self.progress, self.notify = scale, settings, progress, notify
+        self.store = Store(settings.outputs, scale.name)
+        self.device = Device.choose(settings.device, settings.precision)
+        own_choice = self.scale.threads if self.device.kind == "cpu" else None
+        self.threads = own_choice or min(torch.get_num_threads(), usable_processors())  # torch knows nothing of containers
+        self.machine = describe_machine(self.device, self.threads, settings.workers)  # now, as a broken device may not tell
+        self.misses = 0  # how often the teacher or its logits were not on disk
+        self._weights: dict[Pretrained | Untrained, Weights] = {}
+        self._encoded: dict[tuple[str, str, int], Encoded] = {}
+        self._kd: dict[tuple[int, int], TeacherLogits] = {}
+
+    @cached_property
+    def splits(self) -> Splits:
+        """Train, dev and test, with labels checked."""
+        scale, reviews = self.scale, functools.partial(self._fetch, REVIEWS)
+        splits = load_splits(scale.data, self.settings.data, reviews, self.notify, revisions=scale.data_revisions)
+        for split in (splits.train, splits.dev, splits.test):
+            split.check_labels()
+        return splits
+
+    def weights(self, source: Pretrained | Untrained) -> Weights:
+        """A role's weights, located once."""
+        if source not in self._weights:
+            self._weights[source] = locate(source, self._fetch, self.notify)
+        return self._weights[source]
+
+    def encoded(self, split: Split, weights: Weights, max_length: int) -> Encoded:
+        """A split as token ids."""
+        key = (split.fingerprint, weights.identity, max_length)
+        if key not in self._encoded:
+            self._encoded[key] = Encoded.from_split(split, load_tokenizer(weights), max_length=max_length)
+        return self._encoded[key]
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The published teacher, or the backbone tuned by the scale's recipe, once, and cached by content."""
+        recipe = self.scale.teacher
+        if isinstance(recipe, Pretrained):
+            return Teacher(weights=self.weights(recipe), training_seconds=0.0)
+        folder = self.store.cache_path("teachers", fingerprint([self.teacher_identity, CODE_VERSION]))
+        with lock(folder, waiting=lambda: self.notify("waiting for another session that is tuning the same teacher")):
+            facts = unseal(folder)
+            if facts is None:
+                self.misses += 1
+                facts = self._tune_teacher(recipe, folder)
+        weights = locate(Pretrained(source=str(folder)), self._fetch)
+        return Teacher(weights=weights, training_seconds=float(facts["training_seconds"]))
+
+    @cached_property
+    def teacher_identity(self) -> str:
+        """What the teacher is tuned from and how, or its weights; the code is no part, so that commits can be compared."""
+        recipe = self.scale.teacher
+        if isinstance(recipe, Pretrained):
+            return self.weights(recipe).identity
+        facts = [self.weights(self.scale.backbone).identity, phase_config(recipe), self.splits.train.fingerprint]
+        return fingerprint([*facts, self.device.precision, self.device.kind, DATA_SEED])
+
+    def teacher_logits(self, size: int, max_length: int) -> TeacherLogits:
+        """The teacher's logits for the first ``size`` examples of the fixed draw, from the cache where they are in it."""
+        if (size, max_length) not in self._kd:
+            train = self.splits.train
+            examples = draw(train, size)
+            whole_blocks = draw(train, min(len(train), -(-size // LOGIT_BLOCK) * LOGIT_BLOCK))
+            weights = self.teacher.weights
+            key = TeacherKey(
+                weights=weights.identity,
+                tokenizer=tokenizer_identity(load_tokenizer(weights)),
+                max_length=max_length,
+                precision=self.device.precision,
+                device_kind=self.device.kind,
+            )
+            logits = cached_logits(
+                whole_blocks, key, lambda entry: self.store.cache_path("logits", entry), self._teach(weights, max_length)
+            )
+            self.misses += not logits.hit
+            self._kd[size, max_length] = logits.take_first(len(examples))
+        return self._kd[size, max_length]
+
+    def kd_subset(self, size: int, max_length: int) -> Path:
+        """The folder of a KD subset, written or left as it is if it already says the same."""
+        return publish_subset(self.teacher_logits(size, max_length), self.store.kd_path(size, max_length))
+
+    @contextmanager
+    def own_threads(self) -> Iterator[None]:
+        """For a while, an operation on the CPU takes as many threads as the scale asks for."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def place(self, model: nn.Module) -> tuple[nn.Module, bool]:
+        """Bring a model to the device, ready to run there; also says whether it takes packed rows."""
+        packed = make_packable(model)
+        if self.device.kind == "cpu":
+            retain_memory()
+            economize(model)
+        else:
+            economize_words(model)
+            if self.device.casts_frozen:
+                cast_frozen(model, self.device.dtype)
+        self.device.set_up()
+        try:
+            return model.to(self.device.name), packed
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DoesNotFit(f"the weights alone do not fit {self.device.name}; use a smaller model or a larger device") from None
+
+    def train(
+        self,
+        phase: Phase,
+        model: nn.Module,
+        groups: list[dict[str, Any]],
+        encoded: Encoded,
+        *,
+        teacher: Tensor | None,
+        packed: bool,
+        seed: int,
+        what: str,
+        dev: Encoded | None = None,
+    ) -> Fit:
+        """
+        Train a model that `Workself.place` made ready on a phase's examples.
+
+        Args:
+            phase: With its changes for the scale made.
+            groups: Parameters with their learning rates, as `peftself.models.prepare` gives them.
+            teacher: Logits in the order of the examples, shape (N, 2), for a phase that distils.
+            packed: What `Workself.place` said.
+            seed: Of the order of batches.
+            what: Name of the work, for progress and errors.
+            dev: What to evaluate on while training, as often as the settings say.
+        """
+        device = self.device
+        targets = None if teacher is None else teacher.to(device.name)  # (N, 2)
+
+        def loss(batch: Batch) -> Tensor:
+            logits = model(**batch.inputs).logits.float()  # (B, 2)
+            if targets is None or phase.distillation is None:
+                return F.cross_entropy(logits, batch.labels)
+            return kd_loss(logits, targets[batch.rows.to(targets.device, non_blocking=True)], batch.labels, phase.distillation)
+
+        def accuracy(on: Encoded) -> float:
+            return int((predict(model, on, device, packed=packed).argmax(dim=1) == on.labels).sum()) / len(on)
+
+        words = torch.cat([*encoded.tokens, *(dev.tokens if dev else ())])
+        rows_stay = packed and not phase.weight_decay  # of words that do not occur: no padding and no decay touches them
+        with (
+            self.own_threads(),
+            only_words(model, words) if rows_stay else nullcontext(),
+            flattened(groups) if device.kind == "cpu" else nullcontext(SeparateParameters(groups)) as parameters,
+        ):
+            return fit(
+                model,
+                loss,
+                Batches(encoded, phase.batch_size, torch.Generator().manual_seed(seed), device.name, packed, row_step_on(device)),
+                parameters,
+                Recipe(
+                    epochs=phase.epochs,
+                    warmup_fraction=phase.warmup_fraction,
+                    clip_norm=phase.clip_norm,
+                    weight_decay=phase.weight_decay,
+                ),
+                examples_at_once=examples_at_once(model, encoded, phase.batch_size, device),
+                device=device,
+                progress=self.progress,
+                what=what,
+                capture=packed and device.kind == "cuda" and can_be_captured(model),
+                evaluate=functools.partial(accuracy, dev) if dev else None,
+                evaluations=self.settings.evaluations,
+            )
+
+    def _fetch(self, asset: Asset) -> Path:
+        return asset_path(asset, self.store.assets, notify=self.notify)
+
+    def _teach(self, weights: Weights, max_length: int) -> Callable[[Split], Tensor]:
+        @functools.cache
+        def load() -> tuple[nn.Module, bool]:
+            model = load_classifier(weights, tuned=True)
+            check_positions(model, max_length, "the teacher")
+            return self.place(model)
+
+        def compute(examples: Split) -> Tensor:
+            model, packed = load()
+            encoded = Encoded.from_split(examples, load_tokenizer(weights), max_length=max_length)
+            with self.own_threads():
+                logits = predict(model, encoded, self.device, packed=packed)
+            if broken := int((~torch.isfinite(logits)).any(dim=1).sum()):
+                raise ModelError(
+                    f"the teacher's logits of {broken} of {len(examples)} texts are not finite in {self.device.precision}; "
+                    "use another precision, such as fp32, or another teacher"
+                )
+            return logits
+
+        return compute
+
+    def _tune_teacher(self, recipe: Phase, folder: Path) -> dict[str, Any]:
+        seed_everything(DATA_SEED)
+        backbone = self.weights(self.scale.backbone)
+        encoded = self.encoded(self.splits.train, backbone, recipe.max_length)
+        model, groups = prepare(load_classifier(backbone), recipe)
+        needed = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+        free = shutil.disk_usage(folder.parent).free
+        if free < needed:
+            raise OutputsError(
+                f"{self.store.root} has {free / 2**20:.0f} MiB of free space, and the tuned teacher takes {needed / 2**20:.0f}; "
+                "free some or give another folder with --peft-outputs DIR"
+            )
+        model, packed = self.place(model)
+        run = self.train(recipe, model, groups, encoded, teacher=None, packed=packed, seed=DATA_SEED, what="tuning the teacher")
+        facts = {"training_seconds": run.runtime_seconds, "recipe": phase_config(recipe)}
+        with building(folder, facts) as target:
+            save_classifier(model, load_tokenizer(backbone), target)
+        return facts
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every generator that torch, transformers and peft draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
