@@ -203,9 +203,12 @@ def _accuracy_over_commits(options: argparse.Namespace, side: "Side") -> Mapping
     from peftbench.commits import commits_in_order
     from peftbench.history import History, trace
 
-    records = side.records if Path(options.side).exists() else History.from_outputs(options.outputs).everything().records
+    records, repository = side.records, Path()
+    if not Path(options.side).exists():
+        found = History.from_outputs(options.outputs)
+        records, repository = found.everything().records, found.repository
     scales = {record.scale for record in side.records}
-    return trace([record for record in records if record.scale in scales], METRICS["accuracy"], commits_in_order(Path()))
+    return trace([record for record in records if record.scale in scales], METRICS["accuracy"], commits_in_order(repository))
 
 
 def _path(text: str) -> Path:
@@ -223,7 +226,10 @@ def _write(path: Path | None, text: str) -> None:
     elif path.exists() and not path.is_file():  # such as /dev/stdout, which must stay what it is
         path.write_text(text, "utf-8")
     else:
-        write_atomically(path.resolve(), text)
+        try:
+            write_atomically(path.resolve(), text)
+        except OSError as error:
+            raise OSError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
         print(f"peftbench: wrote {path}", file=sys.stderr)
 
 

@@ -210,18 +210,20 @@ def compare_phases(records: Iterable[Record], base: str, head: str) -> list[Row]
 
 def set_up_changes(base: Iterable[Record], head: Iterable[Record]) -> list[str]:
     """
-    What the phases that passed on two sides were set up with differently, a line each: hyperparameters, checkpoints, versions.
+    What the phases of two sides were set up with differently, a line each: hyperparameters, checkpoints, versions.
 
-    Changes that several phases share are told once.
+    Changes that several phases share are told once. Of a phase that failed only hyperparameters and versions are known.
     """
     sides = _by_case(base), _by_case(head)
     labels = _labels([*sides[0], *sides[1]])
-    both = sorted(case for case in labels if all(case in side and side[case].passed for side in sides))
+    both = sorted(case for case in labels if all(case in side and side[case].records for side in sides))
     phases: dict[str, list[str]] = {}
     for case in both:
-        rows = [_set_up(side[case].passed[-1]) for side in sides]
+        passed = all(side[case].passed for side in sides)
+        rows = [_set_up(side[case].passed[-1] if passed else side[case].records[-1], whole=passed) for side in sides]
         taught = all(any(key.startswith("config.teacher.") for key in row) for row in rows)  # earlier versions did not record it
-        for key in dict.fromkeys([*rows[0], *rows[1]]):
+        keys = dict.fromkeys([*rows[0], *rows[1]]) if passed else [key for key in rows[0] if key in rows[1]]
+        for key in keys:
             if key.startswith("config.teacher.") and not taught:
                 continue
             before, after = (str(row.get(key)) for row in rows)
@@ -230,8 +232,8 @@ def set_up_changes(base: Iterable[Record], head: Iterable[Record]) -> list[str]:
     return [f"{'all phases' if len(of) == len(both) > 1 else ', '.join(of)}: {change}" for change, of in phases.items()]
 
 
-def _set_up(record: Record) -> dict[str, object]:
-    kinds = ("config", "checkpoint", "teacher_checkpoint", "precision", "batching", "versions")
+def _set_up(record: Record, *, whole: bool) -> dict[str, object]:
+    kinds = ("config", "versions", *(("checkpoint", "teacher_checkpoint", "precision", "batching") if whole else ()))
     return {key: value for key, value in record.to_row().items() if key.partition(".")[0] in kinds}
 
 
@@ -403,8 +405,11 @@ def _judge_outcome(phase: str, base: Sample, head: Sample) -> Row | None:
     elif not base.records:
         verdict, reason = "new", "no finished record in the base"
     elif head.error:
-        failing = {seed for seed, record in head.latest.items() if record.outcome == "failed"}
-        always = failing <= {*base.latest} - {*base.by_seed} or not base.passed
+        failing = {seed: record for seed, record in head.latest.items() if record.outcome == "failed"}
+        known = {record.data.get("fingerprint") for record in failing.values()}
+        passed = {record.seed for record in base.passed if None in known or record.data.get("fingerprint") in {None, *known}}
+        failed = {record.seed for record in base.records if record.outcome == "failed"} - passed
+        always = failing.keys() <= failed or not base.passed
         verdict, reason = ("not comparable", f"fails on both sides: {head.error}") if always else ("newly failing", head.error)
     elif base.error and not base.passed:
         verdict, reason = "fixed", f"failed in the base: {base.error}"

@@ -3,7 +3,7 @@
 import re
 import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +78,16 @@ class History:
 
     folder: Path
     files: Mapping[str, Sequence[Path]]
-    repository: Path = field(default_factory=Path)
+    repository: Path
 
     @classmethod
-    def from_outputs(cls, outputs: Path, repository: Path = Path(), *, without: str = "") -> "History":
+    def from_outputs(cls, outputs: Path, repository: Path | None = None, *, without: str = "") -> "History":
         """
         List the runs of an outputs folder; those of the tiny scale where it has no others.
 
         Args:
-            repository: A folder in the git repository that the runs are of.
+            repository: A folder in the git repository that the runs are of; None takes the current one or, if only git there knows
+                the last run's commit, the outputs folder.
             without: Id of a run to leave out.
 
         Raises:
@@ -95,8 +96,11 @@ class History:
         for folder in (outputs / "runs", outputs / "tiny" / "runs"):
             runs = [run for run in sorted(folder.glob("*"), key=str) if run.name != without]
             if found := dict(_in_time(run, files) for run in runs if (files := _record_files(run.glob("*.*")))):
-                return cls(folder, {name: found[began, is_id, name] for began, is_id, name in sorted(found)}, repository)
-        raise HistoryError(f"no records in {outputs / 'runs'}; run pytest benchmarks first, or name the outputs folder")
+                in_time = {name: found[began, is_id, name] for began, is_id, name in sorted(found)}
+                return cls(folder, in_time, repository or _repository(outputs, [*in_time.values()][-1]))
+        raise HistoryError(
+            f"no records in {outputs / 'runs'}; run pytest benchmarks first, or name the outputs folder with --outputs DIR"
+        )
 
     def select(self, text: str, *, without: Collection[str] = ()) -> Side:
         """
@@ -117,8 +121,7 @@ class History:
             return _read(f"run {text} of the tiny scale", _record_files(tiny.iterdir()), str(tiny))
         known = {run: facts for run in runs if (facts := self.commit_of(run)).get("id")}
         ids = {str(facts["id"]) for facts in known.values()}
-        commit = git(self.repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{text}^{{commit}}")
-        wanted = commit.strip() if commit else _completed(text, ids)
+        wanted = _resolved(self.repository, text) or _completed(text, ids)
         at_commit = [run for run, facts in known.items() if facts["id"] == wanted]
         at_commit = [run for run in at_commit if {path.parent.name for path in self.files[run]} - {*without}] or at_commit
         clean = [run for run in at_commit if not (known[run].get("dirty") or known[run].get("problem"))]
@@ -131,8 +134,11 @@ class History:
             return self._runs(f"commit {wanted[:12]}{note}{count}", clean or at_commit, without)
         if wanted:
             silent = [run for run in runs if run not in known]
+            before = (git(self.repository, "rev-list", "--max-count=1000", wanted) or "").split()
+            near = next((one for one in before if one in ids), None)
             raise HistoryError(
                 f"no run in {self.folder} is of commit {wanted[:12]} ({text!r}); runs are of {_few(one[:12] for one in ids)}"
+                + (f"; the nearest commit before it that was measured is {near[:12]}" if near else "")
                 + (f"; no record that can be read says the commit of {_few(silent)}" if silent else "")
             )
         raise HistoryError(
@@ -224,6 +230,8 @@ def read_side(text: str, history: Callable[[], History], *, without: Collection[
     Raises:
         HistoryError: If it names none.
     """
+    if not text:
+        raise HistoryError("each side must be a commit, a run, 'latest', a folder or a file, got an empty text")
     path = Path(text)
     if path.is_file():
         return read_file(path)
@@ -269,17 +277,33 @@ def _files_in(folder: Path) -> list[Path]:
     return next((files for place in places if (files := _record_files(folder.glob(place)))), [])
 
 
+def _repository(outputs: Path, files: Iterable[Path]) -> Path:
+    """Where git knows the commit of these records: the current folder, if there is a choice."""
+    commit = _origin(files).commit.get("id")
+    here = Path()
+    if commit and _resolved(here, str(commit)) is None and _resolved(outputs, str(commit)):
+        return outputs
+    return here
+
+
+def _resolved(repository: Path, text: str) -> str | None:
+    """The commit that git takes a text for."""
+    commit = git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{text}^{{commit}}")
+    return commit.strip() if commit else None
+
+
 def _in_time(run: Path, files: list[Path]) -> tuple[tuple[str, bool, str], list[Path]]:
     """
     A run's files, with what it is sorted by: its id, and its folder's name.
 
-    A folder that was renamed stands where its records were made, and a copy before its original.
+    A folder that was renamed stands where its records were made, a copy before its original; what it has resumed lies elsewhere.
     """
     if _RUN_ID.fullmatch(run.name):
         return (run.name, True, run.name), files
-    run_id = _origin(files).run_id
-    originals = [(run.parent / run_id / file.name, file) for file in files]
-    return (run_id, False, run.name), [original if original.is_file() else file for original, file in originals]
+    run_ids = {file: _origin([file]).run_id for file in files if file.parent == run}
+    originals = {file: run.parent / run_id / file.name for file, run_id in run_ids.items()}
+    files = [original if (original := originals.get(file)) and original.is_file() else file for file in files]
+    return (max(run_ids.values(), default=""), False, run.name), files
 
 
 def _origin(files: Iterable[Path]) -> _Origin:

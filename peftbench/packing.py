@@ -42,11 +42,13 @@ class Encoded:
     Attributes:
         tokens: One int64 tensor an example, shape (length,).
         labels: Shape (N,), int64.
+        padding: Id of the token that fills a batch of unequal lengths.
     """
 
     split: Split
     tokens: Sequence[Tensor]
     labels: Tensor
+    padding: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -55,7 +57,7 @@ class Encoded:
     def from_split(cls, split: Split, tokenizer: Any, *, max_length: int) -> "Encoded":
         """Tokenize without padding, truncated to ``max_length`` tokens."""
         ids = tokenizer(list(split.sentences), truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
-        return cls(split, [torch.tensor(i) for i in ids], torch.tensor(split.labels))
+        return cls(split, [torch.tensor(i) for i in ids], torch.tensor(split.labels), tokenizer.pad_token_id or 0)
 
 
 class Cells:
@@ -268,7 +270,7 @@ def make_batch(encoded: Encoded, rows: Sequence[int], device: str, *, packed: bo
         }
     else:
         lengths = torch.tensor([len(t) for t in tokens])
-        ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)  # (B, longest)
+        ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=encoded.padding)  # (B, longest)
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         inputs = {"input_ids": ids.to(device, non_blocking=True), "attention_mask": mask.to(device, non_blocking=True)}
     return Batch(index, encoded.labels[index].to(device, non_blocking=True), inputs, sum(len(t) for t in tokens))

@@ -31,6 +31,9 @@ _GROUPS = frozenset(
 )
 """Keys that hold keys of their own, unless they are null."""
 
+_SERIES = frozenset(("predictions", "learning_curve", "dev_curve"))
+"""Keys that no row has room for."""
+
 PEAK_SINCE_START = "process resident set since its start"
 """The scope of peak memory where the system does not forget the peaks of earlier cases."""
 
@@ -335,13 +338,10 @@ class Record:
             if isinstance(value, dict):
                 for key, item in value.items():
                     add(f"{name}.{key}" if name else key, item)
-            elif isinstance(value, list):
-                if name not in ("learning_curve", "dev_curve"):
-                    row[name] = value
             elif value is not None or name not in _GROUPS:
                 row[name] = value
 
-        add("", {name: value for name, value in self.to_json().items() if name != "predictions"})
+        add("", {name: value for name, value in self.to_json().items() if name not in _SERIES})
         return row
 
     @classmethod

@@ -269,6 +269,12 @@ def render_warnings(summaries: Sequence[Summary]) -> list[str]:
     """A line for each thing that makes figures say less than they seem to."""
     which = {"data": "which", "machines": "whose times"}
     lines = [f"warning: different {what} in one table, {which[what]} cannot be compared; no front" for what in differing(summaries)]
+    commits: dict[str, list[str]] = {}
+    for summary in summaries:
+        for commit in dict.fromkeys(_commit(record) for record in summary.passed):
+            commits.setdefault(commit, []).append(summary.first.phase_id)
+    if len(commits) > 1:
+        lines.append("warning: of several commits: " + "; ".join(f"{', '.join(of)} of {commit}" for commit, of in commits.items()))
     waited = [record for summary in summaries for record in summary.passed if record.waited]
     if waited:
         cases = []
@@ -446,6 +452,12 @@ def _notes(summaries: Sequence[Summary]) -> list[str]:
     if any(len(summary.passed) > 1 and summary.trains for summary in summaries):
         lines.append("×N, N of M seeds: figures are means over N seeds; ±: their standard deviation")
     return lines + render_failures(records)
+
+
+def _commit(record: Record) -> str:
+    return short(str(record.commit.get("id") or "an unknown one")) + (
+        " with uncommitted changes" if record.commit.get("dirty") else ""
+    )
 
 
 def _safe(value: object) -> object:

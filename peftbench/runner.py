@@ -44,8 +44,8 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
         raise ValueError(f"the workbench is of scale {bench.scale.name} or of other settings than the case at scale {scale.name}")
     phase = phase.at(scale.name)
     asks_to_train = phase.subset is not None or phase.peft is not None or phase.distillation is not None
-    if asks_to_train and not phase.epochs:
-        raise ModelError(f"{phase.id}: with 0 epochs its subset, peft or distillation would train nothing; set epochs")
+    if (asks_to_train or phase.role != "teacher") and not phase.epochs:
+        raise ModelError(f"{phase.id}: with 0 epochs it would train nothing, not even a new head; set epochs")
     with bench.own_threads():
         record = _measure(phase, seed, bench)
     bench.device.release_memory()
@@ -74,13 +74,12 @@ def _measure(phase: Phase, seed: int, bench: Workbench) -> Record:
         dev = bench.encoded(bench.splits.dev, weights, phase.max_length) if bench.settings.evaluations else None
         run = bench.train(phase, model, groups, encoded, teacher=aligned, packed=packed, seed=seed, what=phase.id, dev=dev)
 
-    held_out = [bench.encoded(split, weights, phase.max_length) for split in (bench.splits.dev, bench.splits.test)]
+    held_out = {split: bench.encoded(split, weights, phase.max_length) for split in (bench.splits.dev, bench.splits.test)}
     quality, predictions = {}, {}
     with Stopwatch(bench.device) as evaluating:
-        for encoded in held_out:
-            split = encoded.split
+        for split, encoded in held_out.items():
             quality[split.name], predictions[split.name] = score(predict(model, encoded, bench.device, packed=packed), split)
-    peak, latency = memory.read_bytes(), latency_ms(model, held_out[0], bench.device, packed=packed)
+    peak, latency = memory.read_bytes(), latency_ms(model, held_out[bench.splits.dev], bench.device, packed=packed)
     counts = ParameterCounts(total=total, trainable=trainable if run else 0)
     seconds = run.runtime_seconds if run else 0.0
     return Record(

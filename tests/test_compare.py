@@ -116,6 +116,10 @@ def test_what_fails_in_the_head_is_new_where_the_base_has_passed():
     assert {("B-lora", "outcome"): "newly failing"} == verdicts([passed(), passed(seed=43)], [passed(), broken])
     assert {("B-lora", "outcome"): "newly failing"} == verdicts([passed()], [passed(), broken])
     assert {("B-lora", "outcome"): "not comparable"} == verdicts([passed(), broken], [passed(), broken])
+    elsewhere = passed(seed=43, data={"fingerprint": "e" * 64})
+    here = dataclasses.replace(broken, data={"fingerprint": "f" * 64})
+    assert {("B-lora", "outcome"): "not comparable"} == verdicts([elsewhere, here], [here])  # that it has passed on
+    assert {("B-lora", "outcome"): "newly failing"} == verdicts([elsewhere], [here])
 
 
 @pytest.mark.parametrize(
@@ -380,13 +384,15 @@ def test_of_different_seed_sets_the_seeds_on_both_sides_count():
 
 
 def test_what_was_set_up_differently_is_told():
-    """Hyperparameters of one phase, versions of all; what did not change and what failed is not."""
+    """Hyperparameters of one phase, versions of all; what did not change is not, nor what a phase that failed does not know."""
     ids = ("B-lora", "C1-full")
     base = [passed(i) for i in ids]
     head = [passed(i, config={"epochs": 3 if i == "B-lora" else 2}, versions={"torch": "3"}) for i in ids]
     assert ["B-lora: config.epochs 2 → 3", "all phases: versions.torch 2 → 3"] == set_up_changes(base, head)
     assert [] == set_up_changes(base, base)
     assert [] == set_up_changes(base, [failed(i) for i in ids])
+    broken = failed("B-lora", config={"epochs": 3}, versions=base[0].versions)
+    assert ["B-lora: config.epochs 2 → 3"] == set_up_changes(base, [broken])
 
 
 def test_long_settings_are_compared_whole():

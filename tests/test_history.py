@@ -149,6 +149,45 @@ def test_a_run_that_was_copied_counts_once(store, tmp_path):
     assert [records[1]] == list(history.select("kept").records)
 
 
+def test_what_a_renamed_run_has_resumed_stays_what_it_is(store, tmp_path):
+    """Only its own records are its own: a case that failed in the run that it resumed does not take the place of its pass."""
+    first = keep(store, "c1", day=1)
+    lost = failed("C1-full", run=first.run_id)
+    store.save(lost)
+    repeated = keep(store, "c1", day=3, phase_id="C1-full")
+    store.link(first, repeated.run_id)
+    keep(store, "c1", day=2)
+    store.record_path(repeated).parent.rename(store.runs / "final")
+    history = History.from_outputs(store.outputs, tmp_path)
+    assert [first, repeated] == list(history.select("final").records)
+    assert [first, repeated] == list(history.select("latest").records)
+
+
+def test_the_repository_is_where_git_knows_the_runs(repository, store, tmp_path, monkeypatch):
+    """The current one, or else that of the outputs."""
+    folder, ids = repository
+    outputs = shutil.copytree(keep(store, ids[1]) and store.outputs, folder / "outputs")
+    monkeypatch.chdir(tmp_path)
+    assert 1 == len(History.from_outputs(outputs).select(ids[1][:8]).records)
+    assert outputs == History.from_outputs(outputs).repository
+    monkeypatch.chdir(folder)
+    assert folder == History.from_outputs(store.outputs).repository.resolve()
+
+
+def test_a_commit_that_was_not_measured_is_told_with_the_one_before_it_that_was(repository, store):
+    """For a job whose base was never run."""
+    folder, ids = repository
+    keep(store, ids[1])
+    with pytest.raises(HistoryError, match=f"the nearest commit before it that was measured is {ids[1][:12]}"):
+        History.from_outputs(store.outputs, folder).select("HEAD")
+
+
+def test_an_empty_text_is_told_to_be_empty():
+    """As from a variable of a job that was never set."""
+    with pytest.raises(HistoryError, match="got an empty text"):
+        read_side("", History)
+
+
 def test_a_run_that_is_named_can_be_given(store, tmp_path):
     """A message has the whole id."""
     run = make_run_id()

@@ -8,6 +8,7 @@ import torch
 from encoders import LONGEST, classifier, encoded_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from peftbench.data import Split
 from peftbench.device import Device, DoesNotFit
@@ -125,6 +126,18 @@ def test_padded_batch_holds_tokens_mask_and_labels():
     assert [[9, 0, 0], [4, 5, 6]] == batch.inputs["input_ids"].tolist()
     assert [[1, 0, 0], [1, 1, 1]] == batch.inputs["attention_mask"].tolist()
     assert ([1, 0], [0, 1], 4) == (batch.rows.tolist(), batch.labels.tolist(), batch.tokens)
+
+
+def test_a_batch_is_filled_with_the_models_own_padding():
+    """GPT-2 reads the last token before it: each text scores as it does alone."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=12, n_positions=16, n_embd=16, n_layer=1, n_head=2, pad_token_id=9, num_labels=2)
+    model, device = GPT2ForSequenceClassification(config).eval(), Device(name="cpu", precision="fp32", why="test")
+    tokens = [torch.tensor([4, 5, 6, 3]), torch.tensor([7])]
+    split = Split("dev", (7, 8), ("a", "b"), (1, 0))
+    alone = torch.cat([model(text[None]).logits for text in tokens])
+    together = predict(model, Encoded(split, tokens, torch.tensor([1, 0]), padding=9), device, packed=False)
+    torch.testing.assert_close(together, alone.detach())
 
 
 def test_packed_batch_lays_tokens_end_to_end():

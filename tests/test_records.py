@@ -145,6 +145,12 @@ def test_a_record_survives_json(record):
 
 
 @pytest.mark.parametrize("record", [PASSED, FAILED], ids=["passed", "failed"])
+def test_a_row_has_single_values_alone(record):
+    """No curves and predictions, nor a column for those of a case that has none."""
+    assert not {"predictions", "learning_curve", "dev_curve"} & record.to_row().keys()
+
+
+@pytest.mark.parametrize("record", [PASSED, FAILED], ids=["passed", "failed"])
 def test_a_record_survives_its_file(store, record):
     """Record to file and back is the identity."""
     assert record == read_record(store.save(record))

@@ -329,6 +329,15 @@ def test_scales_have_a_table_each():
     assert ("scale tiny:" in first, "scale mini:" in second) == (False, False)
 
 
+def test_phases_of_several_commits_are_told_apart():
+    """As a folder of reports has the latest of each, which may be a phase that is gone."""
+    first = measured("B-lora", commit={"id": "a" * 40, "dirty": True})
+    records = [first, measured("C1-full", commit={"id": "b" * 40}), measured("D-hybrid", commit={"id": "b" * 40})]
+    line = f"warning: of several commits: B-lora of {'a' * 12} with uncommitted changes; C1-full, D-hybrid of {'b' * 12}"
+    assert line in render_summary(records).splitlines()
+    assert "several commits" not in render_summary(records[1:])
+
+
 def test_what_makes_figures_say_less_is_said():
     """Cases that waited long for a processor, with the seeds where others did not, and a test held out of train."""
     data = {**measured().data, "label_protocol": "labels of the files; test held out of train, stratified, seed 42"}

@@ -268,6 +268,16 @@ def test_method_that_cannot_be_packed_runs_padded(fresh):
     assert ("padded to the longest", 4 * 32 + 2 * 32 + 2) == (record.batching, record.parameter_counts.trainable)
 
 
+def test_test_may_be_the_same_as_dev(fresh, data, tmp_path):
+    """A user who has no other copies it; both are scored."""
+    folder = shutil.copytree(data, tmp_path / "data")
+    shutil.copy(folder / "dev.tsv", folder / "test.tsv")
+    settings = dataclasses.replace(fresh[0], data=folder, outputs=tmp_path / "outputs")
+    record = run_phase(dataclasses.replace(FULL, epochs=1), TINY, 42, settings)
+    assert record.dev == record.test
+    assert ["dev", "test"] == sorted(record.predictions)
+
+
 def test_subset_larger_than_train_is_refused(fresh):
     """The message says what was asked for and what there is."""
     phase = dataclasses.replace(FULL, subset=193)
@@ -277,7 +287,7 @@ def test_subset_larger_than_train_is_refused(fresh):
         run_phase(dataclasses.replace(TEACHER, kd_subsets=(1000,)), TINY, 42, fresh[0])
 
 
-@pytest.mark.parametrize("changes", [{"subset": 8}, {"peft": LORA}, {"distillation": Distillation()}])
+@pytest.mark.parametrize("changes", [{}, {"subset": 8}, {"peft": LORA}, {"distillation": Distillation()}])
 def test_a_phase_that_would_train_nothing_is_refused(fresh, changes):
     """Epochs that were forgotten are not a passed case at the level of chance."""
     with pytest.raises(ModelError, match=r"X-forgot: with 0 epochs .* set epochs"):

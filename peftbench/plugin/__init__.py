@@ -6,7 +6,7 @@ import dataclasses
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +63,7 @@ def pytest_configure_node(node: Any) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give every test that uses our fixtures its scale and seeds, behind its own parameters in the id."""
     options = metafunc.config.stash[SESSION].options
-    own = {name for marker in metafunc.definition.iter_markers("parametrize") for name in _parametrized(marker)}
+    own = {name for call in metafunc._calls for name in call.params}  # by a marker, a fixture's own or another hook
     if "peft_scale" in metafunc.fixturenames and "peft_scale" not in own:
         main = [] if options.scale == "tiny" else [pytest.param("main", id=pytest.HIDDEN_PARAM)]
         tiny = pytest.param("tiny", id="tiny", marks=pytest.mark.tiny)
@@ -147,12 +147,6 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
     return [f"peftbench: scale {scale}; {device}; run {own.run_id}", *([unknown] if problem else [])]
 
 
-def _parametrized(marker: pytest.Mark) -> Sequence[str]:
-    """The names to which a ``parametrize`` marker gives values."""
-    names = marker.args[0] if marker.args else marker.kwargs.get("argnames", ())
-    return [name.strip() for name in names.split(",")] if isinstance(names, str) else names
-
-
 def _scales(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
     """The scales of the cases that will run; asks torch only if there are any."""
     cases = [item for item in items if "peft_scale" in getattr(item, "fixturenames", ())]
@@ -165,6 +159,17 @@ def _scale_name(config: pytest.Config, call: Any) -> str:
     """By how the test is parametrized: ``main`` is what the options ask for, as is a test that says nothing."""
     asked = call.params.get("peft_scale", "main") if call else "main"
     return config.stash[SESSION].main_scale if asked == "main" else str(getattr(asked, "name", asked))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
+    """Write the record of a case that a fixture of the test has run, where it or another fixture fails."""
+    try:
+        return (yield)
+    except BaseException as error:
+        if problem := _keep(item, error):
+            item.add_report_section("setup", "peftbench", problem)
+        raise
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -360,6 +365,8 @@ def run_phase(
                     session.check_phase(phase)
                     store.link(found, session.run_id)
                     node.user_properties.append(("peftbench_record", str(store.record_path(found))))
+                    if benchmark is not None:
+                        benchmark.skipped = True
                     pytest.skip(f"resumed: passed with this fingerprint at this commit in run {found.run_id}")
 
             def train() -> Record:

@@ -181,8 +181,10 @@ class Session:
         for record in reversed(self._history[store.runs]):
             there = [record.machine.get(fact) for fact in same]
             evaluations = min(self.options.evaluations, record.optimizer_steps or 0)
-            if (record.outcome, record.fingerprint, record.seed, record.commit, record.versions, there) == wanted and (
-                len(record.dev_curve or ()) >= evaluations
+            if (
+                (record.outcome, record.fingerprint, record.seed, record.commit, record.versions, there) == wanted
+                and len(record.dev_curve or ()) >= evaluations
+                and store.record_path(record).is_file()  # not so in a run's folder that was renamed
             ):
                 return record
         self._say_why_not(fingerprint, seed, self._history[store.runs])
@@ -233,10 +235,12 @@ class Session:
 
         for scale in scales:
             root = Store(self.options.outputs, scale).root
-            side = read_side(
-                self.options.compare,
-                functools.partial(History.from_outputs, root, self.config.rootpath, without=self.run_id),
-            )
+            history = functools.cache(functools.partial(History.from_outputs, root, self.config.rootpath, without=self.run_id))
+            text = self.options.compare
+            if text == "latest" and self.options.resume:  # a run of this very code is the one to be resumed
+                others = [run for run in history().files if history().commit_of(run) != self.settings.commit]
+                text = others[-1] if others else text
+            side = read_side(text, history)
             records = [record for record in side.records if record.scale == scale]
             if not records:
                 raise ValueError(f"--peft-compare {self.options.compare}: {side.label} has no record of the {scale} scale")
@@ -258,7 +262,7 @@ class Session:
         self.bases = [side for side in self.bases if side.records[0].scale in scales]
         self.choose_bases(scales - {record.scale for side in self.bases for record in side.records})
         base = [record for side in self.bases for record in side.records]
-        if any(self.asked_for):  # the other phases are not missing then
+        if any(self.asked_for) or self.config.getoption("lf", False):  # the other phases are not missing then
             measured = {(record.scale, record.phase_id) for record in records}
             base = [record for record in base if (record.scale, record.phase_id) in measured]
         self.comparison, self.changes = compare(base, records), set_up_changes(base, records)
@@ -272,7 +276,7 @@ class Session:
         """Learn of records that other processes have written: of workers of pytest-xdist, and of earlier runs."""
         is_case = any(name == "peftbench_case" for name, _ in report.user_properties)
         self.saw_case, self.saw_other_test = self.saw_case or is_case, self.saw_other_test or not is_case
-        if report.when != "call":
+        if report.when == "teardown":
             return
         for path in [Path(str(value)) for name, value in report.user_properties if name == "peftbench_record"]:
             if path not in self.records or hasattr(report, "node"):  # of a worker it may be another attempt

@@ -3,13 +3,15 @@
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
+import peftbench.runner  # noqa: F401 - torch and datasets cannot be loaded again after pytester has unloaded them
 from peftbench.data import generate_sentences
 from peftbench.phases import KD_MAX_LENGTH, SCALES
-from peftbench.workbench import Settings, Workbench  # at the top: torch cannot be loaded again after pytester unloads it
+from peftbench.workbench import Settings, Workbench
 
 STUDY = """
     import pytest
@@ -69,6 +71,18 @@ def study(pytester, data_folder):
     def run(*arguments, data=data_folder):
         data_option = [f"--peft-data={data}"] if data else []
         return pytester.runpytest_inprocess("-m", "tiny", *data_option, *arguments)
+
+    return run
+
+
+@pytest.fixture
+def commit(pytester):
+    """Commit the small study to a new repository."""
+
+    def run():
+        for arguments in (["init", "-q"], ["add", "test_study.py"], ["commit", "-q", "-m", "study"]):
+            identity = ["-c", "user.name=tester", "-c", "user.email=tester@localhost"]
+            subprocess.run(["git", *identity, *arguments], cwd=pytester.path, check=True)
 
     return run
 

@@ -59,6 +59,33 @@ def test_phases_that_were_not_asked_for_are_not_missing(study):
     result.stdout.fnmatch_lines(["*A-teacher: outcome: missing: no finished record in the head*"])
 
 
+def test_phases_that_did_not_fail_last_are_not_missing_from_what_lf_runs_again(study, pytester):
+    """As with -k."""
+    study("-k", "small or teacher")
+    suite = pytester.path / "test_study.py"
+    sound = suite.read_text()
+    suite.write_text(sound.replace(".dev.n == 60", ".phase != 'S'"))
+    study("-k", "small or teacher").assert_outcomes(passed=1, failed=1, deselected=4)
+    suite.write_text(sound)
+    [first, _] = sorted((pytester.path / "outputs/tiny/runs").iterdir())
+    result = study("--lf", "--peft-compare", first.name, "--peft-fail", "accuracy:0.5pt")
+    assert 0 == result.ret
+    result.stdout.fnmatch_lines(["S-small *accuracy *no difference shown*"])
+
+
+def test_with_resume_the_latest_is_of_other_code(study, pytester, commit):
+    """The run of this code that was interrupted is gone on with, and compared with what came before it."""
+    study("--collect-only", "-q")
+    commit()
+    study("-k", "small or teacher")
+    (pytester.path / "test_study.py").write_text((pytester.path / "test_study.py").read_text() + "\n# changed\n")
+    study("-k", "small")
+    result = study("-k", "small or teacher", "--peft-resume", "--peft-compare", "latest", "--peft-fail", "accuracy:0.5pt")
+    assert 0 == result.ret
+    result.assert_outcomes(passed=1, skipped=1, deselected=4)
+    result.stdout.fnmatch_lines(["A-teacher *accuracy *no difference*", "S-small *accuracy *no difference*"])
+
+
 def test_what_cannot_be_told_is_neither(study, pytester):
     """Other seeds: exit status 2."""
     study("-k", "small", "--peft-seeds", "1")

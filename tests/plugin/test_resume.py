@@ -9,16 +9,10 @@ from samples import REWRITTEN
 from peftbench.cli import main
 
 
-def commit(folder):
-    for arguments in (["init", "-q"], ["add", "test_study.py"], ["commit", "-q", "-m", "study"]):
-        identity = ["-c", "user.name=tester", "-c", "user.email=tester@localhost"]
-        subprocess.run(["git", *identity, *arguments], cwd=folder, check=True)
-
-
-def test_passed_cases_are_skipped_and_said_so(study, pytester, records):
+def test_passed_cases_are_skipped_and_said_so(study, pytester, records, commit):
     """The second session runs only what is missing and shows all of it."""
     study("--collect-only", "-q")
-    commit(pytester.path)
+    commit()
     study("-k", "small").assert_outcomes(passed=1, deselected=5)
     result = study("-k", "small or kd", "--peft-resume")
     result.assert_outcomes(passed=1, skipped=1, deselected=4)
@@ -26,10 +20,22 @@ def test_passed_cases_are_skipped_and_said_so(study, pytester, records):
     assert ["K-kd-tiny-s42.json", "S-small-tiny-s42.json"] == sorted(records())
 
 
-def test_other_content_is_not_resumed(study, pytester):
+def test_a_run_whose_folder_was_renamed_is_not_resumed(study, pytester, commit):
+    """Its record is not where the session would look for it."""
+    study("--collect-only", "-q")
+    commit()
+    study("-k", "small").assert_outcomes(passed=1, deselected=5)
+    [run] = (pytester.path / "outputs/tiny/runs").iterdir()
+    run.rename(run.with_name("baseline"))
+    result = study("-k", "small", "--peft-resume")
+    assert 0 == result.ret
+    result.assert_outcomes(passed=1, deselected=5)
+
+
+def test_other_content_is_not_resumed(study, pytester, commit):
     """Another precision, seed or change of a tracked file makes it another case."""
     study("--collect-only", "-q")
-    commit(pytester.path)
+    commit()
     arguments = ["-k", "small", "--peft-resume", "--peft-precision", "fp32"]
     study(*arguments).assert_outcomes(passed=1, deselected=5)
     study(*arguments).assert_outcomes(skipped=1, deselected=5)
@@ -96,10 +102,10 @@ def test_what_was_measured_elsewhere_is_run_again(study, pytester, group, fact):
     study("-k", "small", "--peft-resume").assert_outcomes(passed=1, deselected=5)
 
 
-def test_what_keeps_a_passed_case_from_being_resumed_is_said(study, pytester):
+def test_what_keeps_a_passed_case_from_being_resumed_is_said(study, pytester, commit):
     """That it passed at another commit, and where."""
     study("--collect-only", "-q")
-    commit(pytester.path)
+    commit()
     study("-k", "small").assert_outcomes(passed=1, deselected=5)
     (pytester.path / "test_other.py").write_text("")
     for arguments in (
