@@ -22,8 +22,8 @@ from peftbench.kernels import ONEDNN_LINEAR
 from peftbench.models import load_tokenizer, locate
 from peftbench.phases import LORA, SCALES, Distillation, Phase, Pretrained
 from peftbench.plugin import SESSION
-from peftbench.records import Store
 from peftbench.runner import plan_phases, run_phase
+from peftbench.store import Store
 from peftbench.workbench import Settings, Workbench
 
 STEPS, BATCH = 20, 16

@@ -16,8 +16,8 @@ import pytest
 from tabulate import tabulate
 
 from peftbench.plugin import SESSION
-from peftbench.records import Store
 from peftbench.sealed import lock, write_atomically
+from peftbench.store import Store
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("default")]
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from peftbench.errors import PeftbenchError
 from peftbench.metrics import METRICS
 from peftbench.phases import PRECISIONS, SCALES, Phase, check_data_folder
-from peftbench.records import Record, Store, uncollected
+from peftbench.records import Record, uncollected
 from peftbench.report import printable, render_comparison, render_csv, render_history, render_notes, render_results
 from peftbench.sealed import write_atomically
+from peftbench.store import Store
 from peftbench.verdicts import Point
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ def compare(options: argparse.Namespace) -> int:
 def history(options: argparse.Namespace) -> int:
     """Print a metric over commits."""
     from peftbench.commits import commits_in_order
-    from peftbench.history import History, trace
+    from peftbench.history import History
+    from peftbench.levels import trace
 
     if options.metric not in METRICS:
         raise ValueError(f"the metric must be one of {', '.join(METRICS)}, got {options.metric!r}")
@@ -201,7 +203,8 @@ def export(options: argparse.Namespace) -> None:
 def _accuracy_over_commits(options: argparse.Namespace, side: "Side") -> Mapping[str, Sequence[Point]]:
     """Accuracy of all runs where the side is one of them; where it is a file or a folder, of what that holds."""
     from peftbench.commits import commits_in_order
-    from peftbench.history import History, trace
+    from peftbench.history import History
+    from peftbench.levels import trace
 
     records, repository = side.records, Path()
     if not Path(options.side).exists():

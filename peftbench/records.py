@@ -3,14 +3,10 @@
 import base64
 import dataclasses
 import gc
-import glob
 import json
 import os
 import re
 import reprlib
-import secrets
-import shutil
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +17,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import msgspec
 
 from peftbench.errors import PeftbenchError
-from peftbench.phases import KD_MAX_LENGTH, Phase
-from peftbench.sealed import write_atomically
+from peftbench.phases import Phase
 
 SCHEMA_VERSION = 6
 
@@ -36,9 +31,6 @@ _SERIES = frozenset(("predictions", "learning_curve", "dev_curve"))
 
 PEAK_SINCE_START = "process resident set since its start"
 """The scope of peak memory where the system does not forget the peaks of earlier cases."""
-
-RESUMED = ".resumed"
-"""Ending of a file in a run's folder that stands for a case's record in an earlier run, whose id it holds."""
 
 LONG_WAIT = 0.2
 """Share of the time that threads waited for a processor; above it, times are compared only with others above it."""
@@ -76,10 +68,6 @@ _OPEN = ("config", "data", "machine", "commit")
 
 _read_open = attrgetter(*_OPEN)
 _read_measured = attrgetter(*_MEASURED)
-
-
-class OutputsError(PeftbenchError, OSError):
-    """Results cannot be written where they were asked for."""
 
 
 class RecordError(PeftbenchError, ValueError):
@@ -452,123 +440,6 @@ def uncollected() -> Iterator[None]:
 def describe_error(error: BaseException) -> str:
     """Its type and message, as a record has them."""
     return ": ".join(filter(None, (type(error).__name__, str(error))))[:2000]
-
-
-def make_run_id() -> str:
-    """An id that sorts by time, within a second, too, and does not collide.
-
-    UTC to the second, five hexadecimal digits of its fraction (about a microsecond), three random ones.
-    """
-    seconds, nanoseconds = divmod(time.time_ns(), 10**9)
-    fraction = (nanoseconds << 20) // 10**9
-    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(seconds))}-{fraction:05x}{secrets.token_hex(2)[:3]}"
-
-
-@dataclass(frozen=True, slots=True)
-class Store:
-    """
-    The only place that spells a path under ``outputs/``.
-
-    Args:
-        outputs: The folder that the user named.
-        scale: Tiny runs live in a tree of their own, apart from real results.
-    """
-
-    outputs: Path
-    scale: str
-
-    @property
-    def root(self) -> Path:
-        """Where this scale's tree begins."""
-        return self.outputs / "tiny" if self.scale == "tiny" else self.outputs
-
-    @property
-    def runs(self) -> Path:
-        """The history, to which runs are added and nothing else: a folder a run, a file a case."""
-        return self.root / "runs"
-
-    def report_path(self, letter: str) -> Path:
-        """The latest result of a phase."""
-        return self.root / "reports" / f"phase_{letter.lower()}_metrics.json"
-
-    def kd_path(self, size: int, max_length: int = KD_MAX_LENGTH) -> Path:
-        """A KD subset, saved with ``datasets``; one whose teacher saw texts of another length has that in its name."""
-        return self.root / "kd" / (f"kd_{size}" if max_length == KD_MAX_LENGTH else f"kd_{size}_length_{max_length}")
-
-    def cache_path(self, kind: Literal["teachers", "logits"], key: str) -> Path:
-        """A content-keyed entry of the cache."""
-        return self.root / "cache" / kind / key
-
-    @property
-    def assets(self) -> Path:
-        """Fetched archives, unpacked; shared by all scales."""
-        return self.outputs / "cache" / "assets"
-
-    def check_writable(self) -> None:
-        """
-        Try to write before hours are spent.
-
-        Raises:
-            OutputsError: If the folder cannot be made or written, naming it and the option.
-        """
-        parts = [folder for name in ("runs", "reports", "kd", "cache") if (folder := self.root / name).exists()]
-        for folder in (self.root, *parts):
-            try:
-                probe = folder / f".writable-{secrets.token_hex(4)}"
-                write_atomically(probe, "")
-                probe.unlink()
-            except OSError as error:
-                raise OutputsError(
-                    f"cannot write to the outputs folder {folder}: {error.strerror or error}; "
-                    "give a writable folder with --peft-outputs DIR"
-                ) from error
-
-    def record_path(self, record: Record) -> Path:
-        """A case of a run."""
-        return self.runs / record.run_id / f"{record.case}.json"
-
-    def save(self, record: Record, *, another_attempt: bool = False) -> Path:
-        """
-        Add a record to the history, whole or not at all.
-
-        Args:
-            another_attempt: At a case that the run has a record of, as of a plugin that runs failed tests again; the earlier
-                record stays beside it under another name, which nothing reads.
-
-        Raises:
-            RecordError: If it could not be read again, or the run has a record of that case already, which is no attempt's.
-        """
-        path = self.record_path(record)
-        content = json.dumps(record.to_json(), indent=1) + "\n"
-        decode_record(content.encode())
-        if path.exists() and another_attempt:
-            attempts = len(list(path.parent.glob(f"{glob.escape(path.name)}.attempt-*")))
-            shutil.copy2(path, path.with_name(f"{path.name}.attempt-{attempts + 1}"))
-        elif path.exists():
-            raise RecordError(
-                f"{path} exists: {record.phase_id} with seed {record.seed} has run already in this run; "
-                "if that was another phase, give one of them another id"
-            )
-        write_atomically(path, content)
-        return path
-
-    def link(self, record: Record, run_id: str) -> None:
-        """Let another run have a record, too, instead of measuring it again: a file there names the run that did."""
-        write_atomically(self.runs / run_id / f"{record.case}{RESUMED}", record.run_id + "\n")
-
-    def publish(self, letter: str, report: Mapping[str, Any]) -> Path:
-        """Replace the latest result of a phase."""
-        path = self.report_path(letter)
-        write_atomically(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
-        return path
-
-    def records(self) -> Iterator[Record | RecordError]:
-        """The history, by run and case; a file that cannot be read comes as its error."""
-        for path in sorted(self.runs.glob("*/[!.]*.json")):
-            try:
-                yield read_record(path)
-            except RecordError as error:
-                yield error
 
 
 def phase_config(phase: Phase) -> dict[str, Any]:

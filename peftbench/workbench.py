@@ -42,8 +42,9 @@ from peftbench.packing import Batch, Batches, Encoded, predict, row_step_on
 from peftbench.parameters import SeparateParameters, flattened
 from peftbench.phases import DATA_SEED, Phase, Pretrained, Scale, Untrained
 from peftbench.plan import examples_at_once
-from peftbench.records import OutputsError, Store, phase_config
+from peftbench.records import phase_config
 from peftbench.sealed import building, fingerprint, lock, unseal
+from peftbench.store import OutputsError, Store
 from peftbench.training import Fit, Progress, Recipe, fit
 
 

@@ -1,6 +1,7 @@
-"""Records as a run would leave them, without running anything."""
+"""Records as a run would leave them, without running anything, and git."""
 
 import random
+import subprocess
 
 from peftbench.intervals import wilson_interval
 from peftbench.records import SCHEMA_VERSION, Efficiency, ParameterCounts, Predictions, Record, SplitMetrics
@@ -72,3 +73,8 @@ def failed(phase_id="B-lora", *, run="20260101T000000Z-aaaaaa", error="RuntimeEr
     phase, _, name = phase_id.partition("-")
     facts = {"scale": "mini", "seed": 42, "outcome": "failed", "fingerprint": None, "config": {}, "error": error}
     return Record(run_id=run, phase=phase, name=name, **{**NOTHING, **facts, **changes})
+
+
+def git(folder, *arguments):
+    command = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", *arguments]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()

@@ -11,8 +11,8 @@ from samples import passed
 
 from peftbench import cli
 from peftbench.assets import ASSETS, ENCODER, REVIEWS, Asset
-from peftbench.records import Store
 from peftbench.sealed import MANIFEST, file_sha256
+from peftbench.store import Store
 
 
 @pytest.fixture

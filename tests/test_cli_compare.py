@@ -20,7 +20,7 @@ from samples import failed, passed
 import peftbench
 from peftbench.cli import main
 from peftbench.metrics import METRICS
-from peftbench.records import Store
+from peftbench.store import Store
 
 FIRST, SECOND = "20260101T000000Z-aaaaaa", "20260102T000000Z-bbbbbb"
 HOSTILE = "\x1b[31m<b>|x</b>\x07"

@@ -31,7 +31,7 @@ from peftbench.sealed import CorruptError
 
 KEY = TeacherKey(weights="w", tokenizer="t", max_length=96, precision="fp32", device_kind="cpu")
 
-IN_THE_KEY = {"assets", "data", "hub", "phases", "sealed", "records"}
+IN_THE_KEY = {"assets", "data", "hub", "phases", "sealed", "records", "store"}
 """Modules that the workbench needs for what is in a cache key by itself, such as weights, texts and recipe, or for the disk."""
 
 MEASURING = {"errors", "measure"}

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from samples import failed, passed
 
-from peftbench.history import trace
+from peftbench.levels import trace
 from peftbench.metrics import METRICS
 from peftbench.page import link_from, render_page
-from peftbench.records import MemoryUse, RecordError, SplitMetrics, Store, TeacherCost, decode_record
+from peftbench.records import MemoryUse, RecordError, SplitMetrics, TeacherCost, decode_record
 from peftbench.report import COST, QUALITY, render_csv, render_results, render_summary
+from peftbench.store import Store
 
 BROWSER = os.environ.get("PEFTBENCH_BROWSER") or shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = "<img src=x onerror=window.hacked=1><script>window.hacked=1</script>\"'$x$"

@@ -23,13 +23,12 @@ from peftbench.records import (
     Record,
     RecordError,
     SplitMetrics,
-    Store,
     TeacherCost,
     decode_record,
-    make_run_id,
     phase_config,
     read_record,
 )
+from peftbench.store import Store
 
 QUALITY = SplitMetrics(accuracy=0.9, f1=0.91, n=10, accuracy_ci95=(0.6, 0.98))
 PASSED = Record(
@@ -403,101 +402,6 @@ def test_labels_that_are_no_bits_are_refused(label):
     """A label of -1 marks an answer that was not published and can be no prediction."""
     with pytest.raises(ValueError):
         Predictions.from_labels([1, label, 0], [1, 0, 0], "split")
-
-
-def test_paths_are_the_contracts(tmp_path):
-    """Each path under the outputs folder is the one that the design page names."""
-    store = Store(tmp_path, "mini")
-    paths = [store.report_path("C1"), store.kd_path(500), store.runs, store.cache_path("logits", "abc"), store.assets]
-    expected = ["reports/phase_c1_metrics.json", "kd/kd_500", "runs", "cache/logits/abc", "cache/assets"]
-    assert expected == [path.relative_to(tmp_path).as_posix() for path in paths]
-
-
-def test_tiny_runs_live_apart(tmp_path):
-    """The same tree below `tiny`; fetched archives alone are shared."""
-    tiny, mini = Store(tmp_path, "tiny"), Store(tmp_path, "mini")
-    assert tmp_path / "tiny" / "runs" == tiny.runs
-    assert tmp_path / "tiny" / "reports" / "phase_a_metrics.json" == tiny.report_path("A")
-    assert tmp_path / "tiny" / "kd" / "kd_500" == tiny.kd_path(500)
-    assert mini.assets == tiny.assets
-
-
-def test_a_record_is_filed_by_run_and_case(store):
-    """A folder per run, a file per phase, scale and seed."""
-    assert store.outputs / "runs" / PASSED.run_id / "D-hybrid-mini-s42.json" == store.save(PASSED)
-
-
-def test_the_history_comes_by_run_and_case(store):
-    """In the order of run ids, which begin with the time."""
-    later = dataclasses.replace(PASSED, run_id="20260102T030405Z-000000")
-    for record in (later, PASSED, dataclasses.replace(PASSED, phase="B", name="lora")):
-        store.save(record)
-    assert [("20250102", "B"), ("20250102", "D"), ("20260102", "D")] == [(r.run_id[:8], r.phase) for r in store.records()]
-
-
-def test_an_empty_history_is_no_error(store):
-    """Before the first run there are no records."""
-    assert [] == list(store.records())
-
-
-def test_a_file_that_is_no_record_does_not_hide_the_others(store):
-    """It comes as its error, in its place."""
-    path = store.save(PASSED)
-    path.with_name("A-broken.json").write_text("{")
-    error, record = store.records()
-    assert PASSED == record
-    assert isinstance(error, RecordError) and "A-broken.json" in str(error)
-
-
-def test_a_report_replaces_the_one_before(store):
-    """The latest result alone lies under `reports`, as JSON that ends in a line break."""
-    store.publish("C1", {"accuracy": 0.1, "only": "old"})
-    path = store.publish("C1", {"accuracy": 0.2})
-    assert {"accuracy": 0.2} == json.loads(path.read_text())
-    assert path.read_text().endswith("\n")
-
-
-def test_a_report_with_nan_leaves_the_one_before(store):
-    """NaN is refused and the old report stays."""
-    path = store.publish("A", {"accuracy": 0.1})
-    with pytest.raises(ValueError):
-        store.publish("A", {"accuracy": float("nan")})
-    assert {"accuracy": 0.1} == json.loads(path.read_text())
-
-
-@pytest.mark.parametrize("scale", ["mini", "tiny"])
-def test_outputs_that_can_be_written_are_left_as_they_were(tmp_path, scale):
-    """The trial leaves no file."""
-    Store(tmp_path, scale).check_writable()
-    assert [] == [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-@pytest.mark.parametrize("outputs", ["file", "file/below"])
-@pytest.mark.parametrize("scale", ["mini", "tiny"])
-def test_outputs_that_cannot_be_written_are_refused_with_the_option(tmp_path, outputs, scale):
-    """Before hours are spent, the error names the folder, the reason and the option."""
-    (tmp_path / "file").write_text("in the way")
-    store = Store(tmp_path / outputs, scale)
-    with pytest.raises(OSError) as caught:
-        store.check_writable()
-    message = str(caught.value)
-    assert [] == [part for part in (str(store.root), "--peft-outputs DIR") if part not in message]
-    assert "in the way" == (tmp_path / "file").read_text()
-
-
-def test_run_ids_sort_by_time_and_do_not_collide(monkeypatch):
-    """Two runs within a second: the later is the greater, so that 'latest' is. Runs of the same moment differ."""
-    second = 1_800_000_000 * 10**9
-    moments = [0, 1, 1_000, 250_000_000, 999_999_999, 10**9]
-    ids = []
-    for moment in moments:
-        monkeypatch.setattr("time.time_ns", lambda moment=moment: second + moment)
-        ids.append(make_run_id())
-    assert all(re.fullmatch(r"\d{8}T\d{6}Z-[0-9a-f]{8}", run_id) for run_id in ids)
-    assert ids[2:] == sorted(ids[2:])
-    assert max(ids[:2]) < ids[2]
-    assert [run_id[:21] for run_id in ids[3:]] == ["20270115T080000Z-4000", "20270115T080000Z-ffff", "20270115T080001Z-0000"]
-    assert 3 <= len({make_run_id() for _ in range(5)})
 
 
 def test_a_phases_configuration_holds_every_hyperparameter():

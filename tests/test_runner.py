@@ -23,8 +23,9 @@ from peftbench.distill import read_subset
 from peftbench.models import ModelError, artifact_bytes, load_classifier, load_tokenizer, prepare
 from peftbench.packing import shuffled_rows
 from peftbench.phases import LORA, SCALES, Distillation, Phase, Untrained
-from peftbench.records import OutputsError, Record
+from peftbench.records import Record
 from peftbench.runner import case_fingerprint, failed_record, plan_phases, run_phase
+from peftbench.store import OutputsError
 from peftbench.workbench import Settings, Workbench
 
 SMALL = {"layers": 1, "hidden_size": 32, "attention_heads": 2}

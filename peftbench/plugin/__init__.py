@@ -17,8 +17,9 @@ from peftbench.errors import PeftbenchError
 from peftbench.phases import KD_MAX_LENGTH, SCALES, STANDARD_KD_SUBSETS, Phase, Scale
 from peftbench.plugin.options import add_options
 from peftbench.plugin.session import Session
-from peftbench.records import Record, Store, describe_error
+from peftbench.records import Record, describe_error
 from peftbench.report import printable, render_comparison, render_summary, seen_from
+from peftbench.store import Store
 
 if TYPE_CHECKING:
     from peftbench.data import Splits

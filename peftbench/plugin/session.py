@@ -15,8 +15,9 @@ import pytest
 from peftbench.phases import Phase
 from peftbench.plugin.options import Options
 from peftbench.plugin.progress import Progress
-from peftbench.records import Record, RecordError, Store, make_run_id, read_record
+from peftbench.records import Record, RecordError, read_record
 from peftbench.report import render_duration
+from peftbench.store import Store, make_run_id
 from peftbench.summary import phase_report, summarize
 from peftbench.verdicts import Row
 

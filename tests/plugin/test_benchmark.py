@@ -8,7 +8,7 @@ import pytest
 from samples import REWRITTEN, passed
 
 from peftbench.plugin import SESSION
-from peftbench.records import Store
+from peftbench.store import Store
 
 
 def test_each_case_is_one_entry_trained_once(study, pytester, records):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from peftbench.records import Store
+from peftbench.store import Store
 
 CONTRACT = {
     *("schema_version", "run_id", "phase", "name", "scale", "seed", "outcome", "checkpoint", "dev", "test"),

@@ -1,0 +1,140 @@
+"""Where results are kept: the folders under outputs/, and the history of runs, to which records are added."""
+
+import glob
+import json
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from peftbench.errors import PeftbenchError
+from peftbench.phases import KD_MAX_LENGTH
+from peftbench.records import Record, RecordError, decode_record, read_record
+from peftbench.sealed import write_atomically
+
+RESUMED = ".resumed"
+"""Ending of a file in a run's folder that stands for a case's record in an earlier run, whose id it holds."""
+
+
+class OutputsError(PeftbenchError, OSError):
+    """Results cannot be written where they were asked for."""
+
+
+def make_run_id() -> str:
+    """An id that sorts by time, within a second, too, and does not collide.
+
+    UTC to the second, five hexadecimal digits of its fraction (about a microsecond), three random ones.
+    """
+    seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+    fraction = (nanoseconds << 20) // 10**9
+    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(seconds))}-{fraction:05x}{secrets.token_hex(2)[:3]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """
+    The only place that spells a path under ``outputs/``.
+
+    Args:
+        outputs: The folder that the user named.
+        scale: Tiny runs live in a tree of their own, apart from real results.
+    """
+
+    outputs: Path
+    scale: str
+
+    @property
+    def root(self) -> Path:
+        """Where this scale's tree begins."""
+        return self.outputs / "tiny" if self.scale == "tiny" else self.outputs
+
+    @property
+    def runs(self) -> Path:
+        """The history, to which runs are added and nothing else: a folder a run, a file a case."""
+        return self.root / "runs"
+
+    def report_path(self, letter: str) -> Path:
+        """The latest result of a phase."""
+        return self.root / "reports" / f"phase_{letter.lower()}_metrics.json"
+
+    def kd_path(self, size: int, max_length: int = KD_MAX_LENGTH) -> Path:
+        """A KD subset, saved with ``datasets``; one whose teacher saw texts of another length has that in its name."""
+        return self.root / "kd" / (f"kd_{size}" if max_length == KD_MAX_LENGTH else f"kd_{size}_length_{max_length}")
+
+    def cache_path(self, kind: Literal["teachers", "logits"], key: str) -> Path:
+        """A content-keyed entry of the cache."""
+        return self.root / "cache" / kind / key
+
+    @property
+    def assets(self) -> Path:
+        """Fetched archives, unpacked; shared by all scales."""
+        return self.outputs / "cache" / "assets"
+
+    def check_writable(self) -> None:
+        """
+        Try to write before hours are spent.
+
+        Raises:
+            OutputsError: If the folder cannot be made or written, naming it and the option.
+        """
+        parts = [folder for name in ("runs", "reports", "kd", "cache") if (folder := self.root / name).exists()]
+        for folder in (self.root, *parts):
+            try:
+                probe = folder / f".writable-{secrets.token_hex(4)}"
+                write_atomically(probe, "")
+                probe.unlink()
+            except OSError as error:
+                raise OutputsError(
+                    f"cannot write to the outputs folder {folder}: {error.strerror or error}; "
+                    "give a writable folder with --peft-outputs DIR"
+                ) from error
+
+    def record_path(self, record: Record) -> Path:
+        """A case of a run."""
+        return self.runs / record.run_id / f"{record.case}.json"
+
+    def save(self, record: Record, *, another_attempt: bool = False) -> Path:
+        """
+        Add a record to the history, whole or not at all.
+
+        Args:
+            another_attempt: At a case that the run has a record of, as of a plugin that runs failed tests again; the earlier
+                record stays beside it under another name, which nothing reads.
+
+        Raises:
+            RecordError: If it could not be read again, or the run has a record of that case already, which is no attempt's.
+        """
+        path = self.record_path(record)
+        content = json.dumps(record.to_json(), indent=1) + "\n"
+        decode_record(content.encode())
+        if path.exists() and another_attempt:
+            attempts = len(list(path.parent.glob(f"{glob.escape(path.name)}.attempt-*")))
+            shutil.copy2(path, path.with_name(f"{path.name}.attempt-{attempts + 1}"))
+        elif path.exists():
+            raise RecordError(
+                f"{path} exists: {record.phase_id} with seed {record.seed} has run already in this run; "
+                "if that was another phase, give one of them another id"
+            )
+        write_atomically(path, content)
+        return path
+
+    def link(self, record: Record, run_id: str) -> None:
+        """Let another run have a record, too, instead of measuring it again: a file there names the run that did."""
+        write_atomically(self.runs / run_id / f"{record.case}{RESUMED}", record.run_id + "\n")
+
+    def publish(self, letter: str, report: Mapping[str, Any]) -> Path:
+        """Replace the latest result of a phase."""
+        path = self.report_path(letter)
+        write_atomically(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+        return path
+
+    def records(self) -> Iterator[Record | RecordError]:
+        """The history, by run and case; a file that cannot be read comes as its error."""
+        for path in sorted(self.runs.glob("*/[!.]*.json")):
+            try:
+                yield read_record(path)
+            except RecordError as error:
+                yield error
