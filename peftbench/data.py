@@ -141,6 +141,10 @@ def load_splits(
         reviews: Gives the folder of the reviews asset, fetching it if need be.
         notify: Told when the Hub keeps us waiting.
         revisions: Of the Hub's data sets, by name.
+
+    Raises:
+        DataError: If a file is missing or malformed.
+        HubError: If the Hub's data cannot be had.
     """
     if folder is not None:
         return read_glue_folder(folder)

@@ -34,7 +34,16 @@ logits of an example do not depend on which subset it is in or which was asked f
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherKey:
-    """All that decides a teacher's logits, besides the text."""
+    """
+    All that decides a teacher's logits, besides the text.
+
+    Attributes:
+        weights: Fingerprint of the files that the teacher is loaded from.
+        tokenizer: Fingerprint of how it splits texts.
+        max_length: Tokens kept of a text.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        device_kind: ``cpu`` or ``cuda``.
+    """
 
     weights: str
     tokenizer: str

@@ -34,7 +34,7 @@ class Graphs:
     """
 
     def __init__(self, device: str) -> None:
-        """On a device as torch writes it."""
+        """For a device, as torch writes it, such as ``cuda:0``."""
         self._device, self._pool, self._stream = device, torch.cuda.graph_pool_handle(), _capture_stream(device)
         self._met: set[tuple[int, int]] = set()
         self._captured: dict[tuple[int, int], _Captured] = {}

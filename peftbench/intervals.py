@@ -37,7 +37,9 @@ def wilson_interval(hits: float, n: float, *, z: float = NORMAL_LIMIT) -> tuple[
 
 def estimate(value: float, sources: Sequence[tuple[float, float]], *, p: float | None = None) -> Estimate:
     """
-    By Student's t with the degrees of freedom of Welch and Satterthwaite (Satterthwaite 1946).
+    A value with its 95% interval and the two-sided p of its being 0.
+
+    Both are by Student's t with the degrees of freedom of Welch and Satterthwaite (Satterthwaite 1946).
 
     Args:
         value: Such as a difference of means.

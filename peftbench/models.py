@@ -197,7 +197,12 @@ def _from_checkpoint(weights: Weights, labels: dict[str, Any], *, tuned: bool) -
 
 
 def encoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The stack of encoder layers, bottom first, of BERT, DistilBERT or whatever names it alike."""
+    """
+    The stack of encoder layers, bottom first, of BERT, DistilBERT or whatever names it alike.
+
+    Raises:
+        ModelError: If the model has none there.
+    """
     layers = getattr(_encoder(model), "layer", None)
     if not isinstance(layers, nn.ModuleList):
         raise ModelError(f"{type(model).__name__} has no encoder layers where BERT or DistilBERT have them")

@@ -285,7 +285,16 @@ def shuffled_rows(n: int, size: int, generator: torch.Generator) -> Iterator[lis
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches of a training run: each example once an epoch, in another order each time."""
+    """
+    The batches of a training run: each example once an epoch, in another order each time.
+
+    Attributes:
+        size: Examples to a batch.
+        generator: Of the orders.
+        device: As torch writes it.
+        packed: Whether a batch is one row, or padded to its longest text.
+        row_step: What the number of tokens of a packed row is a multiple of.
+    """
 
     encoded: Encoded
     size: int

@@ -98,7 +98,7 @@ class Sample:
         return self._examples
 
     def measured(self, metric: Metric) -> list[Record]:
-        """What a metric goes by."""
+        """The records that a metric is taken from: of quality the last of each seed, of all else every one that passed."""
         return list(self.by_seed.values()) if metric.kind == "quality" else self.passed
 
     def of_seeds(self, seeds: Collection[int]) -> "Sample":
@@ -106,7 +106,7 @@ class Sample:
         return Sample([record for record in self.records if record.seed in seeds])
 
     def by_identity(self, metric: Metric) -> dict[Identity, "Sample"]:
-        """Those that passed, in parts that can be compared in themselves."""
+        """The records that passed, parted by what must be the same to compare two of them."""
         parts: dict[Identity, list[Record]] = {}
         for record in self.passed:
             parts.setdefault(identity(metric, record), []).append(record)
