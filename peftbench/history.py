@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -54,22 +55,24 @@ class _Origin(msgspec.Struct):
 
 
 _ORIGIN = msgspec.json.Decoder(_Origin)
-_RUN_ID = re.compile(r"[0-9TZ]+-[0-9a-f]+")
+_RUN_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]+")
 
 
 @dataclass(frozen=True, slots=True)
 class History:
     """
-    The runs under an outputs folder.
+    The runs under an outputs folder, whose folders may have been renamed or copied.
 
     Attributes:
         folder: That holds a folder for each run.
-        files: Of each run, by the name of its folder, in the order of time; of a copy the files that it is of.
+        files: Of each run, by the name of its folder, in the order of time; a copy comes before what it is of.
+        owners: The run that a record is of, by its file, where the folder has another name.
     """
 
     folder: Path
     files: Mapping[str, Sequence[Path]]
     repository: Path
+    owners: Mapping[Path, str]
 
     @classmethod
     def from_outputs(cls, outputs: Path, repository: Path | None = None, *, without: str = "") -> "History":
@@ -86,9 +89,14 @@ class History:
         """
         for folder in (outputs / "runs", outputs / "tiny" / "runs"):
             runs = [run for run in sorted(folder.glob("*"), key=str) if run.name != without]
-            if found := dict(_in_time(run, files) for run in runs if (files := _record_files(run.glob("*.*")))):
-                in_time = {name: found[began, is_id, name] for began, is_id, name in sorted(found)}
-                return cls(folder, in_time, repository or _repository(outputs, [*in_time.values()][-1]))
+            renamed = [path for run in runs if not _RUN_ID.fullmatch(run.name) for path in run.glob("[!.]*.json")]
+            owners = {path: run_id for path in renamed if (run_id := _origin([path]).run_id)}
+            homes = {run_id: path.parent for path, run_id in owners.items()}
+            found = {run.name: _record_files(run.glob("*.*"), homes) for run in runs}
+            in_time = sorted((name for name in found if found[name]), key=lambda name: _began(name, found[name], owners))
+            if in_time:
+                files = {name: found[name] for name in in_time}
+                return cls(folder, files, repository or _repository(outputs, files[in_time[-1]]), owners)
         raise HistoryError(
             f"no records in {outputs / 'runs'}; run pytest benchmarks first, or name the outputs folder with --outputs DIR"
         )
@@ -114,7 +122,7 @@ class History:
         ids = {str(facts["id"]) for facts in known.values()}
         wanted = _resolved(self.repository, text) or _completed(text, ids)
         at_commit = [run for run, facts in known.items() if facts["id"] == wanted]
-        at_commit = [run for run in at_commit if {path.parent.name for path in self.files[run]} - {*without}] or at_commit
+        at_commit = [run for run in at_commit if {*map(self._owner, self.files[run])} - {*without}] or at_commit
         clean = [run for run in at_commit if not (known[run].get("dirty") or known[run].get("problem"))]
         if at_commit:
             certain = all(known[run].get("dirty") for run in at_commit)
@@ -147,9 +155,18 @@ class History:
 
     def _runs(self, label: str, runs: Sequence[str], without: Collection[str] = ()) -> Side:
         paths = dict.fromkeys(path for run in runs for path in self.files[run])  # two runs share what one has resumed
-        left = [path for path in paths if path.parent.name not in without] if without else []  # a thousand names take a while
+        left = [path for path in paths if self._owner(path) not in without] if without else []  # a thousand names take a while
         left = left or list(paths)
-        return _read(label, left, str(self.folder / runs[0] if len(runs) == 1 else self.folder))
+        side = _read(label, left, str(self.folder / runs[0] if len(runs) == 1 else self.folder))
+        if not self.owners:
+            return side
+        once: dict[tuple[str, str], tuple[Record, Path]] = {}
+        for record, path in zip(side.records, side.paths, strict=True):
+            once.setdefault((record.run_id, record.case), (record, path))
+        return replace(side, records=[record for record, _ in once.values()], paths=[path for _, path in once.values()])
+
+    def _owner(self, path: Path) -> str:
+        return self.owners.get(path, path.parent.name)
 
     def _describe_depth(self) -> str:
         shallow = (git(self.repository, "rev-parse", "--is-shallow-repository") or "").strip() == "true"
@@ -233,22 +250,10 @@ def _repository(outputs: Path, files: Iterable[Path]) -> Path:
 
 def _resolved(repository: Path, text: str) -> str | None:
     """The commit that git takes a text for."""
+    if "\0" in text:
+        return None
     commit = git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{text}^{{commit}}")
     return commit.strip() if commit else None
-
-
-def _in_time(run: Path, files: list[Path]) -> tuple[tuple[str, bool, str], list[Path]]:
-    """
-    A run's files, with what it is sorted by: its id, and its folder's name.
-
-    A folder that was renamed stands where its records were made, a copy before its original; what it has resumed lies elsewhere.
-    """
-    if _RUN_ID.fullmatch(run.name):
-        return (run.name, True, run.name), files
-    run_ids = {file: _origin([file]).run_id for file in files if file.parent == run}
-    originals = {file: run.parent / run_id / file.name for file, run_id in run_ids.items()}
-    files = [original if (original := originals.get(file)) and original.is_file() else file for file in files]
-    return (max(run_ids.values(), default=""), False, run.name), files
 
 
 def _origin(files: Iterable[Path]) -> _Origin:
@@ -261,12 +266,24 @@ def _origin(files: Iterable[Path]) -> _Origin:
     return _Origin("", {})
 
 
-def _record_files(paths: Iterable[Path]) -> list[Path]:
-    return list(dict.fromkeys(file for path in sorted(paths, key=str) if (file := _record_file(path))))
+def _began(name: str, files: Iterable[Path], owners: Mapping[Path, str]) -> tuple[str, bool, str]:
+    """What puts folders in the order of time: the id of the run that they are of; a copy comes before its original."""
+    if _RUN_ID.fullmatch(name):
+        return name, True, name
+    return max(owners.get(file, "" if file.parent.name == name else file.parent.name) for file in files), False, name
 
 
-def _record_file(path: Path) -> Path | None:
-    """A file of a run's folder, or where the record is that a resumed case stands for; None for what is neither."""
+def _record_files(paths: Iterable[Path], homes: Mapping[str, Path] = MappingProxyType({})) -> list[Path]:
+    return list(dict.fromkeys(file for path in sorted(paths, key=str) if (file := _record_file(path, homes))))
+
+
+def _record_file(path: Path, homes: Mapping[str, Path]) -> Path | None:
+    """
+    A file of a run's folder, or where the record is that a resumed case stands for; None for what is neither.
+
+    Args:
+        homes: Folders of runs that have another name, by the run's id.
+    """
     if path.name.startswith("."):  # such as what macOS puts beside files on foreign disks
         return None
     if path.suffix != RESUMED:
@@ -275,7 +292,8 @@ def _record_file(path: Path) -> Path | None:
         run_id = path.read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError):
         run_id = ""
-    return path.parent.parent / (Path(run_id).name or "unknown run") / f"{path.stem}.json"
+    file = path.parent.parent / (Path(run_id).name or "unknown run") / f"{path.stem}.json"
+    return file if run_id not in homes or file.is_file() else homes[run_id] / file.name
 
 
 def _read(label: str, paths: Sequence[Path], where: str) -> Side:

@@ -63,8 +63,8 @@ class Phase:
 
     Attributes:
         id: Letter and name joined by a hyphen, such as ``D-hybrid``; names the case and its files.
-        role: The model that the phase trains or, with no epochs, only evaluates.
-        epochs: Passes over the training examples; 0 trains nothing, as a teacher may that is only evaluated.
+        role: The model that the phase trains; the teacher may be evaluated only.
+        epochs: Passes over the training examples; 0 is for a teacher that is only evaluated.
         learning_rate: Peak rate of AdamW.
         subset: Number of training examples, the first of the fixed draw; None takes the whole train split.
         peft: Any configuration of the ``peft`` library with its ``peft_type``; None trains all parameters.

@@ -1,4 +1,4 @@
-"""What happened: the record of a case, JSON both ways, and the store under ``outputs/``."""
+"""What happened: the record of a case, as JSON and back."""
 
 import base64
 import dataclasses
@@ -246,7 +246,7 @@ class Record:
     skipped_steps: Count | None = None
     replayed_steps: Count | None = None
     memory_use: MemoryUse | None = None
-    dev_curve: tuple[tuple[Step, Figure, Figure], ...] | None = None
+    dev_curve: tuple[tuple[Step, Amount, Fraction], ...] | None = None
     peak_memory_bytes: Count | None = None
     peak_memory_scope: str | None = None
     memory_before_bytes: Count | None = None

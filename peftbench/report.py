@@ -274,7 +274,8 @@ def render_warnings(summaries: Sequence[Summary]) -> list[str]:
         for commit in dict.fromkeys(_commit(record) for record in summary.passed):
             commits.setdefault(commit, []).append(summary.first.phase_id)
     if len(commits) > 1:
-        lines.append("warning: of several commits: " + "; ".join(f"{', '.join(of)} of {commit}" for commit, of in commits.items()))
+        places = "; ".join(f"{', '.join(phases)} at {commit}" for commit, phases in commits.items())
+        lines.append(f"warning: phases in this table were measured at several commits: {places}")
     waited = [record for summary in summaries for record in summary.passed if record.waited]
     if waited:
         cases = []
@@ -455,9 +456,8 @@ def _notes(summaries: Sequence[Summary]) -> list[str]:
 
 
 def _commit(record: Record) -> str:
-    return short(str(record.commit.get("id") or "an unknown one")) + (
-        " with uncommitted changes" if record.commit.get("dirty") else ""
-    )
+    commit = short(str(record.commit.get("id") or "an unknown one"))
+    return commit + (f" with uncommitted changes {str(record.commit.get('changes'))[:6]}" if record.commit.get("dirty") else "")
 
 
 def _safe(value: object) -> object:

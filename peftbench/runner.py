@@ -36,16 +36,15 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
         The record of a passed case.
 
     Raises:
-        ValueError: If the workbench is of another scale or other settings, or the phase says what to train on but not how often.
+        ValueError: If the workbench is of another scale or other settings.
+        ModelError: If a phase that is to train has no epochs.
         Exception: Whatever else went wrong; `failed_record` makes a record of it.
     """
     bench = workbench or Workbench(scale, settings)
     if (bench.scale, bench.settings) != (scale, settings):
         raise ValueError(f"the workbench is of scale {bench.scale.name} or of other settings than the case at scale {scale.name}")
     phase = phase.at(scale.name)
-    asks_to_train = phase.subset is not None or phase.peft is not None or phase.distillation is not None
-    if (asks_to_train or phase.role != "teacher") and not phase.epochs:
-        raise ModelError(f"{phase.id}: with 0 epochs it would train nothing, not even a new head; set epochs")
+    _check_epochs(phase)
     with bench.own_threads():
         record = _measure(phase, seed, bench)
     bench.device.release_memory()
@@ -123,6 +122,7 @@ def plan_phases(phases: Sequence[Phase], bench: Workbench, *, memory_bytes: int 
     known: dict[int, int] = {}  # how many texts there are logits of, by their length
     for phase in (*([recipe] if isinstance(recipe, Phase) else []), *(phase.at(scale.name) for phase in phases)):
         weights = bench.weights(scale.source_of(phase.role))
+        _check_epochs(phase)
         train = splits.train if phase.subset is None else draw(splits.train, phase.subset)
         asked = max([*phase.kd_subsets, len(train) if phase.distillation is not None else 0])
         there = known.get(phase.max_length, 0)
@@ -141,6 +141,15 @@ def plan_phases(phases: Sequence[Phase], bench: Workbench, *, memory_bytes: int 
             )
         )
     return plans
+
+
+def _check_epochs(phase: Phase) -> None:
+    if phase.epochs:
+        return
+    if phase.subset is not None or phase.peft is not None or phase.distillation is not None:
+        raise ModelError(f"{phase.id}: with 0 epochs its subset, peft or distillation would train nothing; set epochs")
+    if phase.role != "teacher":
+        raise ModelError(f"{phase.id}: with 0 epochs the {phase.role}'s new head would stay as it was drawn; set epochs")
 
 
 def failed_record(phase: Phase, seed: int, bench: Workbench, error: BaseException) -> Record:

@@ -218,13 +218,13 @@ class Workbench:
         dev: Encoded | None = None,
     ) -> Fit:
         """
-        Train a model that `Workself.place` made ready on a phase's examples.
+        Train a model that `place` made ready on a phase's examples.
 
         Args:
             phase: With its changes for the scale made.
-            groups: Parameters with their learning rates, as `peftself.models.prepare` gives them.
+            groups: Parameters with their learning rates, as `peftbench.models.prepare` gives them.
             teacher: Logits in the order of the examples, shape (N, 2), for a phase that distils.
-            packed: What `Workself.place` said.
+            packed: What `place` said.
             seed: Of the order of batches.
             what: Name of the work, for progress and errors.
             dev: What to evaluate on while training, as often as the settings say.

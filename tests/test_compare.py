@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from samples import failed, passed, predictions
 
-from peftbench.compare import Sample, compare, compare_phases, judge_runs, set_up_changes
+from peftbench.compare import compare, compare_phases, judge_runs, set_up_changes
 from peftbench.metrics import METRICS
 from peftbench.records import TeacherCost
+from peftbench.sample import Sample
 
 LOST = range(45)  # of 1,800 examples, 2.5 points
 

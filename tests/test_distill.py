@@ -324,6 +324,9 @@ def test_every_module_that_decides_what_a_teacher_says_is_in_the_version_of_the_
     while ahead:
         reached.add(name := ahead.pop())
         tree = ast.parse((package / f"{name}.py").read_text("utf-8"))
-        modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+        modules = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        for node in (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)):
+            names = [f"peftbench.{alias.name}" for alias in node.names]  # as in: from peftbench import kernels
+            modules += names if node.module == "peftbench" else [node.module or ""]
         ahead |= {module.removeprefix("peftbench.") for module in modules if module.startswith("peftbench.")} - reached
     assert set(distill._MODULES) == reached - IN_THE_KEY - MEASURING

@@ -1,4 +1,4 @@
-"""History: which records a text names, git's order, and the commits that shift a level."""
+"""History: which records a text names."""
 
 import dataclasses
 import json
@@ -11,8 +11,6 @@ from peftbench import load_records
 from peftbench.history import History, HistoryError, Side, read_side
 from peftbench.store import Store, make_run_id
 from peftbench.summary import Summary, phase_report
-
-LOST = range(45)
 
 
 @pytest.fixture
@@ -111,21 +109,54 @@ def test_a_run_that_cannot_be_read_is_named(repository, store):
 def test_a_run_whose_folder_was_renamed_stays_in_its_place(store, tmp_path):
     """A name that a person gave it names it, and the latest is the run that began last."""
     first, last = keep(store, "c1", day=1), keep(store, "c2", day=2)
-    store.record_path(first).parent.rename(store.runs / "the-baseline")
+    for name in ("the-baseline", "2027-01"):
+        next(path.parent for path in store.runs.glob("*/*.json") if path.parent.name != last.run_id).rename(store.runs / name)
+        history = History.from_outputs(store.outputs, tmp_path)
+        assert [name, last.run_id] == list(history.files)
+        assert [first] == list(history.select(name).records)
+        assert [last] == list(history.select("latest").records)
+
+
+def test_a_renamed_head_is_no_run_of_its_base(store, tmp_path):
+    """By its records, not by its folder's name."""
+    base, head = keep(store, "c" * 40, day=1), keep(store, "c" * 40, day=2)
+    store.record_path(head).parent.rename(store.runs / "candidate")
     history = History.from_outputs(store.outputs, tmp_path)
-    assert ["the-baseline", last.run_id] == list(history.files)
-    assert [first] == list(history.select("the-baseline").records)
-    assert [last] == list(history.select("latest").records)
+    assert [base] == list(history.select("c" * 40, without={head.run_id}).records)
+
+
+def test_what_was_resumed_is_found_in_a_renamed_folder(store, tmp_path):
+    """The run that resumed it names the run, not the folder."""
+    first, second = keep(store, "c1", day=1), keep(store, "c1", day=2, phase_id="C1-full")
+    store.link(first, second.run_id)
+    store.record_path(first).parent.rename(store.runs / "baseline")
+    assert [first, second] == list(History.from_outputs(store.outputs, tmp_path).select("latest").records)
+
+
+def test_what_a_record_says_of_itself_leads_nowhere_else(store, tmp_path):
+    """A run's id that is a path, or too long for one, and a commit that no system takes."""
+    for number, run_id in enumerate(("../../elsewhere", "x" * 300)):
+        (store.runs / f"odd-{number}").mkdir(parents=True)
+        record = passed(run=run_id, commit={"id": "a\0b"})
+        (store.runs / f"odd-{number}" / f"{record.case}.json").write_text(json.dumps(record.to_json()))
+    assert {"odd-0", "odd-1"} == set(History.from_outputs(store.outputs).files)
+    assert 2 == len(History.from_outputs(store.outputs).everything().records)
 
 
 def test_a_run_that_was_copied_counts_once(store, tmp_path):
     """The copy can be named, too."""
     records = [keep(store, "c1", day=day) for day in (1, 2)]
-    shutil.copytree(store.record_path(records[1]).parent, store.runs / "kept")
+    original = store.record_path(records[1])
+    shutil.copytree(original.parent, store.runs / "kept")
     history = History.from_outputs(store.outputs, tmp_path)
     assert records == sorted(history.everything().records, key=lambda record: record.run_id)
     assert f"latest run {records[1].run_id}" == history.select("latest").label
     assert [records[1]] == list(history.select("kept").records)
+    original.write_text("{")
+    assert [records[1]] == list(History.from_outputs(store.outputs, tmp_path).select("kept").records)
+    original.parent.rename(store.runs / "original")
+    shutil.copy(store.runs / "kept" / original.name, store.runs / "original")
+    assert 2 == len(History.from_outputs(store.outputs, tmp_path).everything().records)
 
 
 def test_what_a_renamed_run_has_resumed_stays_what_it_is(store, tmp_path):
@@ -143,14 +174,16 @@ def test_what_a_renamed_run_has_resumed_stays_what_it_is(store, tmp_path):
 
 
 def test_the_repository_is_where_git_knows_the_runs(repository, store, tmp_path, monkeypatch):
-    """The current one, or else that of the outputs."""
+    """The current one if it does, or else that of the outputs."""
     folder, ids = repository
-    outputs = shutil.copytree(keep(store, ids[1]) and store.outputs, folder / "outputs")
+    keep(store, ids[1])
+    outputs = shutil.copytree(store.outputs, folder / "outputs")
     monkeypatch.chdir(tmp_path)
-    assert 1 == len(History.from_outputs(outputs).select(ids[1][:8]).records)
     assert outputs == History.from_outputs(outputs).repository
-    monkeypatch.chdir(folder)
-    assert folder == History.from_outputs(store.outputs).repository.resolve()
+    assert 1 == len(History.from_outputs(outputs).select(ids[1][:8]).records)
+    for current in (folder, shutil.copytree(folder / ".git", tmp_path / "clone" / ".git").parent):
+        monkeypatch.chdir(current)
+        assert current == History.from_outputs(outputs).repository.resolve()
 
 
 def test_a_commit_that_was_not_measured_is_told_with_the_one_before_it_that_was(repository, store):

@@ -331,10 +331,10 @@ def test_scales_have_a_table_each():
 
 def test_phases_of_several_commits_are_told_apart():
     """As a folder of reports has the latest of each, which may be a phase that is gone."""
-    first = measured("B-lora", commit={"id": "a" * 40, "dirty": True})
+    first = measured("B-lora", commit={"id": "a" * 40, "dirty": True, "changes": "0123456789abcdef"})
     records = [first, measured("C1-full", commit={"id": "b" * 40}), measured("D-hybrid", commit={"id": "b" * 40})]
-    line = f"warning: of several commits: B-lora of {'a' * 12} with uncommitted changes; C1-full, D-hybrid of {'b' * 12}"
-    assert line in render_summary(records).splitlines()
+    places = f"B-lora at {'a' * 12} with uncommitted changes 012345; C1-full, D-hybrid at {'b' * 12}"
+    assert f"warning: phases in this table were measured at several commits: {places}" in render_summary(records).splitlines()
     assert "several commits" not in render_summary(records[1:])
 
 

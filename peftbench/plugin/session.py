@@ -176,6 +176,7 @@ class Session:
                     self.unreadable.add(str(record))
                 else:
                     readable.append(record)
+            readable.sort(key=lambda record: record.run_id)  # a run's folder may have another name
         same = ("device", "accelerator") if bench.device.kind == "cuda" else ("device", "processor", "cores")
         versions = describe_versions()
         wanted = ("passed", fingerprint, seed, self.settings.commit, versions, [bench.machine[fact] for fact in same])
@@ -188,22 +189,24 @@ class Session:
                 and store.record_path(record).is_file()  # not so in a run's folder that was renamed
             ):
                 return record
-        self._say_why_not(fingerprint, seed, self._history[store.runs])
+        self._say_why_not(fingerprint, seed, store)
         return None
 
-    def _say_why_not(self, fingerprint: str, seed: int, history: list[Record]) -> None:
+    def _say_why_not(self, fingerprint: str, seed: int, store: Store) -> None:
         """Say why a case that has passed elsewhere is not resumed."""
+        history = self._history[store.runs]
         passed = [r for r in history if (r.outcome, r.fingerprint, r.seed) == ("passed", fingerprint, seed)]
         if not passed:
             return
         last = passed[-1]
         where = f"in run {last.run_id}" + (f" at commit {commit[:12]}" if (commit := last.commit.get("id")) else "")
         dirty = " with uncommitted changes" if last.commit.get("dirty") else ""
-        same = (
-            "this machine, these versions and as many evaluations"
-            if last.commit == self.settings.commit
-            else "this commit and these changes"
-        )
+        if not store.record_path(last).is_file():
+            same = "runs whose folders were not renamed"
+        elif last.commit == self.settings.commit:
+            same = "this machine, these versions and as many evaluations"
+        else:
+            same = "this commit and these changes"
         case = f"{last.phase_id} with seed {seed}"
         self.progress.say(f"{case} runs again: it passed {where}{dirty}, and only cases of {same} are resumed")
 
@@ -237,11 +240,11 @@ class Session:
         for scale in scales:
             root = Store(self.options.outputs, scale).root
             history = functools.cache(functools.partial(History.from_outputs, root, self.config.rootpath, without=self.run_id))
-            text = self.options.compare
-            if text == "latest" and self.options.resume:  # a run of this very code is the one to be resumed
-                others = [run for run in history().files if history().commit_of(run) != self.settings.commit]
-                text = others[-1] if others else text
-            side = read_side(text, history)
+            side = read_side(self.options.compare, history)
+            if self.options.compare == "latest" and self.options.resume:  # a run of this very code is the one to be resumed
+                past = reversed([*history().files])
+                other = next((run for run in past if history().commit_of(run) != self.settings.commit), None)
+                side = history().select(other) if other else side
             records = [record for record in side.records if record.scale == scale]
             if not records:
                 raise ValueError(f"--peft-compare {self.options.compare}: {side.label} has no record of the {scale} scale")

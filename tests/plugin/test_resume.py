@@ -30,6 +30,7 @@ def test_a_run_whose_folder_was_renamed_is_not_resumed(study, pytester, commit):
     result = study("-k", "small", "--peft-resume")
     assert 0 == result.ret
     result.assert_outcomes(passed=1, deselected=5)
+    result.stdout.fnmatch_lines(["*S-small with seed 42 runs again: it passed in run *only cases of runs whose folders were not*"])
 
 
 def test_other_content_is_not_resumed(study, pytester, commit):
