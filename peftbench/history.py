@@ -116,6 +116,8 @@ class History:
             return self._runs(f"latest run {runs[-1]}", runs[-1:])
         if text in runs:
             return self._runs(f"run {text}", [text])
+        if home := next((path.parent.name for path, run_id in self.owners.items() if run_id == text), None):
+            return self._runs(f"run {text}, in folder {home}", [home])
         if _RUN_ID.fullmatch(text) and (tiny := self.folder.parent / "tiny" / "runs" / text).is_dir():
             return _read(f"run {text} of the tiny scale", _record_files(tiny.iterdir()), str(tiny))
         known = {run: facts for run in runs if (facts := self.commit_of(run)).get("id")}
@@ -127,7 +129,7 @@ class History:
         if at_commit:
             certain = all(known[run].get("dirty") for run in at_commit)
             note = "" if clean else ", with uncommitted changes" if certain else ", perhaps with uncommitted changes"
-            count = f", {len(clean or at_commit)} runs" if len(clean or at_commit) > 1 else ""
+            count = f", {runs_meant} runs" if (runs_meant := self._count(clean or at_commit)) > 1 else ""
             if dirty := [run for run in at_commit if clean and run not in clean]:
                 count += f"; {len(dirty)} with uncommitted changes left out (to use one, name its id): {_few(reversed(dirty))}"
             return self._runs(f"commit {wanted[:12]}{note}{count}", clean or at_commit, without)
@@ -151,7 +153,7 @@ class History:
 
     def everything(self) -> Side:
         """All runs."""
-        return self._runs(f"all {len(self.files)} runs in {self.folder}", list(self.files))
+        return self._runs(f"all {self._count(self.files)} runs in {self.folder}", list(self.files))
 
     def _runs(self, label: str, runs: Sequence[str], without: Collection[str] = ()) -> Side:
         paths = dict.fromkeys(path for run in runs for path in self.files[run])  # two runs share what one has resumed
@@ -167,6 +169,10 @@ class History:
 
     def _owner(self, path: Path) -> str:
         return self.owners.get(path, path.parent.name)
+
+    def _count(self, runs: Collection[str]) -> int:
+        """How many runs these folders are of, without copies."""
+        return len({max(map(self._owner, self.files[run])) for run in runs}) if self.owners else len(runs)
 
     def _describe_depth(self) -> str:
         shallow = (git(self.repository, "rev-parse", "--is-shallow-repository") or "").strip() == "true"

@@ -27,7 +27,7 @@ from transformers import (
 from peftbench.assets import ASSETS, Asset, say
 from peftbench.data import grammar_words
 from peftbench.errors import PeftbenchError
-from peftbench.hub import snapshot
+from peftbench.hub import HubError, snapshot
 from peftbench.phases import Phase, Pretrained, Untrained
 from peftbench.sealed import file_sha256, fingerprint
 
@@ -93,7 +93,10 @@ def locate(source: Pretrained | Untrained, fetch: Fetch, notify: Callable[[str],
     elif Path(source.source).is_dir():
         folder = Path(source.source)
     else:
-        found = snapshot(source.source, kind="model", files=CHECKPOINT_FILES, revision=source.revision, notify=notify)
+        try:
+            found = snapshot(source.source, kind="model", files=CHECKPOINT_FILES, revision=source.revision, notify=notify)
+        except HubError as error:
+            raise HubError(f"{error}; nor is there a folder {source.source!r} in {Path().resolve().name or 'here'}") from None
         folder, commit = found.folder, found.commit
     files = sorted({file for pattern in CHECKPOINT_FILES for file in folder.glob(pattern) if file.is_file()})
     if not any(file.suffix == ".safetensors" for file in files):

@@ -237,6 +237,10 @@ class Scale:
     Where roles and data come from and how big they are.
 
     Attributes:
+        name: In records and in what ``--peft-scale`` takes.
+        data: ``grammar``, ``reviews`` or ``glue``; ``--peft-data`` takes its place.
+        backbone: What B and D train, and what a teacher is tuned from.
+        student: What C1 and C2 train.
         data_revisions: Branch, tag or commit of the Hub's data sets, by their names; the main branch of what is not named.
         teacher: A published teacher, or the phase by which the backbone is tuned once to become it.
         threads: CPU threads per operation; None is torch's default. Operations of a tiny model are too short to share.

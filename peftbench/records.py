@@ -265,7 +265,7 @@ class Record:
     @property
     def case(self) -> str:
         """File name of the record without its ending; unique within a run."""
-        return f"{self.phase_id}-{self.scale}-s{self.seed}"
+        return case_name(self.phase_id, self.scale, self.seed)
 
     @property
     def interrupted(self) -> bool:
@@ -435,6 +435,11 @@ def uncollected() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def case_name(phase_id: str, scale: str, seed: int) -> str:
+    """What a case's file in a run's folder is called, without its ending."""
+    return f"{phase_id}-{scale}-s{seed}"
 
 
 def describe_error(error: BaseException) -> str:

@@ -96,6 +96,23 @@ class Store:
         """A case of a run."""
         return self.runs / record.run_id / f"{record.case}.json"
 
+    def check_case(self, run_id: str, case: str, *, attempted: Path | None = None) -> None:
+        """
+        See that a run has not had a case yet, before it is trained again.
+
+        Args:
+            attempted: The record of an attempt at it, as of a plugin that runs failed tests again, which may be there.
+
+        Raises:
+            RecordError: If the run has measured or resumed it.
+        """
+        path = self.runs / run_id / f"{case}.json"
+        if (path.exists() and path != attempted) or path.with_suffix(RESUMED).exists():
+            raise RecordError(
+                f"{case} has run already in this run, and a phase is a case of one test: let that test make all checks or, if this "
+                "is another phase, give it another id"
+            )
+
     def save(self, record: Record, *, another_attempt: bool = False) -> Path:
         """
         Add a record to the history, whole or not at all.

@@ -130,7 +130,10 @@ def test_what_was_resumed_is_found_in_a_renamed_folder(store, tmp_path):
     first, second = keep(store, "c1", day=1), keep(store, "c1", day=2, phase_id="C1-full")
     store.link(first, second.run_id)
     store.record_path(first).parent.rename(store.runs / "baseline")
-    assert [first, second] == list(History.from_outputs(store.outputs, tmp_path).select("latest").records)
+    history = History.from_outputs(store.outputs, tmp_path)
+    assert [first, second] == list(history.select("latest").records)
+    side = history.select(first.run_id)
+    assert ([first], f"run {first.run_id}, in folder baseline") == (list(side.records), side.label)
 
 
 def test_what_a_record_says_of_itself_leads_nowhere_else(store, tmp_path):
@@ -156,7 +159,8 @@ def test_a_run_that_was_copied_counts_once(store, tmp_path):
     assert [records[1]] == list(History.from_outputs(store.outputs, tmp_path).select("kept").records)
     original.parent.rename(store.runs / "original")
     shutil.copy(store.runs / "kept" / original.name, store.runs / "original")
-    assert 2 == len(History.from_outputs(store.outputs, tmp_path).everything().records)
+    everything = History.from_outputs(store.outputs, tmp_path).everything()
+    assert (2, "all 2 runs") == (len(everything.records), everything.label[:10])
 
 
 def test_what_a_renamed_run_has_resumed_stays_what_it_is(store, tmp_path):

@@ -17,7 +17,7 @@ from peftbench.errors import PeftbenchError
 from peftbench.phases import KD_MAX_LENGTH, SCALES, STANDARD_KD_SUBSETS, Phase, Scale
 from peftbench.plugin.options import add_options
 from peftbench.plugin.session import Session
-from peftbench.records import Record, describe_error
+from peftbench.records import Record, case_name, describe_error
 from peftbench.report import printable, render_comparison, render_summary, seen_from
 from peftbench.store import Store
 
@@ -344,12 +344,12 @@ def run_phase(
     request: pytest.FixtureRequest, benchmark: Any, peft_workbench: Workbench, peft_seed: int
 ) -> Iterator[Callable[[Phase], Record]]:
     """
-    Train and evaluate a phase, once to a test, and return its record.
+    Train and evaluate a phase, once to a test and in one test of a session, and return its record.
 
     The record is written when the test ends. pytest-benchmark reports the time of the training loop.
     """
     session, node = request.config.stash[SESSION], request.node
-    called = False
+    called = measured = False
 
     def run(phase: Phase) -> Record:
         from peftbench.runner import case_fingerprint, failed_record, run_phase
@@ -359,6 +359,9 @@ def run_phase(
             raise RuntimeError("run_phase can be called only once per test; parametrize the test over phases")
         called = True
         scale, settings, store = peft_workbench.scale, session.settings, peft_workbench.store
+        with explained():
+            case = case_name(phase.id, scale.name, peft_seed)
+            store.check_case(session.run_id, case, attempted=node.stash.get(ATTEMPTED, None))
         try:
             if session.options.resume:
                 fingerprint = case_fingerprint(phase, peft_workbench)
@@ -366,11 +369,11 @@ def run_phase(
                     session.check_phase(phase)
                     store.link(found, session.run_id)
                     node.user_properties.append(("peftbench_record", str(store.record_path(found))))
-                    if benchmark is not None:
-                        benchmark.skipped = True
                     pytest.skip(f"resumed: passed with this fingerprint at this commit in run {found.run_id}")
 
             def train() -> Record:
+                nonlocal measured
+                measured = True
                 session.check_phase(phase)
                 record = run_phase(phase, scale, peft_seed, settings, workbench=peft_workbench)
                 session.trained_seconds += record.train_runtime_seconds or 0.0
@@ -389,8 +392,8 @@ def run_phase(
         return record
 
     yield run
-    if benchmark is not None and not called:
-        benchmark.skipped = True  # a test that failed before it got so far is told of its own error alone
+    if benchmark is not None and not measured:
+        benchmark.skipped = True  # a test that was skipped or failed before it got so far is told of that alone
 
 
 @contextmanager

@@ -49,6 +49,20 @@ def test_a_case_that_a_fixture_runs_is_a_case(pytester, data_folder, records):
     result.stdout.fnmatch_lines(["resumed, not run again: S-small at tiny scale, seed 42, passed in run *"])
 
 
+def test_a_phase_is_a_case_of_one_test(pytester, data_folder, records):
+    """A second test is refused before it trains, when the case is resumed, too, so that its failure is not passed over."""
+    pytester.makepyfile(IN_A_FIXTURE.format(subset=16) + "\n    def test_other(record):\n        assert record.dev.n < 0\n")
+    arguments = ["-m", "tiny", f"--peft-data={data_folder}"]
+    for more, outcomes in (([], {"passed": 1}), (["--peft-resume"], {"skipped": 1})):
+        result = pytester.runpytest_inprocess(*arguments, *more)
+        result.assert_outcomes(errors=1, deselected=2, **outcomes)
+        result.stdout.fnmatch_lines(
+            ["RecordError: S-small-tiny-s42 has run already in this run, and a phase is a case of one test*"]
+        )
+        assert "could not write" not in result.stdout.str()
+    assert ["passed"] == [record["outcome"] for record in records().values()]
+
+
 def test_a_case_that_fails_in_a_fixture_leaves_its_record(pytester, data_folder, records):
     """It says so, and why."""
     pytester.makepyfile(IN_A_FIXTURE.format(subset=5000))
