@@ -1,6 +1,5 @@
 """Which records are meant: runs on disk, named by commit, run, folder or file."""
 
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import msgspec
 from peftbench.commits import git
 from peftbench.errors import PeftbenchError
 from peftbench.records import Record, RecordError, decode_json, decode_record, read_content, read_record, uncollected
-from peftbench.store import RESUMED
+from peftbench.store import RESUMED, RUN_ID
 
 
 class HistoryError(PeftbenchError, ValueError):
@@ -55,7 +54,6 @@ class _Origin(msgspec.Struct):
 
 
 _ORIGIN = msgspec.json.Decoder(_Origin)
-_RUN_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +87,7 @@ class History:
         """
         for folder in (outputs / "runs", outputs / "tiny" / "runs"):
             runs = [run for run in sorted(folder.glob("*"), key=str) if run.name != without]
-            renamed = [path for run in runs if not _RUN_ID.fullmatch(run.name) for path in run.glob("[!.]*.json")]
+            renamed = [path for run in runs if not RUN_ID.fullmatch(run.name) for path in run.glob("[!.]*.json")]
             owners = {path: run_id for path in renamed if (run_id := _origin([path]).run_id)}
             homes = {run_id: path.parent for path, run_id in owners.items()}
             found = {run.name: _record_files(run.glob("*.*"), homes) for run in runs}
@@ -118,7 +116,7 @@ class History:
             return self._runs(f"run {text}", [text])
         if home := next((path.parent.name for path, run_id in self.owners.items() if run_id == text), None):
             return self._runs(f"run {text}, in folder {home}", [home])
-        if _RUN_ID.fullmatch(text) and (tiny := self.folder.parent / "tiny" / "runs" / text).is_dir():
+        if RUN_ID.fullmatch(text) and (tiny := self.folder.parent / "tiny" / "runs" / text).is_dir():
             return _read(f"run {text} of the tiny scale", _record_files(tiny.iterdir()), str(tiny))
         known = {run: facts for run in runs if (facts := self.commit_of(run)).get("id")}
         ids = {str(facts["id"]) for facts in known.values()}
@@ -274,7 +272,7 @@ def _origin(files: Iterable[Path]) -> _Origin:
 
 def _began(name: str, files: Iterable[Path], owners: Mapping[Path, str]) -> tuple[str, bool, str]:
     """What puts folders in the order of time: the id of the run that they are of; a copy comes before its original."""
-    if _RUN_ID.fullmatch(name):
+    if RUN_ID.fullmatch(name):
         return name, True, name
     return max(owners.get(file, "" if file.parent.name == name else file.parent.name) for file in files), False, name
 

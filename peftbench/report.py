@@ -209,7 +209,7 @@ def render_history(traced: Mapping[str, Sequence[Point]], metric: Metric) -> str
     blocks.append(
         f"{metric.name}: {metric.better} is better{f'; {POOLED}' if metric.kind == 'quality' else ''}\n"
         "level: marks where a phase newly fails, or differs by more than noise, in accuracy and f1 from the commit marked before, "
-        "in all else from every commit since; other branches are left out, and so is what is dirty or unknown if it is not alone\n"
+        "in all else from every commit since; other branches are left out, and so are dirty and unknown ones beside any other\n"
         "marks: dirty, with uncommitted changes; perhaps dirty, git did not say; unknown to git here; failed, the last run of a "
         "seed failed; other ..., not compared; other seed set, compared over the seeds of both, if there are any; no predictions "
         "for a seed, which is left out"

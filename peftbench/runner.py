@@ -114,6 +114,9 @@ def plan_phases(phases: Sequence[Phase], bench: Workbench, *, memory_bytes: int 
     What each phase will cost on the bench's device, that of tuning the teacher first where the scale has none published.
 
     The teacher's logits are planned where they are asked for first, in the order of the phases.
+
+    Raises:
+        ModelError: If a phase that is to train has no epochs.
     """
     scale, device, splits = bench.scale, bench.device, bench.splits
     recipe = scale.teacher

@@ -2,6 +2,7 @@
 
 import glob
 import json
+import re
 import secrets
 import shutil
 import time
@@ -21,6 +22,10 @@ RESUMED = ".resumed"
 
 class OutputsError(PeftbenchError, OSError):
     """Results cannot be written where they were asked for."""
+
+
+RUN_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]+")
+"""What `make_run_id` makes; a run's folder may have another name since."""
 
 
 def make_run_id() -> str:
@@ -98,10 +103,10 @@ class Store:
 
     def check_case(self, run_id: str, case: str, *, attempted: Path | None = None) -> None:
         """
-        See that a run has not had a case yet, before it is trained again.
+        See that a run has not had a case yet, before it is trained and before it is written.
 
         Args:
-            attempted: The record of an attempt at it, as of a plugin that runs failed tests again, which may be there.
+            attempted: The record of an earlier attempt, as of a plugin that runs failed tests again, which may be there.
 
         Raises:
             RecordError: If the run has measured or resumed it.
@@ -113,28 +118,23 @@ class Store:
                 "is another phase, give it another id"
             )
 
-    def save(self, record: Record, *, another_attempt: bool = False) -> Path:
+    def save(self, record: Record, *, attempted: Path | None = None) -> Path:
         """
         Add a record to the history, whole or not at all.
 
         Args:
-            another_attempt: At a case that the run has a record of, as of a plugin that runs failed tests again; the earlier
-                record stays beside it under another name, which nothing reads.
+            attempted: As for `check_case`; that record stays beside this one under another name, which nothing reads.
 
         Raises:
-            RecordError: If it could not be read again, or the run has a record of that case already, which is no attempt's.
+            RecordError: If it could not be read again, or the run has had that case.
         """
         path = self.record_path(record)
         content = json.dumps(record.to_json(), indent=1) + "\n"
         decode_record(content.encode())
-        if path.exists() and another_attempt:
+        self.check_case(record.run_id, record.case, attempted=attempted)
+        if path.exists():
             attempts = len(list(path.parent.glob(f"{glob.escape(path.name)}.attempt-*")))
             shutil.copy2(path, path.with_name(f"{path.name}.attempt-{attempts + 1}"))
-        elif path.exists():
-            raise RecordError(
-                f"{path} exists: {record.phase_id} with seed {record.seed} has run already in this run; "
-                "if that was another phase, give one of them another id"
-            )
         write_atomically(path, content)
         return path
 

@@ -90,7 +90,7 @@ class Workbench:
     """
     What the cases of one scale share: splits, tokens, the teacher and its logits; each made at first use.
 
-    Optional in any call; without one, what a call needs is made again.
+    `peftbench.runner.run_phase` makes one of its own where it is given none.
     """
 
     def __init__(self, scale: Scale, settings: Settings, progress: Progress = silent, notify: Callable[[str], None] = say) -> None:

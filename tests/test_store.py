@@ -111,3 +111,21 @@ def test_run_ids_sort_by_time_and_do_not_collide(monkeypatch):
     assert max(ids[:2]) < ids[2]
     assert [run_id[:21] for run_id in ids[3:]] == ["20270115T080000Z-4000", "20270115T080000Z-ffff", "20270115T080001Z-0000"]
     assert 3 <= len({make_run_id() for _ in range(5)})
+
+
+def test_a_case_is_added_once(store):
+    """A second record is refused and the first stays; a further attempt keeps it beside its own."""
+    path = store.save(PASSED)
+    first = path.read_text()
+    with pytest.raises(RecordError, match="D-hybrid-mini-s42 has run already in this run"):
+        store.save(dataclasses.replace(PASSED, latency_ms=1.0))
+    assert first == path.read_text()
+    store.save(dataclasses.replace(PASSED, latency_ms=1.0), attempted=path)
+    assert first == path.with_name(f"{path.name}.attempt-1").read_text() != path.read_text()
+
+
+def test_a_case_that_was_resumed_is_not_added(store):
+    """It is the record of the run that measured it."""
+    store.link(PASSED, "20260102T030405Z-abcdef")
+    with pytest.raises(RecordError, match="has run already"):
+        store.save(dataclasses.replace(PASSED, run_id="20260102T030405Z-abcdef"))

@@ -199,8 +199,7 @@ def _keep(item: pytest.Item, error: BaseException | None = None) -> str | None:
     benchmark: Any = getattr(item, "funcargs", {}).get("benchmark")
     try:
         store = Store(session.options.outputs, record.scale)
-        again = item.stash.get(ATTEMPTED, None) == store.record_path(record)
-        path = item.stash[ATTEMPTED] = store.save(record, another_attempt=again)
+        path = item.stash[ATTEMPTED] = store.save(record, attempted=item.stash.get(ATTEMPTED, None))
         if benchmark is not None:
             benchmark.extra_info["peftbench"] = record.to_json()
     except (OSError, ValueError) as problem:

@@ -240,11 +240,11 @@ class Session:
         for scale in scales:
             root = Store(self.options.outputs, scale).root
             history = functools.cache(functools.partial(History.from_outputs, root, self.config.rootpath, without=self.run_id))
-            side = read_side(self.options.compare, history)
+            other = None
             if self.options.compare == "latest" and self.options.resume:  # a run of this very code is the one to be resumed
-                past = reversed([*history().files])
-                other = next((run for run in past if history().commit_of(run) != self.settings.commit), None)
-                side = history().select(other) if other else side
+                latest_first = reversed([*history().files])
+                other = next((run for run in latest_first if history().commit_of(run) != self.settings.commit), None)
+            side = history().select(other) if other else read_side(self.options.compare, history)
             records = [record for record in side.records if record.scale == scale]
             if not records:
                 raise ValueError(f"--peft-compare {self.options.compare}: {side.label} has no record of the {scale} scale")
