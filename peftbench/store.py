@@ -138,6 +138,10 @@ class Store:
         write_atomically(path, content)
         return path
 
+    def replace(self, record: Record) -> None:
+        """Write a record over itself, as where its test has failed after all."""
+        write_atomically(self.record_path(record), json.dumps(record.to_json(), indent=1) + "\n")
+
     def link(self, record: Record, run_id: str) -> None:
         """Let another run have a record, too, instead of measuring it again: a file there names the run that did."""
         write_atomically(self.runs / run_id / f"{record.case}{RESUMED}", record.run_id + "\n")

@@ -17,7 +17,7 @@ from peftbench.errors import PeftbenchError
 from peftbench.phases import KD_MAX_LENGTH, SCALES, STANDARD_KD_SUBSETS, Phase, Scale
 from peftbench.plugin.options import add_options
 from peftbench.plugin.session import Session
-from peftbench.records import Record, case_name, describe_error
+from peftbench.records import Record, case_name, describe_error, read_record
 from peftbench.report import printable, render_comparison, render_summary, seen_from
 from peftbench.store import Store
 
@@ -31,6 +31,8 @@ RECORD = pytest.StashKey[Record]()
 """The record of the test that is running, until it is written."""
 ATTEMPTED = pytest.StashKey[Path]()
 """Where a test has left a record: the next one of the same case, as where failed tests are run again, takes its place."""
+FAILURE = pytest.StashKey[str]()
+"""Why a test that went on will count as failed, as after a subtest."""
 
 
 class NoBenchmark:
@@ -72,6 +74,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "peft_seed" in metafunc.fixturenames and "peft_seed" not in own:
         ids = [f"s{seed}" for seed in options.seeds] if len(options.seeds) > 1 else [pytest.HIDDEN_PARAM]
         metafunc.parametrize("peft_seed", options.seeds, ids=ids, indirect=True)
+    if "peft_workbench" in metafunc.fixturenames:  # pytest keeps a session's fixture where another override of its own applies
+        override = metafunc._arg2fixturedefs["peft_scale"][-1].baseid
+        metafunc.parametrize("peft_workbench", [pytest.param(override, id=pytest.HIDDEN_PARAM)], indirect=True, scope="session")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -165,6 +170,8 @@ def _scale_name(config: pytest.Config, call: Any) -> str:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
     """Write the record of a case that a fixture of the test has run, where it or another fixture fails."""
+    if FAILURE in item.stash:  # of an earlier attempt
+        del item.stash[FAILURE]
     try:
         return (yield)
     except BaseException as error:
@@ -176,11 +183,33 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Write the record the moment its test ends, however that ends; what the test made of the case decides the outcome."""
+    return (yield from _recording(item, "call"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    """Write the record of a case that a fixture of the test runs in the end."""
+    return (yield from _recording(item, "teardown"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """Let a record say failed wherever pytest does: after a subtest, a fixture's end, or a pass that was not to be."""
+    report = yield
+    if report.failed:
+        error = describe_error(call.excinfo.value) if call.excinfo else str(report.longrepr).strip()
+        item.stash[FAILURE] = item.stash.get(FAILURE, error)
+        if RECORD not in item.stash and (path := item.stash.get(ATTEMPTED, None)):
+            _fail(item, path, error)
+    return report
+
+
+def _recording(item: pytest.Item, when: str) -> Generator[None, object, object]:
     try:
         result = yield
     except BaseException as error:
         if problem := _keep(item, error):
-            item.add_report_section("call", "peftbench", problem)
+            item.add_report_section(when, "peftbench", problem)
         raise
     if problem := _keep(item):
         raise pytest.fail.Exception(problem, pytrace=False)
@@ -189,24 +218,47 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 def _keep(item: pytest.Item, error: BaseException | None = None) -> str | None:
     """Write the test's record, if it has one; what is wrong if that cannot be done."""
+    from unittest import SkipTest
+
     record = item.stash.get(RECORD, None)
     if record is None:
         return None
     del item.stash[RECORD]
+    failure = item.stash.get(FAILURE, None)
+    if error and not isinstance(error, pytest.skip.Exception | SkipTest):
+        failure = describe_error(error)
+    if failure and record.outcome == "passed":
+        record = dataclasses.replace(record, outcome="failed", error=failure)
     session = item.config.stash[SESSION]
-    if error and record.outcome == "passed" and not isinstance(error, pytest.skip.Exception):
-        record = dataclasses.replace(record, outcome="failed", error=describe_error(error))
-    benchmark: Any = getattr(item, "funcargs", {}).get("benchmark")
+    store = Store(session.options.outputs, record.scale)
     try:
-        store = Store(session.options.outputs, record.scale)
         path = item.stash[ATTEMPTED] = store.save(record, attempted=item.stash.get(ATTEMPTED, None))
-        if benchmark is not None:
-            benchmark.extra_info["peftbench"] = record.to_json()
+        _tell_benchmark(item, record)
     except (OSError, ValueError) as problem:
         return f"peftbench could not write the record: {problem}"
     session.learn(path)  # now, as pytest makes no report of a test that was interrupted
     item.user_properties.append(("peftbench_record", str(path)))
     return None
+
+
+def _fail(item: pytest.Item, path: Path, error: str) -> None:
+    """Make the record of a test that passed until then one that failed."""
+    session = item.config.stash[SESSION]
+    try:
+        record = read_record(path)
+        if record.outcome == "passed":
+            record = dataclasses.replace(record, outcome="failed", error=error)
+            Store(session.options.outputs, record.scale).replace(record)
+            _tell_benchmark(item, record)
+            session.learn(path)
+    except (OSError, ValueError) as problem:
+        session.unpublished[path] = f"{path.stem} failed ({error}), but its record could not be changed: {problem}"
+
+
+def _tell_benchmark(item: pytest.Item, record: Record) -> None:
+    benchmark: Any = getattr(item, "funcargs", {}).get("benchmark")
+    if benchmark is not None:
+        benchmark.extra_info["peftbench"] = record.to_json()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -232,6 +284,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     own = session.config.stash.get(SESSION, None)
     if own is None or own.is_worker:
         return
+    own.publish_all()
     status = 1 if own.unpublished else 0
     asked = own.saw_case or (own.saw_other_test and session.config.getoption("peft_fail"))
     if own.options.compare and (own.records or (own.options.gates and asked)):

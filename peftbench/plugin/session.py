@@ -56,6 +56,7 @@ class Session:
         self.comparison: list[Row] = []
         self.changes: list[str] = []
         self.judgement: Judgement | None = None
+        self._due: set[Path] = set()
         self._phases: dict[str, Phase] = {}
         self._history: dict[Path, list[Record]] = {}
 
@@ -277,22 +278,36 @@ class Session:
         return self.judgement.status if self.options.gates else 0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Learn of records that other processes have written: of workers of pytest-xdist, and of earlier runs."""
+        """Learn of records that other processes have written, of workers of pytest-xdist and of earlier runs; publish in the end."""
         is_case = any(name == "peftbench_case" for name, _ in report.user_properties)
         self.saw_case, self.saw_other_test = self.saw_case or is_case, self.saw_other_test or not is_case
-        if report.when == "teardown":
-            return
         for path in [Path(str(value)) for name, value in report.user_properties if name == "peftbench_record"]:
-            if path not in self.records or hasattr(report, "node"):  # of a worker it may be another attempt
+            if path not in self.records or hasattr(report, "node"):  # a worker may have written it again
                 self.learn(path)
+            if report.when == "teardown":
+                self._publish(path)
 
     def learn(self, path: Path) -> None:
-        """Take a record, or a case's next attempt, into the session's and publish it; of a worker's the main process learns."""
+        """Take a record, or a case's next attempt, into the session's, to be published; of a worker's the main process learns."""
         if self.is_worker:
             return
         self.unpublished.pop(path, None)
         try:
             self.records[path] = read_record(path)
+            self._due.add(path)
+        except RecordError as error:
+            self.unpublished[path] = f"the report of {path.stem} was not written: {error}"
+
+    def publish_all(self) -> None:
+        """Publish what waits for it still, as no test that was interrupted comes to its end."""
+        for path in sorted(self._due):
+            self._publish(path)
+
+    def _publish(self, path: Path) -> None:
+        if path not in self._due:
+            return
+        self._due.remove(path)
+        try:
             self.publish(self.records[path])
         except (OSError, RecordError) as error:
             self.unpublished[path] = f"the report of {path.stem} was not written: {error}"

@@ -132,12 +132,15 @@ def test_reports_survive_as_json(pytester, data_folder, study):
         ("afterwards", "pytest.fail('too slow')", "failed", "Failed: too slow"),
         ("afterwards", "raise SystemExit(3)", "failed", "SystemExit: 3"),
         ("afterwards", "pytest.skip('no matter')", "passed", None),
+        ("afterwards", "raise unittest.SkipTest('no matter')", "passed", None),
     ],
 )
 def test_however_a_test_ends_there_is_one_record(pytester, data_folder, records, when, ending, outcome, error):
     """Whether training is left by it or the test after that; the figures of a phase that was measured stay."""
     pytester.makepyfile(
         f"""
+        import unittest
+
         import pytest
         from peftbench.phases import Phase
         from peftbench.workbench import Workbench
@@ -159,6 +162,61 @@ def test_however_a_test_ends_there_is_one_record(pytester, data_folder, records,
     assert error == record["error"]
     assert (when == "in training") == (record["dev"] is None)
     assert "S-small" in result.stdout.str().partition("= peftbench =")[2]
+
+
+@pytest.mark.parametrize(
+    ("strict", "fixtures", "check", "error"),
+    [
+        (False, "subtests", "with subtests.test('good'): assert not record", "AssertionError: "),
+        (False, "late", "pass", "RuntimeError: too late"),
+        (True, "", "pass", "[XPASS(strict)] not yet"),
+    ],
+    ids=["subtest", "teardown", "strict"],
+)
+def test_a_record_has_failed_where_its_test_has(pytester, data_folder, records, strict, fixtures, check, error):
+    """However late pytest says so: nothing is published, and the case is not resumed."""
+    pytester.makepyfile(f"""
+        import pytest
+        from peftbench.phases import Phase
+
+        @pytest.fixture
+        def late():
+            yield
+            raise RuntimeError("too late")
+
+        @pytest.mark.xfail({strict}, strict=True, reason="not yet")
+        def test_phase(run_phase, {fixtures}):
+            record = run_phase(Phase(id="S-small", role="student", subset=16, epochs=1))
+            {check}
+    """)
+    for more in ([], ["--peft-resume"]):
+        result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={data_folder}", *more)
+        assert pytest.ExitCode.TESTS_FAILED == result.ret
+        assert "resumed" not in result.stdout.str()
+        assert {"failed"} == {record["outcome"] for record in records().values()}
+        assert records()["S-small-tiny-s42.json"]["error"].startswith(error)
+        assert records()["S-small-tiny-s42.json"]["dev"]
+    assert not (pytester.path / "outputs/tiny/reports/phase_s_metrics.json").exists()
+
+
+def test_a_case_that_a_fixture_runs_in_the_end_leaves_its_record(pytester, data_folder, records):
+    """As anywhere else, though its test has ended."""
+    pytester.makepyfile("""
+        import pytest
+        from peftbench.phases import Phase
+
+        @pytest.fixture
+        def late(run_phase):
+            yield
+            run_phase(Phase(id="S-small", role="student", subset=16, epochs=1))
+
+        def test_phase(late):
+            pass
+    """)
+    result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={data_folder}")
+    result.assert_outcomes(passed=1, deselected=1)
+    assert ["S-small-tiny-s42.json"] == list(records())
+    assert (pytester.path / "outputs/tiny/reports/phase_s_metrics.json").exists()
 
 
 def test_a_failed_test_that_is_run_again_leaves_its_last_attempt(pytester, data_folder, records):

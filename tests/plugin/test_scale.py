@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,40 @@ def test_a_scale_that_a_test_asks_for_must_exist(pytester):
     result = pytester.runpytest_inprocess()
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines(["peft_scale must be parametrized with main or one of tiny, mini, thesis, got 'huge'"])
+
+
+def test_an_override_of_the_scale_holds_for_the_tests_beside_and_below_it(pytester, data_folder, records):
+    """In whichever order they run, in one session, though pytest keeps a session's fixtures."""
+    study = """
+        from peftbench.phases import Phase
+
+        def test_phase(run_phase, sst2):
+            record = run_phase(Phase(id="{}-small", role="student", subset=16, epochs=1))
+            assert len(sst2.dev) == record.dev.n
+    """
+    override = """
+        import dataclasses
+        import pytest
+        from peftbench.phases import SCALES, Untrained
+
+        @pytest.fixture(scope="session")
+        def peft_scale({}):
+            own = Untrained(architecture="distilbert", layers=1, hidden_size=32, attention_heads=4)
+            return dataclasses.replace({}, student=own)
+    """
+    scales = {"one": "peft_scale", "three": "SCALES['tiny']"}
+    for letter, folder in zip("XYZ", ("one", "two", "three"), strict=True):
+        pytester.mkdir(folder)
+        (pytester.path / folder / f"test_{folder}.py").write_text(textwrap.dedent(study.format(letter)))
+    for folder, scale in scales.items():
+        argument = "peft_scale" if scale == "peft_scale" else ""
+        (pytester.path / folder / "conftest.py").write_text(textwrap.dedent(override.format(argument, scale)))
+    for order in (["one", "two", "three"], ["three", "two", "one"]):
+        result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={data_folder}", *order)
+        result.assert_outcomes(passed=3, deselected=3)
+        latest = {name: record["checkpoint"] for name, record in records().items()}  # later runs come last
+        small, usual = "random distilbert, 1 layers of 32", "random distilbert, 2 layers of 64"
+        assert [small, usual, small] == [latest[f"{letter}-small-tiny-s42.json"] for letter in "XYZ"]
 
 
 def test_help_needs_no_ini_file_that_is_right(pytester):
