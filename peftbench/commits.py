@@ -56,6 +56,15 @@ def describe_commit(folder: Path) -> dict[str, Any]:
     return {"id": commit.strip(), "dirty": dirty, "changes": fingerprint([changes, sums])[:16] if dirty else None}
 
 
+def describe_code(folder: Path) -> dict[str, Any]:
+    """The commit, and as ``peftbench`` a fingerprint of this package's modules where they are no part of that repository."""
+    package = Path(__file__).parent
+    if git(folder, "ls-files", "--", str(package)):
+        return describe_commit(folder)
+    modules = {path.relative_to(package).as_posix(): file_sha256(path) for path in sorted(package.rglob("*.py"))}
+    return {**describe_commit(folder), "peftbench": fingerprint(modules)[:16]}
+
+
 def commits_in_order(repository: Path) -> list[Commit]:
     """The commits that git knows, each after its parents; none without git."""
     log = git(repository, "log", "--all", "HEAD", "--topo-order", "--reverse", "--format=%H%x00%s") or ""

@@ -143,7 +143,7 @@ def other_memory_before(metric: Metric, peaks: Sequence[float], base: Sequence[i
     return f"other memory in use before the case: {ours / 2**20:.0f} MiB and {theirs / 2**20:.0f} MiB"
 
 
-def judge_quality(metric: Metric, base: Sample, head: Sample) -> Estimate | str:
+def estimate_quality(metric: Metric, base: Sample, head: Sample) -> Estimate | str:
     """How two samples differ that are not `incomparable`, paired on the predictions; a reason if they are after all."""
     for name, side in (("base", base), ("head", head)):
         if unscored := side.unscored(metric):
@@ -157,7 +157,7 @@ def judge_quality(metric: Metric, base: Sample, head: Sample) -> Estimate | str:
     return paired_difference(metric.name, [before[seed] for seed in seeds], [after[seed] for seed in seeds])
 
 
-def judge_runs(metric: Metric, base: Sequence[float], head: Sequence[float]) -> Estimate | None:
+def estimate_runs(metric: Metric, base: Sequence[float], head: Sequence[float]) -> Estimate | None:
     """How the runs of two sides differ, times and memory by their ratio; None for sizes, and where there is but one run."""
     return None if metric.kind == "size" else ratio_difference(base, head)
 
@@ -244,8 +244,8 @@ def _differ(metric: Metric, base: Sample, head: Sample) -> Estimate | str | None
     if reason := incomparable(metric, base, head):
         return reason
     if metric.kind == "quality":
-        return judge_quality(metric, base, head)
-    return judge_runs(metric, base.values(metric), head.values(metric))
+        return estimate_quality(metric, base, head)
+    return estimate_runs(metric, base.values(metric), head.values(metric))
 
 
 def _without_teacher(base: Sample, head: Sample) -> str:

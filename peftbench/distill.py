@@ -17,7 +17,7 @@ from peftbench.sealed import CorruptError, building, file_sha256, fingerprint, l
 
 _MODULES = (
     *("attention", "device", "distill", "dropout", "graphs", "kernels", "layers"),
-    *("models", "packing", "parameters", "plan", "training", "workbench"),
+    *("models", "packing", "memory", "parameters", "training", "workbench"),
 )
 _PACKAGES = ("torch", "transformers", "tokenizers")
 CODE_VERSION = fingerprint(

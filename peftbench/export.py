@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from peftbench.metrics import METRICS
+from peftbench.metrics import METRICS, Metric
 from peftbench.records import Record
 from peftbench.summary import Summary, summarize
 
@@ -21,7 +21,7 @@ def to_bencher(records: Sequence[Record]) -> dict[str, Any]:
     for name, summary in _named(records):
         measures = exported.setdefault(name, {})
         for metric in METRICS.values():
-            values = _values(metric.name, summary)
+            values = _values(metric, summary)
             if not values:
                 continue
             value = statistics.fmean(values)
@@ -42,7 +42,7 @@ def to_github_action(records: Sequence[Record], better: Literal["higher", "lower
     entries = []
     for name, summary in _named(records):
         for metric in METRICS.values():
-            values = _values(metric.name, summary)
+            values = _values(metric, summary)
             if metric.better != better or not values:
                 continue
             entry = {"name": f"{name} {metric.name}", "unit": metric.unit or "fraction", "value": statistics.fmean(values)}
@@ -108,5 +108,5 @@ def _named(records: Sequence[Record]) -> list[tuple[str, Summary]]:
     return [(f"{summary.first.phase_id}-{summary.first.scale}", summary) for summary in _measured(records)]
 
 
-def _values(metric: str, summary: Summary) -> list[float]:
-    return [value for record in summary.passed if (value := METRICS[metric].value(record)) is not None]
+def _values(metric: Metric, summary: Summary) -> list[float]:
+    return [value for record in summary.passed if (value := metric.value(record)) is not None]

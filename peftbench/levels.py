@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from peftbench.commits import Commit
-from peftbench.compare import judge_quality, judge_runs, other_memory_before
+from peftbench.compare import estimate_quality, estimate_runs, other_memory_before
 from peftbench.metrics import Metric
 from peftbench.records import Record
 from peftbench.sample import Sample, of_all_seeds
@@ -179,7 +179,7 @@ def _shift(metric: Metric, level: _Level, sample: Sample, values: Sequence[float
         difference = statistics.fmean(values) - level.mean
     if abs(difference) < metric.absolute:
         return None
-    found = judge_quality(metric, base, head) if metric.kind == "quality" else judge_runs(metric, level.values, values)
+    found = estimate_quality(metric, base, head) if metric.kind == "quality" else estimate_runs(metric, level.values, values)
     if isinstance(found, str):
         return None
     if found is not None:

@@ -58,8 +58,8 @@ class PeakMemory:
     more than before. ``scope`` says which.
     """
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
+    def __init__(self, device: Device, process: Path = Path("/proc/self")) -> None:
+        self._device, self._process = device, process
         self.scope = PEAK_SINCE_START
         self.before_bytes = 0
 
@@ -70,7 +70,7 @@ class PeakMemory:
             self.scope = "taken from the GPU during the case"
         else:
             try:
-                Path("/proc/self/clear_refs").write_text("5")
+                (self._process / "clear_refs").write_text("5")
                 self.scope = "process resident set during the case"
             except OSError:
                 pass
@@ -85,7 +85,7 @@ class PeakMemory:
         if self._device.kind == "cuda":
             return torch.cuda.max_memory_reserved(self._device.name)
         try:
-            status = Path("/proc/self/status").read_text()
+            status = (self._process / "status").read_text()
             return int(status.split("VmHWM:")[1].split()[0]) * 1024
         except (OSError, IndexError):
             pass

@@ -49,6 +49,13 @@ CHECKPOINT_FILES = (
 TOKENIZER_FILES = frozenset(("tokenizer.json", "vocab.txt"))
 """One of them must be there: without, transformers makes up a tokenizer to which every word is unknown."""
 
+NOT_BY_THE_LOSS_ALONE = {
+    "ADALORA": "chooses its ranks while it trains and must be told of each step, which the loop does not do; it would train as "
+    "another method. Use one such as LORA",
+    "POLY": "must be told the task of each example, which the loop does not know. Use one such as LORA",
+}
+"""Methods of ``peft`` that cannot train here, and why."""
+
 Fetch = Callable[[Asset], Path]
 
 
@@ -144,13 +151,15 @@ def load_classifier(weights: Weights, *, tuned: bool = False, shapes_only: bool 
         shapes_only: Read no weights; for torch's meta device.
 
     Raises:
-        ModelError: If the checkpoint cannot be read, lacks the head it must bring, has another number of labels, not the layers
-            that were asked for, or a tokenizer with more ids than it has embeddings.
+        ModelError: If the checkpoint cannot be read, lacks the head it must bring, has another number of labels or the positive
+            one first, not the layers that were asked for, or a tokenizer with more ids than it has embeddings.
     """
     labels: dict[str, Any] = {"num_labels": 2, "id2label": LABELS, "label2id": {v: k for k, v in LABELS.items()}}
     source = weights.source
     if isinstance(source, Untrained):
         return AutoModelForSequenceClassification.from_config(_untrained_config(source, labels))  # type: ignore[no-any-return]
+    if tuned:
+        _check_label_order(weights)
     model = _from_config(weights, labels) if shapes_only else _from_checkpoint(weights, labels, tuned=tuned)
     if source.layers:
         stack = encoder_layers(model)
@@ -212,16 +221,25 @@ def encoder_layers(model: nn.Module) -> nn.ModuleList:
     return layers
 
 
-def check_positions(model: nn.Module, max_length: int, what: str) -> None:
+def check_positions(model: nn.Module, max_length: int, what: str, *, virtual_tokens: int = 0) -> None:
     """
     See that texts have no more tokens than the model has positions, before one of them asks for a position that there is not.
+
+    Args:
+        virtual_tokens: That an adapter puts before each text.
 
     Raises:
         ModelError: If they may have.
     """
     positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and max_length > positions:
-        raise ModelError(f"{what}: max_length must be at most the model's {positions} positions, got {max_length}")
+    if positions is None:
+        return
+    embeddings: Any = getattr(getattr(model, "base_model", None), "embeddings", None)
+    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+    usable = positions - virtual_tokens - (0 if padding is None else padding + 1)  # RoBERTa counts from behind the padding's
+    if max_length > usable:
+        less = f" less {virtual_tokens} virtual tokens" if virtual_tokens else ""
+        raise ModelError(f"{what}: max_length must be at most {usable}, the model's positions{less}, got {max_length}")
 
 
 def prepare(model: nn.Module, phase: Phase) -> tuple[nn.Module, list[dict[str, Any]]]:
@@ -249,7 +267,10 @@ def prepare(model: nn.Module, phase: Phase) -> tuple[nn.Module, list[dict[str, A
                     f"{phase.id}: cannot unfreeze {phase.unfreeze_top_layers} top layers, the encoder has {len(layers)}"
                 )
             unfrozen = [p for layer in layers[-phase.unfreeze_top_layers :] for p in layer.parameters()]
-        model = _adapt(model, phase)
+        plain, model = model, _adapt(model, phase)
+        config: Any = model.active_peft_config
+        virtual_tokens = config.num_virtual_tokens if config.is_prompt_learning else 0
+        check_positions(plain, phase.max_length, phase.id, virtual_tokens=virtual_tokens)
         for parameter in unfrozen:
             parameter.requires_grad_(True)
     return model, _groups(model, phase, {id(p) for p in unfrozen})
@@ -261,6 +282,9 @@ def _adapt(model: nn.Module, phase: Phase) -> nn.Module:
     peft = copy.deepcopy(dict(phase.peft))  # peft extends lists in place
     if (task := peft.pop("task_type", TaskType.SEQ_CLS)) != TaskType.SEQ_CLS:
         raise ModelError(f"{phase.id}: peft's task_type must be SEQ_CLS or left out, got {task!r}")
+    kind = str(peft.get("peft_type")).upper()
+    if why := NOT_BY_THE_LOSS_ALONE.get(kind):
+        raise ModelError(f"{phase.id}: {kind} {why}")
     try:
         with warnings.catch_warnings():  # peft asks transformers by an old name whether activations are checkpointed
             warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
@@ -268,18 +292,13 @@ def _adapt(model: nn.Module, phase: Phase) -> nn.Module:
                 model, get_peft_config({"task_type": TaskType.SEQ_CLS, "modules_to_save": head, **peft})
             )
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:  # as of an outdated torchao beside peft
-        kind = str(peft.get("peft_type"))
         unknown = f"; peft_type must be one of {', '.join(sorted(PEFT_TYPE_TO_CONFIG_MAPPING))}"
         raise ModelError(
             f"{phase.id}: peft cannot apply {peft}: {type(error).__name__}: {error}"
             + (unknown if kind not in PEFT_TYPE_TO_CONFIG_MAPPING else "")
         ) from error
-    config: Any = adapted.active_peft_config
-    if config.peft_type == "ADALORA" or getattr(config, "use_asa", False):
-        raise ModelError(
-            f"{phase.id}: {config.peft_type.value} chooses its ranks while it trains and must be told of each step, "
-            "which the loop does not do; it would train as another method. Use one such as LORA"
-        )
+    if getattr(adapted.active_peft_config, "use_asa", False):
+        raise ModelError(f"{phase.id}: with use_asa {kind} {NOT_BY_THE_LOSS_ALONE['ADALORA']}")
     return adapted
 
 
@@ -342,6 +361,21 @@ def _check_head(weights: Weights) -> None:
         return  # sharded, or not readable, which loading will say
     if heads not in ([], [2]):
         raise ModelError(f"{weights.source.source} classifies into {heads[0]} labels, wanted 2: negative and positive")
+
+
+def _check_label_order(weights: Weights) -> None:
+    """See that a head that is to be used as it is does not call its first label positive."""
+    try:
+        names = dict(AutoConfig.from_pretrained(weights.folder, trust_remote_code=False).id2label or {})
+    except (OSError, ValueError, KeyError):
+        return  # which loading will say
+    first, second = (str(names.get(label, "")).lower() for label in (0, 1))
+    if first.startswith("pos") and second.startswith("neg"):
+        assert isinstance(weights.source, Pretrained)
+        raise ModelError(
+            f"{weights.source.source}: label 0 is {names[0]!r} and 1 is {names[1]!r}, wanted 0 for negative and 1 for positive; "
+            "save a copy whose classifier has its two rows, and the names of its configuration, the other way round"
+        )
 
 
 def _encoder(model: nn.Module) -> Any:

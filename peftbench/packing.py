@@ -341,8 +341,9 @@ def predict(model: nn.Module, encoded: Encoded, device: Device, *, packed: bool,
     with torch.inference_mode(), device.autocast():
         start = 0
         while start < len(order):
-            batch = make_batch(encoded, order[start : start + batch_size], device.name, packed=packed, row_step=row_step_on(device))
+            rows = order[start : start + batch_size]
             try:
+                batch = make_batch(encoded, rows, device.name, packed=packed, row_step=row_step_on(device))
                 out = model(**batch.inputs).logits.float().cpu()
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -356,9 +357,9 @@ def predict(model: nn.Module, encoded: Encoded, device: Device, *, packed: bool,
                 batch_size //= 2
                 device.release_memory()
                 continue
-            start += len(batch.rows)
+            start += len(rows)
             logits = out.new_empty(len(encoded), out.shape[1]) if logits is None else logits
-            logits[batch.rows] = out
+            logits[rows] = out
     model.train(was_training)
     if logits is None:
         raise ValueError(f"no examples to predict in split {encoded.split.name!r}")

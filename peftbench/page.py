@@ -35,7 +35,7 @@ from peftbench.report import (
     seen_from,
     short,
 )
-from peftbench.summary import Summary, pareto_front, summarize
+from peftbench.summary import Summary, by_scale, pareto_front
 from peftbench.verdicts import Point
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -124,19 +124,17 @@ def render_page(
     Raises:
         ValueError: If matplotlib is not installed, saying how to get it.
     """
-    scales = sorted({record.scale for record in records})
     looks = _Looks(sorted({record.phase_id for record in records} | {_phase_id(phase) for phase in history}))
     body = [f"<h1>peftbench: {escape(label)}</h1>"]
-    for place, scale in enumerate(scales):
-        of_scale = [record for record in records if record.scale == scale]
-        summaries = summarize(of_scale)
+    for place, (scale, summaries) in enumerate(by_scale(records).items()):
         measured = [summary for summary in summaries if summary.passed]
         body.append(f"<h2>Scale {escape(scale)}</h2>")
         body += [_table(summaries, columns, link) for columns in (QUALITY, COST)]
         body.append(f'<p class="note">A wide table scrolls sideways; a click on a heading sorts. {escape(" ".join(LEGEND))}')
         seeds = max(len(summary.passed) for summary in summaries)
         body.append("; ±: standard deviation over seeds.</p>" if seeds > 1 else ".</p>")
-        body += [f"<p>{escape(line)}</p>" for line in render_failures(of_scale)]
+        failures = render_failures([record for summary in summaries for record in summary.records])
+        body += [f"<p>{escape(line)}</p>" for line in failures]
         body += [f"<p>{escape(line)}</p>" for line in (*render_warnings(measured), *render_teachers(measured))]
         if measured:
             body.append(f"<p>{escape(render_data(measured[0].passed[0]))}</p>")
@@ -173,14 +171,6 @@ def _table(summaries: Sequence[Summary], columns: Mapping[str, Column], link: Ca
     return f'<div class="scroll" tabindex="0" role="region" aria-label="results: {escape(names[1])} and more">{table}</div>'
 
 
-def _bounds(summary: Summary) -> tuple[float, float]:
-    """The 95% interval of dev accuracy; for several seeds, of their mean."""
-    one = summary.passed[0].dev
-    if one and len(summary.passed) == 1:
-        return one.accuracy_ci95
-    return summary.accuracy_ci95("dev") or (math.nan, math.nan)
-
-
 def _trade_off(summaries: Sequence[Summary], cost: str, place: int, looks: "_Looks") -> str:
     """Dev accuracy against trainable parameters or training minutes, with intervals and the front."""
     figure, axes = _figure()
@@ -195,7 +185,7 @@ def _trade_off(summaries: Sequence[Summary], cost: str, place: int, looks: "_Loo
         if not counts or not counts.trainable or not seconds or accuracy is None:
             continue
         x = counts.trainable if cost == "parameters" else seconds / 60
-        low, high = _bounds(summary)
+        low, high = summary.interval("dev") or (math.nan, math.nan)
         number, colour, marker = looks.of(name)
         ends = [[100 * max(0.0, accuracy - low)], [100 * max(0.0, high - accuracy)]]
         axes.errorbar([x], [100 * accuracy], yerr=ends, color=colour, linewidth=1)

@@ -171,8 +171,8 @@ class Phase:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether it evaluates the teacher or learns from it."""
-        return self.role == "teacher" or self.distillation is not None
+        """Whether it evaluates the teacher, learns from it or writes what it says."""
+        return self.role == "teacher" or self.distillation is not None or bool(self.kd_subsets)
 
     def at(self, scale: str) -> "Phase":
         """The phase with its changes for that scale made."""
@@ -201,6 +201,8 @@ class Pretrained:
             raise ValueError(f"{self.source}: layers must be a tuple of numbers, such as (2, 4, 6), got {self.layers!r}")
         for layer in self.layers:
             _check_count(f"{self.source}: a layer", layer, at_least=1)
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"{self.source}: layers must be kept once each, got {self.layers!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,6 +222,11 @@ class Untrained:
             )
         for name in ("layers", "hidden_size", "attention_heads"):
             _check_count(f"random weights: {name}", getattr(self, name), at_least=1)
+        if self.hidden_size % self.attention_heads:
+            raise ValueError(
+                "random weights: hidden_size must be a multiple of attention_heads, "
+                f"got {self.hidden_size} and {self.attention_heads}"
+            )
 
     @property
     def initializer_range(self) -> float:

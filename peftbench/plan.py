@@ -3,7 +3,6 @@
 import itertools
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,8 @@ from peftbench.device import Device
 from peftbench.kernels import can_be_captured, cast_frozen
 from peftbench.layers import make_packable
 from peftbench.measure import Stopwatch
-from peftbench.models import ModelError, Weights, count_parameters, load_classifier, prepare, shipped
+from peftbench.memory import activation_bytes, fitting, longest, weight_bytes
+from peftbench.models import ModelError, Weights, count_parameters, load_classifier, prepare
 from peftbench.packing import Encoded, make_batch, row_step_on, shuffled_rows
 from peftbench.phases import DATA_SEED, Phase
 from peftbench.records import Plan
@@ -31,11 +31,10 @@ Share of a step that matrix multiplication takes: a round figure below what a pr
 cores, 0.46 under LoRA and 0.49 in full tuning.
 """
 
+RATE_ROUNDS = 5
+
 LEAST_SECONDS = 0.05
 """Least duration of a round in which the matrix rate is measured."""
-
-USABLE = 0.9
-"""Share of the free memory that a plan may fill; the rest is left to fragments and to the libraries."""
 
 STEP_SECONDS = {"cpu": 0.008, "cuda": 0.001}
 """Fixed cost of an optimizer step beside its matrix products: as one of the tiny scale takes it on a CPU; on an H100."""
@@ -86,7 +85,7 @@ def plan_phase(
     tokens = sum(map(len, train.tokens)) if phase.epochs else 0
     other = forward * sum(len(t) for encoded in held_out for t in encoded.tokens)
     if teacher is not None and taught:
-        teaching, teacher_packed = _shapes(teacher, Phase(id=phase.id, role="teacher"))
+        teaching, teacher_packed = _shapes(teacher, Phase(id=phase.id, role="teacher", max_length=phase.max_length))
         other += _flops_per_token(teaching, train, phase, device, packed=teacher_packed, training=False) * sum(map(len, taught))
     training = 0.0
     if phase.epochs:
@@ -94,8 +93,8 @@ def plan_phase(
     free = device.free_memory() if memory_bytes is None else memory_bytes
     if device.casts_frozen:
         cast_frozen(model, device.dtype)
-    weight_bytes = _weight_bytes(model, trainable, device)
-    at_once = _fitting(model, train, phase.batch_size, device, None if free is None else free - weight_bytes)
+    held = weight_bytes(model, trainable, device)
+    at_once = fitting(model, train, phase.batch_size, device, None if free is None else free - held)
     steps = phase.epochs * -(-len(train) // phase.batch_size)
     return Plan(
         phase=phase.id,
@@ -107,20 +106,12 @@ def plan_phase(
         training_flops=training,
         other_flops=other,
         examples_at_once=at_once,
-        weight_bytes=weight_bytes,
-        activation_bytes=_activation_bytes(model, _longest(train, at_once), device) if phase.epochs else 0,
+        weight_bytes=held,
+        activation_bytes=activation_bytes(model, longest(train, at_once), device) if phase.epochs else 0,
         fixed_seconds=_fixed_seconds(
             model, steps, device, portions=-(-phase.batch_size // at_once), captured=packed and can_be_captured(model)
         ),
     )
-
-
-def examples_at_once(model: nn.Module, encoded: Encoded, batch_size: int, device: Device) -> int:
-    """How many examples of a step fit the free memory together, the longest ones at that; halved from the batch size."""
-    free = device.free_memory()
-    _, trainable = count_parameters(model)
-    room = None if free is None else free - _weight_bytes(model, trainable, device) + _held_bytes(model)  # which are there already
-    return _fitting(model, encoded, batch_size, device, room)
 
 
 def estimate_seconds(plan: Plan, matrix_rate: float) -> float:
@@ -128,7 +119,7 @@ def estimate_seconds(plan: Plan, matrix_rate: float) -> float:
     return (plan.training_flops + plan.other_flops) / (matrix_rate * MATRIX_SHARE) + plan.fixed_seconds
 
 
-def measure_matrix_rate(device: Device, *, tokens: int | None = None, width: int = 1024, rounds: int = 5) -> float:
+def measure_matrix_rate(device: Device, *, tokens: int | None = None, width: int = 1024) -> float:
     """Multiplications and additions a second of a feed-forward layer's product on this device, in its precision; median."""
     tokens = tokens or RATE_TOKENS[device.kind]
     x = torch.ones(tokens, width, dtype=device.dtype, device=device.name)
@@ -144,7 +135,7 @@ def measure_matrix_rate(device: Device, *, tokens: int | None = None, width: int
     products = 1
     while seconds(products) < LEAST_SECONDS:  # so that launching and waiting do not count
         products *= 2
-    return products * 2 * tokens * width * 4 * width / statistics.median(seconds(products) for _ in range(rounds))
+    return products * 2 * tokens * width * 4 * width / statistics.median(seconds(products) for _ in range(RATE_ROUNDS))
 
 
 def _shapes(weights: Weights, phase: Phase) -> tuple[nn.Module, bool]:
@@ -187,24 +178,6 @@ def _computed_tokens(encoded: Encoded, phase: Phase, device: Device, *, packed: 
     return computed / sum(lengths)
 
 
-def _fitting(model: nn.Module, encoded: Encoded, batch_size: int, device: Device, room: int | None) -> int:
-    size = batch_size
-    while room is not None and size > 1 and _activation_bytes(model, _longest(encoded, size), device) > USABLE * room:
-        size //= 2
-    return size
-
-
-def _longest(encoded: Encoded, n: int) -> list[int]:
-    return sorted(map(len, encoded.tokens))[-n:]
-
-
-def _weight_bytes(model: nn.Module, trainable: int, device: Device) -> int:
-    """Bytes of the weights, of the copies that autocast makes of those in fp32, and of gradient and two moments of what trains."""
-    in_fp32 = sum(parameter.numel() for _, parameter in shipped(model) if parameter.dtype == torch.float32)
-    copies = 0 if device.precision == "fp32" else 2 * in_fp32
-    return _held_bytes(model) + copies + 12 * trainable
-
-
 def _fixed_seconds(model: nn.Module, steps: int, device: Device, *, portions: int, captured: bool) -> float:
     """Seconds of all steps besides products; a batch that goes through in portions is never captured."""
     layers = getattr(model.config, "num_hidden_layers", 0)
@@ -213,20 +186,3 @@ def _fixed_seconds(model: nn.Module, steps: int, device: Device, *, portions: in
     replayed = steps * REPLAYED_LAYER_SECONDS + CAPTURE_SECONDS
     launched = steps * portions * LAUNCHED_LAYER_SECONDS
     return float(steps * STEP_SECONDS["cuda"] + layers * (replayed if captured and portions == 1 else launched))
-
-
-def _held_bytes(model: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for _, parameter in shipped(model))
-
-
-def _activation_bytes(model: nn.Module, lengths: Sequence[int], device: Device) -> int:
-    """
-    By Korthikanti et al. 2022, arXiv:2205.05198, equation 2, which counts 16-bit activations of every layer in full.
-
-    What CUDA graphs keep beside them is left out, as they are given up where it does not fit.
-    """
-    config: Any = model.config
-    names = ("num_hidden_layers", "hidden_size", "num_attention_heads")
-    layers, width, heads = (getattr(config, name, 0) for name in names)  # an architecture without them is not estimated
-    tokens, cells = sum(lengths), len(lengths) * max(lengths) ** 2
-    return int(layers * (34 * tokens * width + 5 * heads * cells) * (2 if device.precision == "fp32" else 1))

@@ -200,15 +200,15 @@ class Predictions:
         return cls(split_fingerprint=split_fingerprint, n=len(gold), predicted=_pack_bits(predicted), gold=_pack_bits(gold))
 
     def masks(self) -> tuple[int, int]:
-        """Predicted and gold labels as the n bits of a whole number, the first example in the highest."""
+        """Gold and predicted labels as the n bits of a whole number, the first example in the highest."""
         fillers = -self.n % 8
-        return int.from_bytes(self.predicted, "big") >> fillers, int.from_bytes(self.gold, "big") >> fillers
+        return int.from_bytes(self.gold, "big") >> fillers, int.from_bytes(self.predicted, "big") >> fillers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
     """
-    Everything that one case measured; see README for the meaning and unit of each key.
+    Everything that one case measured; see docs/record.md for the meaning and unit of each key.
 
     Keys that a failed case did not reach are null.
     """
@@ -299,7 +299,7 @@ class Record:
         n, gold, predicted = 0, 0, 0
         for split in splits:
             if (one := self.predictions.get(split)) is not None:
-                of_predictions, of_gold = one.masks()
+                of_gold, of_predictions = one.masks()
                 n, gold, predicted = n + one.n, gold << one.n | of_gold, predicted << one.n | of_predictions
         return n, gold, predicted
 

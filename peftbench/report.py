@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from peftbench.metrics import METRICS, Metric
 from peftbench.records import PEAK_SINCE_START, ParameterCounts, Plan, Record
-from peftbench.summary import Summary, differing, pareto_front, summarize
+from peftbench.summary import Summary, by_scale, differing, pareto_front
 from peftbench.verdicts import Point, Row, Verdict
 
 Cell = tuple[float | None, str]
@@ -62,8 +62,7 @@ def render_summary(records: Sequence[Record]) -> str:
     Several seeds give means, with the standard deviation behind ± for accuracy.
     """
     blocks = []
-    for scale in sorted({record.scale for record in records}):
-        summaries = summarize(record for record in records if record.scale == scale)
+    for summaries in by_scale(records).values():
         tables = "\n\n".join(_tables(summaries, "simple"))
         blocks.append("\n".join([tables, *map(printable, _notes(summaries))]))
     return "\n\n".join(blocks)
@@ -118,17 +117,16 @@ def render_results(records: Sequence[Record], *, table: str, reach: float | None
         reach: A dev accuracy; adds the updates and the training time after which each phase was first seen to have it.
     """
     blocks = []
-    scales = sorted({record.scale for record in records})
-    for scale in scales:
+    scales = by_scale(records)
+    for scale, summaries in scales.items():
         blocks += [f"{'% ' if table == 'latex_booktabs' else ''}scale {scale}"] if len(scales) > 1 else []
-        blocks += _tables(summarize(record for record in records if record.scale == scale), table, reach)
+        blocks += _tables(summaries, table, reach)
     return "\n\n".join(blocks)
 
 
 def render_notes(records: Sequence[Record], *, table: str) -> str:
     """What the tables are of and what their columns mean, as text of that format; in LaTeX as comments."""
-    scales = sorted({record.scale for record in records})
-    lines = [line for scale in scales for line in _notes(summarize(record for record in records if record.scale == scale))]
+    lines = [line for summaries in by_scale(records).values() for line in _notes(summaries)]
     return "\n".join(f"% {printable(line)}" if table == "latex_booktabs" else _escape(line, table) for line in lines)
 
 
@@ -302,10 +300,9 @@ def render_accuracy(summary: Summary, split: Literal["dev", "test"]) -> str:
     """In percent with its 95% interval; of several seeds the mean, with their standard deviation behind it."""
     mean = summary.mean(f"{split}.accuracy")
     deviation = summary.deviation(f"{split}.accuracy") if summary.trains else None
-    quality = summary.passed[0].dev if split == "dev" else summary.passed[0].test
-    if mean is None or quality is None:
+    if mean is None:
         return "-"
-    interval = quality.accuracy_ci95 if deviation is None else summary.accuracy_ci95(split)
+    interval = summary.interval(split)
     shown = f"{100 * mean:.1f}" + (f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "")
     return shown if deviation is None else f"{shown} ±{100 * deviation:.1f}"
 

@@ -4,6 +4,7 @@ One phase, from settings to record: what is done on a workbench, measured and de
 Free of pytest; arguments and result can be pickled, so a case can run in any process.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,17 @@ from peftbench.models import ModelError, Weights, artifact_bytes, count_paramete
 from peftbench.packing import predict
 from peftbench.phases import Phase, Pretrained, Scale, Untrained
 from peftbench.plan import plan_phase
-from peftbench.records import SCHEMA_VERSION, Efficiency, ParameterCounts, Plan, Record, TeacherCost, describe_error, phase_config
+from peftbench.records import (
+    SCHEMA_VERSION,
+    Efficiency,
+    ParameterCounts,
+    Plan,
+    Record,
+    TeacherCost,
+    decode_record,
+    describe_error,
+    phase_config,
+)
 from peftbench.sealed import fingerprint
 from peftbench.training import Fit
 from peftbench.workbench import Settings, Workbench, seed_everything
@@ -38,6 +49,7 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
     Raises:
         ValueError: If the workbench is of another scale or other settings.
         ModelError: If a phase that is to train has no epochs.
+        RecordError: If the case's record could not be read again, as with a number beyond what JSON's readers take.
         Exception: Whatever else went wrong; `failed_record` makes a record of it.
     """
     bench = workbench or Workbench(scale, settings)
@@ -45,6 +57,7 @@ def run_phase(phase: Phase, scale: Scale, seed: int, settings: Settings, *, work
         raise ValueError(f"the workbench is of scale {bench.scale.name} or of other settings than the case at scale {scale.name}")
     phase = phase.at(scale.name)
     _check_epochs(phase)
+    decode_record(json.dumps(failed_record(phase, seed, bench, RuntimeError("not run yet")).to_json()).encode())
     with bench.own_threads():
         record = _measure(phase, seed, bench)
     bench.device.release_memory()
@@ -233,7 +246,7 @@ def _training_examples(phase: Phase, bench: Workbench) -> tuple[Split, TeacherLo
 
 
 def _teacher_cost(phase: Phase, bench: Workbench, logits: TeacherLogits | None, *, hit: bool) -> TeacherCost | None:
-    if phase.role != "teacher" and logits is None:
+    if not phase.needs_teacher:
         return None
     sizes = [*phase.kd_subsets, *([len(logits.examples)] if logits else [])]
     used = [bench.teacher_logits(size, phase.max_length) for size in sizes]

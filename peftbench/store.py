@@ -85,6 +85,12 @@ class Store:
         Raises:
             OutputsError: If the folder cannot be made or written, naming it and the option.
         """
+        try:
+            str(self.outputs).encode()
+        except UnicodeEncodeError:  # the libraries that save weights and data take no other
+            raise OutputsError(
+                f"the outputs folder must have a name in UTF-8, got {str(self.outputs)!a}; give another with --peft-outputs DIR"
+            ) from None
         parts = [folder for name in ("runs", "reports", "kd", "cache") if (folder := self.root / name).exists()]
         for folder in (self.root, *parts):
             try:

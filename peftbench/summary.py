@@ -3,10 +3,10 @@
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from peftbench.intervals import pooled, t_limit, wilson_interval
-from peftbench.records import Record
+from peftbench.records import Record, SplitMetrics
 
 FIGURES = (
     "dev.accuracy",
@@ -63,6 +63,13 @@ class Summary:
         """The single values, by seed."""
         return [float(value) for record in self.passed if (value := record.look_up(figure)) is not None]
 
+    def interval(self, split: Literal["dev", "test"]) -> tuple[float, float] | None:
+        """The 95% interval of accuracy on one split: of one model the record's own, else over seeds and examples."""
+        quality: SplitMetrics | None = self.passed[-1].look_up(split)
+        if quality is not None and (len(self.passed) == 1 or not self.trains):
+            return quality.accuracy_ci95
+        return self.accuracy_ci95(split)
+
     def accuracy_ci95(self, *splits: str) -> tuple[float, float] | None:
         """
         The interval of accuracy over these splits together: Wilson's for one seed; for several that of the mean over seeds and
@@ -94,6 +101,14 @@ def summarize(records: Iterable[Record]) -> list[Summary]:
     for record in sorted(records, key=lambda r: (r.scale, r.phase, r.name, r.seed)):
         grouped.setdefault((record.scale, record.phase, record.name), []).append(record)
     return [Summary(group) for group in grouped.values()]
+
+
+def by_scale(records: Iterable[Record]) -> dict[str, list[Summary]]:
+    """The summaries of each scale, which are never shown in one table."""
+    scales: dict[str, list[Summary]] = {}
+    for summary in summarize(records):
+        scales.setdefault(summary.first.scale, []).append(summary)
+    return scales
 
 
 def phase_report(summary: Summary) -> dict[str, Any]:

@@ -253,10 +253,9 @@ class _Steps:
         self._parameters.clear_gradients()
         had_graphs, self._graphs = self._graphs is not None, None
         self._device.release_memory()
-        if had_graphs:
-            self.memory = dataclasses.replace(self.memory, times_out_of_memory=self.memory.times_out_of_memory + 1)
-        else:
-            self.memory = _relieve(self.memory, self._model, self._device, self._what)
+        if not had_graphs:
+            self.memory = relieve(self.memory, self._model, self._device, self._what)
+        self.memory = dataclasses.replace(self.memory, times_out_of_memory=self.memory.times_out_of_memory + 1)
 
 
 class _Update:
@@ -355,20 +354,18 @@ def _evenly(total: int, times: int) -> set[int]:
     return {round(total * (i + 1) / times) for i in range(times)}
 
 
-def _relieve(memory: MemoryUse, model: Any, device: Device, what: str) -> MemoryUse:
+def relieve(memory: MemoryUse, model: Any, device: Device, what: str) -> MemoryUse:
     """
     Half as many examples at once or, where it is one already, activations computed twice.
 
     Not so on CPU: `dropout.Masks` would draw other dropout masks the second time.
     """
     if memory.examples_at_once > 1:
-        return dataclasses.replace(
-            memory, examples_at_once=memory.examples_at_once // 2, times_out_of_memory=memory.times_out_of_memory + 1
-        )
+        return dataclasses.replace(memory, examples_at_once=memory.examples_at_once // 2)
     if memory.gradient_checkpointing or device.kind == "cpu" or not getattr(model, "supports_gradient_checkpointing", False):
         raise DoesNotFit(f"{what}: out of memory with one example at a time; use a smaller model or a larger device")
     checkpoint_activations(model)
-    return dataclasses.replace(memory, gradient_checkpointing=True, times_out_of_memory=memory.times_out_of_memory + 1)
+    return dataclasses.replace(memory, gradient_checkpointing=True)
 
 
 def checkpoint_activations(model: Any) -> None:

@@ -27,6 +27,7 @@ from peftbench.distill import CODE_VERSION, LOGIT_BLOCK, TeacherKey, TeacherLogi
 from peftbench.kernels import can_be_captured, cast_frozen, economize, economize_words, only_words, retain_memory
 from peftbench.layers import make_packable
 from peftbench.measure import describe_machine, usable_processors
+from peftbench.memory import examples_at_once
 from peftbench.models import (
     ModelError,
     Weights,
@@ -41,7 +42,6 @@ from peftbench.models import (
 from peftbench.packing import Batch, Batches, Encoded, predict, row_step_on
 from peftbench.parameters import SeparateParameters, flattened
 from peftbench.phases import DATA_SEED, Phase, Pretrained, Scale, Untrained
-from peftbench.plan import examples_at_once
 from peftbench.records import phase_config
 from peftbench.sealed import building, fingerprint, lock, unseal
 from peftbench.store import OutputsError, Store
@@ -59,7 +59,7 @@ class Settings:
         device: ``auto``, ``cpu``, ``cuda`` or one of several, such as ``cuda:1``.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         run_id: The run that the records belong to.
-        commit: What `peftbench.commits.describe_commit` said when the session began.
+        commit: What `peftbench.commits.describe_code` said when the session began.
         evaluations: How often each phase is evaluated on dev while it trains; takes no part in the training time.
         workers: Processes that run cases beside each other.
     """

@@ -51,7 +51,7 @@ def adapter(architecture, method):
 
 
 def adapted(architecture, method, *, dropout=0.0):
-    phase = Phase(id="X-test", role="backbone", peft=adapter(architecture, method), max_length=32)
+    phase = Phase(id="X-test", role="backbone", peft=adapter(architecture, method), max_length=16)
     model, groups = prepare(classifier(architecture, dropout=dropout), phase)
     return model, groups
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from peftbench import commits
-from peftbench.commits import describe_commit
+from peftbench.commits import describe_code, describe_commit
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,6 +96,22 @@ def test_a_repository_that_git_refuses_is_told_from_none(git):
     commit_a_file(git)
     (git.folder / ".git/HEAD").write_text("?")
     assert "git does not read the repository in " in describe_commit(git.folder)["problem"]
+
+
+def test_a_package_that_the_commit_does_not_hold_is_named_by_its_modules(git, monkeypatch):
+    """Else a study would resume what another version of the package has measured."""
+    commit_a_file(git)
+    package = git.folder.parent / "package"
+    package.mkdir()
+    seen = []
+    for content in ("x = 1\n", "x = 2\n"):
+        (package / "commits.py").write_text(content)
+        monkeypatch.setattr(commits, "__file__", str(package / "commits.py"))
+        seen.append(describe_code(git.folder))
+    assert seen[0].pop("peftbench") != seen[1].pop("peftbench")
+    assert [describe_commit(git.folder)] * 2 == seen
+    monkeypatch.setattr(commits, "__file__", str(git.folder / "code.py"))
+    assert describe_commit(git.folder) == describe_code(git.folder)
 
 
 def test_untracked_modules_count_wherever_they_are(git):

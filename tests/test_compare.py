@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from samples import failed, passed, predictions
 
-from peftbench.compare import compare, compare_phases, judge_runs, set_up_changes
+from peftbench.compare import compare, compare_phases, estimate_runs, set_up_changes
 from peftbench.metrics import METRICS
 from peftbench.records import TeacherCost
 from peftbench.sample import Sample
@@ -194,7 +194,7 @@ def test_runs_that_differ_raise_no_false_alarms(runs):
             )
             for side in logs
         )
-        found = judge_runs(metric, base.values(metric), head.values(metric))
+        found = estimate_runs(metric, base.values(metric), head.values(metric))
         alarms += found is not None and found.p < 0.05
     assert alarms / 2000 <= (0.06 if runs > 1 else 0)
 

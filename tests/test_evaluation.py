@@ -50,7 +50,7 @@ def test_metrics_by_hand():
     """Two hits of label 1, one miss, one false alarm, one hit of label 0: 3/5 and 4/6."""
     quality, predictions = score(logits_of([1, 1, 0, 1, 0]), split_of([1, 1, 1, 0, 0]))
     assert (0.6, 4 / 6, 5) == (quality.accuracy, quality.f1, quality.n)
-    predicted, gold = predictions.masks()
+    gold, predicted = predictions.masks()
     assert 0b00110 == predicted ^ gold
     assert bytes([0b11010000]) == predictions.predicted
 

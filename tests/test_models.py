@@ -5,10 +5,17 @@ import json
 
 import pytest
 import torch
+from encoders import VIRTUAL_TOKENS, adapter
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification, BertConfig, DistilBertConfig
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DistilBertConfig,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from peftbench.data import grammar_words
 from peftbench.models import (
@@ -251,8 +258,44 @@ def test_an_asset_that_there_is_not_is_refused():
 def test_more_tokens_than_positions_are_refused():
     """On a GPU the first such text would end every later case, too."""
     prepare(classifier("bert"), phase_with(max_length=32))
-    with pytest.raises(ModelError, match="X-test: max_length must be at most the model's 32 positions, got 33"):
+    with pytest.raises(ModelError, match="X-test: max_length must be at most 32, the model's positions, got 33"):
         prepare(classifier("bert"), phase_with(max_length=33))
+
+
+@pytest.mark.parametrize("method", VIRTUAL_TOKENS)
+def test_virtual_tokens_take_positions_too(method):
+    """Which an adapter puts before each text."""
+    phases = [phase_with(adapter("bert", method), max_length=length) for length in (29, 30)]
+    prepare(classifier("bert"), phases[0])
+    with pytest.raises(ModelError, match="must be at most 29, the model's positions less 3 virtual tokens, got 30"):
+        prepare(classifier("bert"), phases[1])
+
+
+def test_positions_may_begin_behind_the_paddings():
+    """As RoBERTa's do: of 34 with padding at 1 there are 32, and a text of 33 tokens would ask for one more."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = RobertaForSequenceClassification(RobertaConfig(vocab_size=9, max_position_embeddings=34, pad_token_id=1, **sizes))
+    prepare(model, phase_with(max_length=32))
+    assert (1, 2) == model(input_ids=torch.full((1, 32), 5)).logits.shape
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, 33), 5))
+    with pytest.raises(ModelError, match="must be at most 32, the model's positions, got 33"):
+        prepare(model, phase_with(max_length=33))
+
+
+@pytest.mark.parametrize("names", [("POSITIVE", "NEGATIVE"), ("NEGATIVE", "POSITIVE"), ("LABEL_0", "LABEL_1")])
+def test_a_teacher_that_calls_its_first_label_positive_is_refused(saved, names):
+    """Taken as it is, its accuracy would be that of its errors; a model whose head is new anyway may say what it likes."""
+    _, folder = saved()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "id2label": dict(enumerate(names))}))
+    weights = locate(Pretrained(source=str(folder)), fetch=None)
+    load_classifier(weights)
+    if names[0] == "POSITIVE":
+        with pytest.raises(ModelError, match="label 0 is 'POSITIVE' and 1 is 'NEGATIVE', wanted 0 for negative"):
+            load_classifier(weights, tuned=True)
+    else:
+        load_classifier(weights, tuned=True)
 
 
 def test_assets_are_fetched_by_name(saved):
@@ -320,11 +363,13 @@ def test_head_always_trains_under_peft(architecture, method):
 
 
 @architectures
-def test_a_method_that_must_be_told_of_each_step_is_refused(architecture):
+@pytest.mark.parametrize(
+    ("method", "why"), [("ADALORA", "chooses its ranks while it trains"), ("POLY", "must be told the task of each example")]
+)
+def test_a_method_that_does_not_train_by_the_loss_alone_is_refused(architecture, method, why):
     """AdaLoRA without its updates is no AdaLoRA: all ranks would stay."""
-    peft = {"peft_type": "ADALORA", "target_modules": [QUERY[architecture]], "total_step": 10, "init_r": 4, "target_r": 2}
-    with pytest.raises(ModelError, match=r"ADALORA chooses its ranks while it trains.*Use one such as LORA"):
-        prepare(classifier(architecture), phase_with(peft))
+    with pytest.raises(ModelError, match=rf"{method} {why}.*Use one such as LORA"):
+        prepare(classifier(architecture), phase_with({"peft_type": method, "target_modules": [QUERY[architecture]]}))
 
 
 @architectures

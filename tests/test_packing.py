@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
+from peftbench import packing
 from peftbench.data import Split
 from peftbench.device import Device, DoesNotFit
 from peftbench.kernels import economize
@@ -225,7 +226,7 @@ def test_texts_are_encoded_without_padding_and_truncated():
     assert (2, [0, 1]) == (len(encoded), encoded.labels.tolist())
 
 
-def test_predicting_halves_the_batch_where_memory_runs_out():
+def test_predicting_halves_the_batch_where_memory_runs_out(monkeypatch):
     """The same logits in the same order, whichever error says so; one text that does not fit is an error of ours."""
     model, encoded = classifier("bert").eval(), encoded_of([5, 3, 8, 2, 6, 4, 7])
     expected = predict(model, encoded, CPU, packed=False)
@@ -248,6 +249,16 @@ def test_predicting_halves_the_batch_where_memory_runs_out():
         model.forward = cramped(0, error)
         with pytest.raises(DoesNotFit, match="split 'train': one text at a time does not fit cpu"):
             predict(model, encoded, CPU, packed=False)
+    model.forward = forward
+    made = packing.make_batch
+
+    def make_batch(encoded, rows, *arguments, **options):  # which copies the batch to the device
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return made(encoded, rows, *arguments, **options)
+
+    monkeypatch.setattr(packing, "make_batch", make_batch)
+    torch.testing.assert_close(predict(model, encoded, CPU, packed=False, batch_size=8), expected)
     model.forward = cramped(0, RuntimeError("something else"))
     with pytest.raises(RuntimeError, match="something else"):
         predict(model, encoded, CPU, packed=False)

@@ -231,13 +231,15 @@ def test_a_scale_that_cannot_be_is_refused(changes, message):
 
 def test_sources_are_checked():
     """Where they are written, not where they are loaded."""
-    for layers in ([2, 4], (0, 2), ("2",)):
+    for layers in ([2, 4], (0, 2), ("2",), (1, 2, 2)):
         with pytest.raises(ValueError, match="layer"):
             Pretrained(source="x", layers=layers)
     with pytest.raises(ValueError, match="source must name"):
         Pretrained(source="")
     with pytest.raises(ValueError, match="hidden_size must be a whole number of at least 1, got 0"):
         Untrained(architecture="bert", layers=1, hidden_size=0, attention_heads=1)
+    with pytest.raises(ValueError, match="hidden_size must be a multiple of attention_heads, got 30 and 4"):
+        Untrained(architecture="bert", layers=1, hidden_size=30, attention_heads=4)
 
 
 def test_a_rate_for_layers_that_are_not_unfrozen_is_refused():

@@ -10,10 +10,11 @@ from peftbench import plan as planning
 from peftbench.data import Split
 from peftbench.device import Device
 from peftbench.layers import make_packable
+from peftbench.memory import USABLE, examples_at_once
 from peftbench.models import ModelError, Weights, load_classifier, locate, prepare
 from peftbench.packing import BF16_ROW_STEP, ROW_STEP, Encoded, make_batch, shuffled_rows
 from peftbench.phases import LORA, Phase, Untrained
-from peftbench.plan import estimate_seconds, examples_at_once, measure_matrix_rate, plan_phase
+from peftbench.plan import estimate_seconds, measure_matrix_rate, plan_phase
 from peftbench.records import Plan
 
 CPU = Device(name="cpu", precision="fp32", why="test")
@@ -149,7 +150,7 @@ def test_less_memory_means_fewer_at_once(share, expected):
     phase, weights, encoded = Phase(id="X-test", role="backbone", epochs=1), located(), encoded_of(64)
     whole = plan_phase(phase, weights, encoded, [], CPU)
     assert 16 == whole.examples_at_once
-    memory = whole.weight_bytes + int(share * whole.activation_bytes / planning.USABLE)
+    memory = whole.weight_bytes + int(share * whole.activation_bytes / USABLE)
     planned = plan_phase(phase, weights, encoded, [], CPU, memory_bytes=memory)
     assert expected == planned.examples_at_once
     assert planned.activation_bytes <= max(share, 0.2) * whole.activation_bytes
@@ -161,7 +162,7 @@ def test_loaded_model_asks_its_device(monkeypatch):
     encoded = encoded_of(64)
     assert 16 == examples_at_once(model, encoded, 16, CPU)
     planned = plan_phase(Phase(id="X-test", role="backbone", epochs=1), located(), encoded, [], CPU)
-    free = planned.weight_bytes - 4 * planned.parameters + int(0.6 * planned.activation_bytes / planning.USABLE)
+    free = planned.weight_bytes - 4 * planned.parameters + int(0.6 * planned.activation_bytes / USABLE)
     monkeypatch.setattr(Device, "free_memory", lambda _: free)
     assert 8 == examples_at_once(model, encoded, 16, CPU)
 

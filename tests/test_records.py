@@ -384,7 +384,7 @@ def test_predictions_survive_packing(pairs):
     """What comes back is right and wrong for each example, in order; numpy packs the same bits."""
     predicted, gold = [p for p, _ in pairs], [g for _, g in pairs]
     packed = Predictions.from_labels(predicted, gold, "split")
-    of_prediction, of_label = packed.masks()
+    of_label, of_prediction = packed.masks()
     wrong = f"{of_prediction ^ of_label:0{len(pairs)}b}"[: len(pairs)]
     assert [p == g for p, g in pairs] == [bit == "0" for bit in wrong]
     assert numpy.packbits(numpy.array(predicted, dtype=bool)).tobytes() == packed.predicted

@@ -15,15 +15,21 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    get_linear_schedule_with_warmup,
+)
 
 from peftbench import runner, workbench
 from peftbench.data import DataError, draw, read_glue_folder
 from peftbench.distill import read_subset
-from peftbench.models import ModelError, artifact_bytes, load_classifier, load_tokenizer, prepare
+from peftbench.models import ModelError, artifact_bytes, load_classifier, load_tokenizer, locate, prepare, save_classifier
 from peftbench.packing import shuffled_rows
-from peftbench.phases import LORA, SCALES, Distillation, Phase, Untrained
-from peftbench.records import Record
+from peftbench.phases import LORA, SCALES, Distillation, Phase, Pretrained, Untrained
+from peftbench.records import Record, RecordError
 from peftbench.runner import case_fingerprint, failed_record, plan_phases, run_phase
 from peftbench.store import OutputsError
 from peftbench.workbench import Settings, Workbench
@@ -529,14 +535,42 @@ def test_a_teacher_that_says_nothing_finite_leaves_nothing_in_the_cache(tmp_path
 @pytest.mark.parametrize("phase", [TEACHER, KD, HYBRID], ids=lambda phase: phase.id)
 def test_texts_longer_than_the_teachers_positions_are_refused_before_it_reads_them(tmp_path, data, phase):
     """On a GPU the first that is too long would take every later case with it."""
-    with pytest.raises(ModelError, match=r"max_length must be at most the model's 128 positions, got 200"):
+    with pytest.raises(ModelError, match=r"max_length must be at most 128, the model's positions, got 200"):
         run_phase(dataclasses.replace(phase, max_length=200), TINY, 42, settings_in(tmp_path, data))
+
+
+def test_a_case_whose_record_nobody_could_read_is_refused_before_it_trains(fresh, monkeypatch):
+    """What is measured could not be kept."""
+    monkeypatch.setattr(Workbench, "train", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(RecordError, match=r"record.config must have numbers within 2\^63 and 1e100"):
+        run_phase(dataclasses.replace(FULL, clip_norm=1e101), TINY, 42, fresh[0])
+
+
+def test_a_phase_that_writes_what_the_teacher_says_has_its_cost(fresh):
+    """Though it does not learn from it."""
+    record = run_phase(dataclasses.replace(FULL, epochs=1, kd_subsets=(60,)), TINY, 42, fresh[0])
+    assert fresh[1]["A-teacher"].teacher_cost.training_seconds == record.teacher_cost.training_seconds > 0
+    assert fresh[1]["A-teacher"].config["teacher"] == record.config["teacher"]
+    assert fresh[1]["C1-full"].teacher_cost is None
 
 
 def test_an_adapter_of_the_teacher_that_nothing_trains_is_refused(fresh):
     """It would be reported as what one ships."""
     with pytest.raises(ModelError, match="A-x: with 0 epochs"):
         run_phase(Phase(id="A-x", role="teacher", peft=LORA), TINY, 42, fresh[0])
+
+
+def test_a_plan_is_of_any_study_that_runs(fresh, tmp_path):
+    """The teacher reads texts as long as the phase's, and here it could read none of a phase's usual length."""
+    tokenizer = load_tokenizer(locate(TINY.backbone, fetch=None))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, num_labels=2, **sizes)
+    save_classifier(BertForSequenceClassification(config), tokenizer, tmp_path)
+    scale = dataclasses.replace(TINY, teacher=Pretrained(source=str(tmp_path)))
+    short = dataclasses.replace(KD, max_length=32)
+    assert ["C2-kd"] == [plan.phase for plan in plan_phases([short], Workbench(scale, fresh[0]))]
+    with pytest.raises(ModelError, match="max_length must be at most 64"):
+        plan_phases([KD], Workbench(scale, fresh[0]))
 
 
 def test_a_plan_has_the_teachers_logits_where_they_are_asked_for_first(fresh):

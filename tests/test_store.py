@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import os
 import re
 
 import pytest
 from samples import passed
 
 from peftbench.records import RecordError
-from peftbench.store import Store, make_run_id
+from peftbench.store import OutputsError, Store, make_run_id
 
 PASSED = passed("D-hybrid", run="20250102T030405Z-abcdef")
 
@@ -96,6 +97,12 @@ def test_outputs_that_cannot_be_written_are_refused_with_the_option(tmp_path, ou
     message = str(caught.value)
     assert [] == [part for part in (str(store.root), "--peft-outputs DIR") if part not in message]
     assert "in the way" == (tmp_path / "file").read_text()
+
+
+def test_outputs_that_libraries_cannot_name_are_refused(tmp_path):
+    """A name that is not UTF-8, as an old archive may leave, in which nothing could be saved after hours."""
+    with pytest.raises(OutputsError, match=r"must have a name in UTF-8, got .*udce4.*--peft-outputs DIR"):
+        Store(tmp_path / os.fsdecode(b"\xe4"), "mini").check_writable()
 
 
 def test_run_ids_sort_by_time_and_do_not_collide(monkeypatch):

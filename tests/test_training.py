@@ -28,7 +28,7 @@ from peftbench.layers import make_packable
 from peftbench.packing import Batch, Batches, Encoded, make_batch
 from peftbench.parameters import FlatParameters, SeparateParameters, flattened
 from peftbench.records import MemoryUse
-from peftbench.training import CURVE_POINTS, Recipe, TrainingDiverged, _relieve, fit, rate_factor
+from peftbench.training import CURVE_POINTS, Recipe, TrainingDiverged, fit, rate_factor, relieve
 
 CPU = Device(name="cpu", precision="fp32", why="test")
 DEFAULTS = {
@@ -428,11 +428,11 @@ def test_activations_are_computed_twice_on_a_gpu_that_takes_no_single_example():
         BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     )
     gpu = Device(name="cuda", precision="fp16", why="test")
-    memory = _relieve(MemoryUse(examples_at_once=1), model, gpu, "X-test")
-    assert MemoryUse(examples_at_once=1, times_out_of_memory=1, gradient_checkpointing=True) == memory
+    memory = relieve(MemoryUse(examples_at_once=1), model, gpu, "X-test")
+    assert MemoryUse(examples_at_once=1, gradient_checkpointing=True) == memory
     assert [True] == [layer.gradient_checkpointing for layer in model.bert.encoder.layer]
     with pytest.raises(DoesNotFit, match="X-test: out of memory with one example at a time"):
-        _relieve(memory, model, gpu, "X-test")
+        relieve(memory, model, gpu, "X-test")
 
 
 def test_cublas_without_room_is_out_of_memory_and_other_errors_are_not():

@@ -364,6 +364,12 @@ def peft_workbench(request: pytest.FixtureRequest, peft_scale: Scale) -> Workben
     session = request.config.stash[SESSION]
     if not isinstance(peft_scale, Scale):
         pytest.fail(f"peft_scale must be a Scale, got {peft_scale!r}; parametrize over it with indirect=True", pytrace=False)
+    if peft_scale.name not in SCALES:
+        pytest.fail(
+            f"peft_scale must keep the name of one of the scales, {', '.join(SCALES)}, by which phases and folders go; "
+            f"got {peft_scale.name!r}",
+            pytrace=False,
+        )
     with explained():
         bench = Workbench(peft_scale, session.settings, session.progress, session.progress.say)
         bench.store.check_writable()
@@ -419,6 +425,8 @@ def run_phase(
                 fingerprint = case_fingerprint(phase, peft_workbench)
                 if found := session.find_passed(peft_workbench, fingerprint, peft_seed):
                     session.check_phase(phase)
+                    for size in phase.at(scale.name).kd_subsets:  # which somebody may have deleted, or another study replaced
+                        peft_workbench.kd_subset(size, phase.at(scale.name).max_length)
                     store.link(found, session.run_id)
                     node.user_properties.append(("peftbench_record", str(store.record_path(found))))
                     pytest.skip(f"resumed: passed with this fingerprint at this commit in run {found.run_id}")

@@ -94,14 +94,14 @@ class Session:
     @cached_property
     def settings(self) -> Settings:
         """What the runner needs to know of the session."""
-        from peftbench.commits import describe_commit
+        from peftbench.commits import describe_code
         from peftbench.workbench import Settings
 
         options = self.options
         return Settings(
             outputs=options.outputs,
             run_id=self.run_id,
-            commit=describe_commit(self.config.rootpath),
+            commit=describe_code(self.config.rootpath),
             data=options.data,
             device=options.device,
             precision=options.precision,
@@ -220,7 +220,8 @@ class Session:
             RecordError: If another phase of the same letter has passed.
         """
         case = record.scale, record.phase.lower()
-        of_letter = [known for known in self.records.values() if (known.scale, known.phase.lower()) == case]
+        settled = [known for path, known in self.records.items() if path not in self._due]
+        of_letter = [known for known in settled if (known.scale, known.phase.lower()) == case]
         passed = {known.phase_id for known in of_letter if known.outcome == "passed"}
         if record.phase_id not in passed:
             return
@@ -278,7 +279,7 @@ class Session:
         return self.judgement.status if self.options.gates else 0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Learn of records that other processes have written, of workers of pytest-xdist and of earlier runs; publish in the end."""
+        """Learn of records that others have written, workers of pytest-xdist and earlier runs; publish at the end of a test."""
         is_case = any(name == "peftbench_case" for name, _ in report.user_properties)
         self.saw_case, self.saw_other_test = self.saw_case or is_case, self.saw_other_test or not is_case
         for path in [Path(str(value)) for name, value in report.user_properties if name == "peftbench_record"]:

@@ -3,10 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from samples import git
 
 import peftbench.runner  # noqa: F401 - torch and datasets cannot be loaded again after pytester has unloaded them
 from peftbench.data import generate_sentences
@@ -81,8 +81,7 @@ def commit(pytester):
 
     def run():
         for arguments in (["init", "-q"], ["add", "test_study.py"], ["commit", "-q", "-m", "study"]):
-            identity = ["-c", "user.name=tester", "-c", "user.email=tester@localhost"]
-            subprocess.run(["git", *identity, *arguments], cwd=pytester.path, check=True)
+            git(pytester.path, *arguments)
 
     return run
 

@@ -1,5 +1,6 @@
 """Together with pytest-benchmark and pytest-xdist, or without them."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -109,10 +110,10 @@ def test_phases_of_one_letter_in_two_workers_are_said(pytester):
     """Neither worker knows of the other's: their session keeps the first one's report and fails."""
     session = pytester.parseconfigure().stash[SESSION]
     store = Store(session.options.outputs, "mini")
-    for record in (passed("S-one"), passed("S-two")):
-        path = store.save(record)
+    paths = [store.save(record) for record in (passed("S-one"), passed("S-two"))]
+    for when, path in itertools.product(("call", "teardown"), paths):
         properties = [("peftbench_case", True), ("peftbench_record", str(path))]
-        report = pytest.TestReport("x", ("x", 0, "x"), {}, "passed", None, "call", user_properties=properties)
+        report = pytest.TestReport("x", ("x", 0, "x"), {}, "passed", None, when, user_properties=properties)
         session.pytest_runtest_logreport(report)
     assert ["the report of S-two-mini-s42 was not written: phases S-two and S-one would share it; rename one"] == list(
         session.unpublished.values()

@@ -2,9 +2,9 @@
 
 import itertools
 import json
-import subprocess
 
 import pytest
+from samples import git
 
 from peftbench.cli import main
 
@@ -50,11 +50,6 @@ COMMITS = {
     "slow the loop": {"seconds": 1.5},
     "break a phase": {"short_rate": "1e18"},
 }
-
-
-def git(folder, *arguments):
-    command = ["git", "-c", "user.name=tester", "-c", "user.email=tester@localhost", *arguments]
-    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
 
 
 @pytest.fixture

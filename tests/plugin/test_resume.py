@@ -1,6 +1,7 @@
 """--peft-resume: what has passed at this commit is not run again."""
 
 import json
+import shutil
 import subprocess
 
 import pytest
@@ -44,6 +45,14 @@ def test_other_content_is_not_resumed(study, pytester, commit):
     study(*arguments[:-1], "bf16").assert_outcomes(passed=1, deselected=5)
     (pytester.path / "test_study.py").write_text((pytester.path / "test_study.py").read_text() + "\n# changed\n")
     study(*arguments).assert_outcomes(passed=1, deselected=5)
+
+
+def test_a_resumed_phase_has_its_subsets(study, pytester):
+    """Also where somebody has deleted them since."""
+    study("-k", "teacher").assert_outcomes(passed=1, deselected=5)
+    shutil.rmtree(pytester.path / "outputs/tiny/kd")
+    study("-k", "teacher", "--peft-resume").assert_outcomes(skipped=1, deselected=5)
+    assert ["kd_1000", "kd_500"] == sorted(path.name for path in (pytester.path / "outputs/tiny/kd").glob("[!.]*"))
 
 
 def test_a_corrupt_record_is_left_out_and_named(study, pytester):

@@ -132,6 +132,24 @@ def test_an_override_of_the_scale_holds_for_the_tests_beside_and_below_it(pytest
         assert [small, usual, small] == [latest[f"{letter}-small-tiny-s42.json"] for letter in "XYZ"]
 
 
+def test_an_override_keeps_the_name_of_its_scale(pytester):
+    """By it go the phases' changes, the folders and what a run is compared with."""
+    pytester.makepyfile("""
+        import dataclasses
+        import pytest
+
+        @pytest.fixture(scope="session")
+        def peft_scale(peft_scale):
+            return dataclasses.replace(peft_scale, name="mine")
+
+        def test_phase(peft_workbench):
+            pass
+    """)
+    result = pytester.runpytest_inprocess("-m", "tiny")
+    result.assert_outcomes(errors=1, deselected=1)
+    result.stdout.fnmatch_lines(["*peft_scale must keep the name of one of the scales, tiny, mini, thesis, *; got 'mine'"])
+
+
 def test_help_needs_no_ini_file_that_is_right(pytester):
     """What is wrong is said where tests are to be run."""
     pytester.makeini("[pytest]\npeft_scale = huge")
