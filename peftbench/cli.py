@@ -357,7 +357,8 @@ def _add_outputs(command: argparse.ArgumentParser) -> None:
 def _load_phases(path: Path) -> list[Phase]:
     spec = importlib.util.spec_from_file_location("peftbench_planned_phases", path)
     if not path.is_file() or spec is None or spec.loader is None:
-        raise ValueError(f"--phases must be a Python file with a list PHASES, got {path}")
+        why = "is no Python file" if path.exists() else "does not exist here"
+        raise ValueError(f"name the Python file that has your list PHASES with --phases FILE; {path} {why}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     phases = getattr(module, "PHASES", None)

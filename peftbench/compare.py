@@ -9,7 +9,7 @@ from peftbench.intervals import Estimate
 from peftbench.metrics import METRICS, Metric
 from peftbench.paired import SHOWN, holm, paired_difference, ratio_difference
 from peftbench.records import Record
-from peftbench.sample import Sample, of_all_seeds
+from peftbench.sample import Identity, Sample, of_all_seeds
 from peftbench.verdicts import Row, Verdict
 
 Case = tuple[str, str, str]  # scale, letter, name
@@ -87,17 +87,17 @@ def set_up_changes(base: Iterable[Record], head: Iterable[Record]) -> list[str]:
     """
     What the phases of two sides were set up with differently, a line each: hyperparameters, checkpoints, versions.
 
-    Changes that several phases share are told once. Of a phase that failed only hyperparameters and versions are known.
+    Changes that several phases share are told once. Of a phase without figures only hyperparameters and versions are known.
     """
     sides = _by_case(base), _by_case(head)
     labels = _labels([*sides[0], *sides[1]])
     both = sorted(case for case in labels if all(case in side and side[case].records for side in sides))
     phases: dict[str, list[str]] = {}
     for case in both:
-        passed = all(side[case].passed for side in sides)
-        rows = [_set_up(side[case].passed[-1] if passed else side[case].records[-1], whole=passed) for side in sides]
+        whole = all(side[case].measured for side in sides)
+        rows = [_set_up(side[case].measured[-1] if whole else side[case].records[-1], whole=whole) for side in sides]
         taught = all(any(key.startswith("config.teacher.") for key in row) for row in rows)  # earlier versions did not record it
-        keys = dict.fromkeys([*rows[0], *rows[1]]) if passed else [key for key in rows[0] if key in rows[1]]
+        keys = dict.fromkeys([*rows[0], *rows[1]]) if whole else [key for key in rows[0] if key in rows[1]]
         for key in keys:
             if key.startswith("config.teacher.") and not taught:
                 continue
@@ -127,9 +127,23 @@ def incomparable(metric: Metric, base: Sample, head: Sample) -> str | None:
     ours, theirs = base.facts(metric), head.facts(metric)
     for name, values in ours.items():
         if values != theirs.get(name) or (len(values) > 1 and name != "seed set"):
+            if base.measured and head.measured and (told := _told_apart(name, base.measured[-1], head.measured[-1])):
+                return f"other {name}: {told}"
             return f"other {name}: {', '.join(sorted(values))} and {', '.join(sorted(theirs.get(name, ())))}"
     if metric.kind == "memory":
         return other_memory_before(metric, base.values(metric), base.memory_before, head.memory_before)
+    return None
+
+
+def _told_apart(name: str, base: Record, head: Record) -> str | None:
+    """How two machines or data differ, in words; None if that is not recorded."""
+    if name == "machine":
+        ours, theirs = ({"workers": 1, **record.machine, "id": None} for record in (base, head))
+        if ours.keys() != theirs.keys():
+            return None
+        return ", ".join(f"{fact} {value} and {theirs[fact]}" for fact, value in ours.items() if value != theirs[fact]) or None
+    if name == "data" and all(record.data.get("source") for record in (base, head)):
+        return " and ".join(f"{record.data['source']} ({str(record.data.get('fingerprint'))[:6]})" for record in (base, head))
     return None
 
 
@@ -179,7 +193,7 @@ def _judge(pairs: Sequence[tuple[str, Sample, Sample]], *, of: str = "phases") -
     """Rows of all pairs, the p-values of a metric adjusted for the number of pairs it was measured on, which are called so."""
     rows = [row for pair in pairs if (row := _judge_outcome(*pair))]
     settled = {row.phase for row in rows}
-    measured = [pair for pair in pairs if pair[0] not in settled]
+    measured = [pair for pair in pairs if pair[0] not in settled or all(side.has_all_figures for side in pair[1:])]
     for metric in METRICS.values():
         asked = []
         for phase, *sides in measured:
@@ -200,7 +214,7 @@ def _judge(pairs: Sequence[tuple[str, Sample, Sample]], *, of: str = "phases") -
             elif one is not None:
                 judged = _judge_difference(metric, row, one, next(adjusted), f"{len(chances)} {of}" if len(chances) > 1 else "")
             else:
-                judged = _judge_single(metric, row, len(base.values(metric)), len(head.values(metric)))
+                judged = _judge_single(metric, row, base, head)
             reason = judged.reason + left_out
             if metric.name == "train_runtime_seconds" and base.teacher_seconds != head.teacher_seconds:
                 reason += _without_teacher(base, head)
@@ -210,17 +224,21 @@ def _judge(pairs: Sequence[tuple[str, Sample, Sample]], *, of: str = "phases") -
 
 
 def _matching(metric: Metric, base: Sample, head: Sample) -> tuple[Sample, Sample, str]:
-    """Keep the records that share machine, data and seeds, and describe the ones dropped; keep all where none are shared."""
+    """Keep the records that share machine, data and seeds, or as much of these as any do, and describe the ones dropped."""
     parts = base.by_identity(metric), head.by_identity(metric)
-    shared = [one for one in parts[1] if one in parts[0]]
-    if not shared:
+    if not all(parts):
         return base, head, ""
-    one = max(shared, key=lambda one: (("load", "alone") in one, len(parts[1][one].passed)))
-    matched, notes = (parts[0][one], parts[1][one]), []
-    for name, whole, part, others in zip(("base", "head"), (base, head), matched, parts, strict=True):
-        if left := len(whole.passed) - len(part.passed):
+
+    def alike(pair: tuple[Identity, Identity]) -> tuple[int, bool, int]:
+        agree = sum(ours == theirs for ours, theirs in zip(*pair, strict=True))
+        return agree, ("load", "alone") in pair[1], len(parts[1][pair[1]].measured)
+
+    chosen = max(itertools.product(*parts), key=alike)
+    matched, notes = (parts[0][chosen[0]], parts[1][chosen[1]]), []
+    for name, whole, part, one, others in zip(("base", "head"), (base, head), matched, chosen, parts, strict=True):
+        if left := len(whole.measured) - len(part.measured):
             why = {fact: None for other in others for (fact, value), (_, ours) in zip(other, one, strict=True) if value != ours}
-            notes.append(f"; {left} of the {name}'s {len(whole.passed)} records left out: other {' and '.join(why)}")
+            notes.append(f"; {left} of the {name}'s {len(whole.measured)} records left out: other {' and '.join(why)}")
     if metric.kind == "quality":
         matched = of_all_seeds(*matched)
     seeds = set(matched[0].by_seed) & set(matched[1].by_seed)
@@ -231,9 +249,9 @@ def _matching(metric: Metric, base: Sample, head: Sample) -> tuple[Sample, Sampl
 
 
 def _without_failures_elsewhere(one: Sample, other: Sample) -> Sample:
-    """Drop failures on data that the other side did not use; keep everything where nothing passed or the data are not known."""
+    """Drop failures on data that the other side did not use; keep all where nothing was measured or the data are not known."""
     known = {record.data.get("fingerprint") for record in other.records}
-    if not one.passed or not known or None in known:
+    if not one.measured or not known or None in known:
         return one
     left = [record for record in one.records if record.outcome == "passed" or record.data.get("fingerprint") in {None, *known}]
     return Sample(left) if len(left) < len(one.records) else one
@@ -266,11 +284,11 @@ def _judge_outcome(phase: str, base: Sample, head: Sample) -> Row | None:
     elif head.error:
         failing = {seed: record for seed, record in head.latest.items() if record.outcome == "failed"}
         known = {record.data.get("fingerprint") for record in failing.values()}
-        passed = {record.seed for record in base.passed if None in known or record.data.get("fingerprint") in {None, *known}}
-        failed = {record.seed for record in base.records if record.outcome == "failed"} - passed
-        always = failing.keys() <= failed or not base.passed
+        there = [record for record in base.records if None in known or record.data.get("fingerprint") in {None, *known}]
+        failed = {record.seed for record in base.records if record.outcome == "failed"} - Sample(there).passed_seeds
+        always = failing.keys() <= failed or not base.passed_seeds
         verdict, reason = ("not comparable", f"fails on both sides: {head.error}") if always else ("newly failing", head.error)
-    elif base.error and not base.passed:
+    elif base.error and not base.passed_seeds:
         verdict, reason = "fixed", f"failed in the base: {base.error}"
     else:
         return None
@@ -288,14 +306,16 @@ def _judge_difference(metric: Metric, row: Row, found: Estimate, p: float, famil
     return dataclasses.replace(row, verdict="better" if metric.gain(found.value) > 0 else "worse")
 
 
-def _judge_single(metric: Metric, row: Row, base_runs: int, head_runs: int) -> Row:
-    """By the metric's tolerance, as there is no telling how far single runs vary."""
+def _judge_single(metric: Metric, row: Row, base: Sample, head: Sample) -> Row:
+    """By the metric's tolerance, as there is no telling how far single runs vary; by nothing where other work disturbed them."""
     if row.base is None or row.head is None:
         return dataclasses.replace(row, reason=f"not measured in the {'base' if row.base is None else 'head'}")
     difference = row.head - row.base
     within = abs(difference) < metric.absolute or abs(difference) <= metric.relative * abs(row.base)
-    single = [name for name, runs in (("base", base_runs), ("head", head_runs)) if runs == 1]
+    single = [name for name, side in (("base", base), ("head", head)) if len(side.values(metric)) == 1]
     how = "one run a side" if len(single) > 1 else f"one run in the {single[0]}" if single else "figures without a ratio"
+    if metric.kind == "time" and base.waited:  # and the head, too, or they would not be compared
+        return dataclasses.replace(row, difference=difference, verdict="no difference shown", reason=f"{how}, while other work ran")
     how = f"{how}, tolerance {metric.relative:.0%}" if metric.relative else "exact"
     if metric.relative * abs(row.base) < abs(difference) < metric.absolute:
         how = f"less than {metric.absolute:g} {metric.unit} does not matter"

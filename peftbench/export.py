@@ -26,7 +26,7 @@ def to_bencher(records: Sequence[Record]) -> dict[str, Any]:
                 continue
             value = statistics.fmean(values)
             measure = measures[metric.name] = {"value": value}
-            if metric.name == "accuracy" and (interval := summary.accuracy_ci95(*summary.passed[0].predictions)):
+            if metric.name == "accuracy" and (interval := summary.accuracy_ci95(*summary.measured[0].predictions)):
                 measure["lower_value"], measure["upper_value"] = interval
             elif len(values) > 1:
                 measure["lower_value"], measure["upper_value"] = min(values), max(values)
@@ -49,7 +49,7 @@ def to_github_action(records: Sequence[Record], better: Literal["higher", "lower
             if len(values) > 1:
                 entry["range"] = f"± {statistics.stdev(values):.4g}"
             first = summary.first
-            entry["extra"] = f"run {first.run_id}, scale {first.scale}, seeds {', '.join(str(r.seed) for r in summary.passed)}"
+            entry["extra"] = f"run {first.run_id}, scale {first.scale}, seeds {', '.join(str(r.seed) for r in summary.measured)}"
             entries.append(entry)
     return entries
 
@@ -65,15 +65,15 @@ def to_pytest_benchmark(records: Sequence[Record]) -> dict[str, Any]:
 
     entries = []
     for summary in _measured(records):
-        *others, last = (record.to_json() for record in summary.passed)
+        *others, last = (record.to_json() for record in summary.measured)
         name = summary.first.phase_id + ("-tiny" if summary.first.scale == "tiny" else "")  # as pytest names the case
         stats: Any = Stats()  # type: ignore[no-untyped-call]
-        for record in summary.passed:
+        for record in summary.measured:
             stats.update(record.train_runtime_seconds or 0.0)
         figures = {field: getattr(stats, field) for field in (*Stats.fields, "iterations") if hasattr(stats, field)}
         entries.append(
             {
-                "group": "training" if any(record.train_runtime_seconds for record in summary.passed) else "no training",
+                "group": "training" if any(record.train_runtime_seconds for record in summary.measured) else "no training",
                 "name": f"test_phase[{name}]",
                 "fullname": f"benchmarks/test_phases.py::test_phase[{name}]",
                 "params": None,
@@ -101,7 +101,7 @@ def to_pytest_benchmark(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _measured(records: Sequence[Record]) -> list[Summary]:
-    return [summary for summary in summarize(records) if summary.passed]
+    return summarize(record for record in records if record.outcome == "passed")
 
 
 def _named(records: Sequence[Record]) -> list[tuple[str, Summary]]:
@@ -109,4 +109,4 @@ def _named(records: Sequence[Record]) -> list[tuple[str, Summary]]:
 
 
 def _values(metric: Metric, summary: Summary) -> list[float]:
-    return [value for record in summary.passed if (value := metric.value(record)) is not None]
+    return [value for record in summary.measured if (value := metric.value(record)) is not None]

@@ -96,7 +96,7 @@ class History:
                 files = {name: found[name] for name in in_time}
                 return cls(folder, files, repository or _repository(outputs, files[in_time[-1]]), owners)
         raise HistoryError(
-            f"no records in {outputs / 'runs'}; run pytest benchmarks first, or name the outputs folder with --outputs DIR"
+            f"no records in {outputs / 'runs'}; run pytest benchmarks first, or name another: --outputs DIR, load_records(DIR)"
         )
 
     def select(self, text: str, *, without: Collection[str] = ()) -> Side:

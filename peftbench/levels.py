@@ -8,7 +8,7 @@ from peftbench.commits import Commit
 from peftbench.compare import estimate_quality, estimate_runs, other_memory_before
 from peftbench.metrics import Metric
 from peftbench.records import Record
-from peftbench.sample import Sample, of_all_seeds
+from peftbench.sample import Identity, Sample, of_all_seeds
 from peftbench.verdicts import Point
 
 LEVEL = 0.01
@@ -49,19 +49,34 @@ def trace(records: Iterable[Record], metric: Metric, commits: Sequence[Commit]) 
             if metric.kind == "quality" and (unscored := sample.unscored(metric)):
                 marks.append(f"no predictions for seed {' and '.join(map(str, unscored))}")
                 measured = sample.of_seeds(sample.scores(metric))
-            if measured.passed and (commit, changes) in taking_part:
-                shift, other = line.take(measured)
+            parts = measured.by_identity(metric)
+            marks += _mixed(parts)
+            if parts and (commit, changes) in taking_part:
+                shift, other = line.take(measured, parts)
                 marks += [f"other {other}"] if other else []
             if (commit, changes) in taking_part:
                 for seed, record in sample.latest.items():
                     if record.outcome == "failed" and last.get(seed) == "passed":
                         shift = "worse"
                     last[seed] = record.outcome
-            subject, value = known.subject if known else "", sample.mean(metric)
-            points.append(Point(commit=commit, subject=subject, value=value, passed=len(sample.passed), marks=marks, shift=shift))
+            passed = sum(record.outcome == "passed" for record in sample.records)
+            subject, value = known.subject if known else "", (_latest(parts) if len(parts) > 1 else sample).mean(metric)
+            points.append(Point(commit=commit, subject=subject, value=value, passed=passed, marks=marks, shift=shift))
         if any(point.value is not None for point in points):
             traced[f"{phase}-{scale}" if several else phase] = points
     return traced
+
+
+def _mixed(parts: Mapping[Identity, Sample]) -> list[str]:
+    """The mark of a commit whose records are of several data, machines and so on."""
+    first = next(iter(parts), ())
+    names = {name: None for one in parts for (name, value), (_, other) in zip(one, first, strict=True) if value != other}
+    return [f"mixed {' and '.join(names)}"] if names else []
+
+
+def _latest(parts: Mapping[Identity, Sample]) -> Sample:
+    """Of those the ones with the latest record among them."""
+    return max(parts.values(), key=lambda sample: sample.measured[-1].run_id)
 
 
 def _taking_part(
@@ -131,14 +146,19 @@ class _Line:
         self._told: dict[str, int] = {}
         self._place = 0
 
-    def take(self, sample: Sample) -> tuple[str | None, str | None]:
-        """Whether the next commit is better or worse than its level, and which fact has changed since the commit before it."""
+    def take(self, sample: Sample, parts: Mapping[Identity, Sample]) -> tuple[str | None, str | None]:
+        """
+        Whether the next commit is better or worse than its level, and which fact has changed since the commit before it.
+
+        Args:
+            parts: The sample, by what must be the same to compare two records.
+        """
         self._place += 1
         facts = sample.facts(self._metric)
         changed = [name for name, values in facts.items() if self._facts.get(name, values) != values]
         self._facts = facts
         shifts = []
-        for one, part in sample.by_identity(self._metric).items():
+        for one, part in parts.items():
             shift, other = self._take(one, part)
             shifts += [shift] if shift else []
             changed += [other] if other else []
@@ -172,7 +192,7 @@ def _shift(metric: Metric, level: _Level, sample: Sample, values: Sequence[float
     """Whether a sample is better or worse than a level."""
     if metric.kind == "quality":
         base, head = level.of_seeds(sample)
-        if not head.passed:
+        if not head.measured:
             return None
         difference = statistics.fmean(head.values(metric)) - statistics.fmean(base.values(metric))
     else:
@@ -180,7 +200,7 @@ def _shift(metric: Metric, level: _Level, sample: Sample, values: Sequence[float
     if abs(difference) < metric.absolute:
         return None
     found = estimate_quality(metric, base, head) if metric.kind == "quality" else estimate_runs(metric, level.values, values)
-    if isinstance(found, str):
+    if isinstance(found, str) or (found is None and metric.kind == "time" and sample.waited):
         return None
     if found is not None:
         difference = found.value

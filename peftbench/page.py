@@ -127,17 +127,17 @@ def render_page(
     looks = _Looks(sorted({record.phase_id for record in records} | {_phase_id(phase) for phase in history}))
     body = [f"<h1>peftbench: {escape(label)}</h1>"]
     for place, (scale, summaries) in enumerate(by_scale(records).items()):
-        measured = [summary for summary in summaries if summary.passed]
+        measured = [summary for summary in summaries if summary.measured]
         body.append(f"<h2>Scale {escape(scale)}</h2>")
         body += [_table(summaries, columns, link) for columns in (QUALITY, COST)]
         body.append(f'<p class="note">A wide table scrolls sideways; a click on a heading sorts. {escape(" ".join(LEGEND))}')
-        seeds = max(len(summary.passed) for summary in summaries)
+        seeds = max(len(summary.measured) for summary in summaries)
         body.append("; ±: standard deviation over seeds.</p>" if seeds > 1 else ".</p>")
         failures = render_failures([record for summary in summaries for record in summary.records])
         body += [f"<p>{escape(line)}</p>" for line in failures]
         body += [f"<p>{escape(line)}</p>" for line in (*render_warnings(measured), *render_teachers(measured))]
         if measured:
-            body.append(f"<p>{escape(render_data(measured[0].passed[0]))}</p>")
+            body.append(f"<p>{escape(render_data(measured[0].measured[0]))}</p>")
             charts = [_trade_off(measured, cost, place, looks) for cost in ("parameters", "minutes")]
             charts += [_curves(measured, place, looks), _dev_curves(measured, place, looks)]
             body.append(f'<div class="charts">{"".join(charts)}</div>')
@@ -180,7 +180,7 @@ def _trade_off(summaries: Sequence[Summary], cost: str, place: int, looks: "_Loo
     front = pareto_front(summaries)
     for summary in summaries:
         name = summary.first.phase_id
-        counts = summary.passed[0].parameter_counts
+        counts = summary.measured[0].parameter_counts
         seconds, accuracy = summary.mean("train_runtime_seconds"), summary.mean("dev.accuracy")
         if not counts or not counts.trainable or not seconds or accuracy is None:
             continue
@@ -197,7 +197,7 @@ def _trade_off(summaries: Sequence[Summary], cost: str, place: int, looks: "_Loo
         )
         points[name] = x, 100 * accuracy
         bars.append([(x, 100 * accuracy - ends[0][0]), (x, 100 * accuracy + ends[1][0])])
-    whole = {summary.first.phase_id for summary in summaries if len(summary.passed) == len(summary.records)}
+    whole = {summary.first.phase_id for summary in summaries if not summary.failed}
     places = sorted(point for name, point in points.items() if name in whole)
     edge = [(x, y) for x, y in places if not any(other <= x and best >= y for other, best in places if (other, best) != (x, y))]
     if len(edge) > 1:
@@ -239,7 +239,7 @@ def _curves(summaries: Sequence[Summary], place: int, looks: "_Looks") -> str:
     """Training loss over the share of training."""
     lines = {}
     for summary in summaries:
-        if curve := summary.passed[-1].learning_curve:
+        if curve := summary.measured[-1].learning_curve:
             steps, losses = zip(*curve, strict=True)
             tip = f"loss {losses[0]:.3f} → {losses[-1]:.3f} in {steps[-1]} steps"
             lines[summary.first.phase_id] = [step / steps[-1] for step in steps], losses, tip
@@ -251,7 +251,7 @@ def _dev_curves(summaries: Sequence[Summary], place: int, looks: "_Looks") -> st
     """Dev accuracy over the seconds of training, where it was evaluated meanwhile."""
     lines = {}
     for summary in summaries:
-        if curve := summary.passed[-1].dev_curve:
+        if curve := summary.measured[-1].dev_curve:
             steps, seconds, reached = zip(*curve, strict=True)
             tip = f"dev accuracy {100 * reached[-1]:.1f}% after {render_duration(seconds[-1])} and {steps[-1]} steps"
             lines[summary.first.phase_id] = seconds, [100 * share for share in reached], tip
@@ -417,7 +417,7 @@ def _text(name: str) -> str:
 
 def _facts(records: Sequence[Record]) -> str:
     facts: dict[str, dict[str, None]] = {}
-    for one in [record for record in records if record.outcome == "passed"] or records[:1]:
+    for one in [record for record in records if record.measured] or records[:1]:
         dirty = one.commit.get("dirty")
         changed = "yes" if dirty is True else "no" if dirty is False else None
         for name, value in {**one.machine, **one.versions, "commit": one.commit.get("id"), "uncommitted changes": changed}.items():

@@ -268,6 +268,11 @@ class Record:
         return case_name(self.phase_id, self.scale, self.seed)
 
     @property
+    def measured(self) -> bool:
+        """Whether it has figures: of a case that passed, or one that its test then found wanting."""
+        return self.outcome == "passed" or None not in _read_measured(self)
+
+    @property
     def interrupted(self) -> bool:
         """Whether somebody ended the session meanwhile, which tells nothing of the phase."""
         return self.outcome == "failed" and (self.error or "").partition(":")[0] in ("KeyboardInterrupt", "Exit")

@@ -20,7 +20,7 @@ Cell = tuple[float | None, str]
 """What a table sorts by, and what it shows."""
 
 Column = Callable[[Summary, Collection[str]], Cell]
-"""Its cell for a phase of which a seed passed; the names are those of the phases on the front."""
+"""Its cell for a phase of which a seed was measured; the names are those of the phases on the front."""
 
 QUALITY: Mapping[str, Column] = {
     "dev acc % [95%]": lambda phase, _: (phase.mean("dev.accuracy"), render_accuracy(phase, "dev")),
@@ -209,8 +209,8 @@ def render_history(traced: Mapping[str, Sequence[Point]], metric: Metric) -> str
         "level: marks where a phase newly fails, or differs by more than noise, in accuracy and f1 from the commit marked before, "
         "in all else from every commit since; other branches are left out, and so are dirty and unknown ones beside any other\n"
         "marks: dirty, with uncommitted changes; perhaps dirty, git did not say; unknown to git here; failed, the last run of a "
-        "seed failed; other ..., not compared; other seed set, compared over the seeds of both, if there are any; no predictions "
-        "for a seed, which is left out"
+        "seed failed; other ..., not compared; other seed set, compared over the seeds of both, if there are any; mixed ..., of "
+        "which the value is that of the latest; no predictions for a seed, which is left out"
     )
     return "\n\n".join(blocks)
 
@@ -230,16 +230,18 @@ def printable(text: str) -> str:
 
 
 def render_name(summary: Summary) -> str:
-    """The phase's id, how many seeds its figures are means of, and how many there were if some failed."""
-    name, passed, seeds = summary.first.phase_id, len(summary.passed), len(summary.records)
-    if passed < seeds and seeds > 1:
-        return f"{name}, {passed} of {seeds} seeds"
-    return f"{name} ×{passed}" if passed > 1 and summary.trains else name
+    """The phase's id, how many seeds its figures are means of, and how many failed."""
+    name, seeds = summary.first.phase_id, len(summary.measured)
+    if seeds > 1 and summary.trains:
+        name += f" ×{seeds}"
+    if not summary.failed or not seeds:
+        return name
+    return f"{name}, {len(summary.failed)} failed" if len(summary.records) > 1 else f"{name}, failed"
 
 
 def render_cells(summary: Summary, columns: Mapping[str, Column], front: Collection[str]) -> list[Cell]:
-    """A phase's cell in each column; the first says so, and the others are empty, if all its seeds failed."""
-    if not summary.passed:
+    """A phase's cell in each column; the first says so, and the others are empty, if all its seeds failed without figures."""
+    if not summary.measured:
         return [(None, "failed"), *[(None, "")] * (len(columns) - 1)]
     return [column(summary, front) for column in columns.values()]
 
@@ -253,7 +255,7 @@ def render_teachers(summaries: Sequence[Summary]) -> list[str]:
     """A line for each phase that needs a teacher, whose cost is not among the phase's own."""
     lines = []
     teachers: dict[tuple[str, float, float], set[str]] = {}
-    for phase, cost in ((record.phase, record.teacher_cost) for summary in summaries for record in summary.passed):
+    for phase, cost in ((record.phase, record.teacher_cost) for summary in summaries for record in summary.measured):
         if cost:
             teachers.setdefault((phase, cost.training_seconds, cost.logit_seconds), set()).add(cost.cache)
     for (phase, training, logits), uses in sorted(teachers.items()):
@@ -269,26 +271,26 @@ def render_warnings(summaries: Sequence[Summary]) -> list[str]:
     lines = [f"warning: different {what} in one table, {which[what]} cannot be compared; no front" for what in differing(summaries)]
     commits: dict[str, list[str]] = {}
     for summary in summaries:
-        for commit in dict.fromkeys(_commit(record) for record in summary.passed):
+        for commit in dict.fromkeys(_commit(record) for record in summary.measured):
             commits.setdefault(commit, []).append(summary.first.phase_id)
     if len(commits) > 1:
         places = "; ".join(f"{', '.join(phases)} at {commit}" for commit, phases in commits.items())
         lines.append(f"warning: phases in this table were measured at several commits: {places}")
-    waited = [record for summary in summaries for record in summary.passed if record.waited]
+    waited = [record for summary in summaries for record in summary.measured if record.waited]
     if waited:
         cases = []
         for summary in summaries:
-            seeds = [record.seed for record in summary.passed if record.waited]
-            of = f" seed {' and '.join(map(str, seeds))}" if len(seeds) < len(summary.passed) else ""
+            seeds = [record.seed for record in summary.measured if record.waited]
+            of = f" seed {' and '.join(map(str, seeds))}" if len(seeds) < len(summary.measured) else ""
             cases += [f"{summary.first.phase_id}{of}"] if seeds else []
         most = max(record.processor_wait_fraction or 0 for record in waited)
         much = f"{100 * most:.0f}%" if len(waited) == 1 else f"up to {100 * most:.0f}%"
         lines.append(
             f"warning: {', '.join(cases)} waited for a processor {much} of the time, as when other work runs; its times say little"
         )
-    if any(record.peak_memory_scope == PEAK_SINCE_START for summary in summaries for record in summary.passed):
+    if any(record.peak_memory_scope == PEAK_SINCE_START for summary in summaries for record in summary.measured):
         lines.append("peak is of the process since its start: where an earlier case's was higher, this system does not tell")
-    for record in [record for summary in summaries for record in summary.passed][:1]:
+    for record in [record for summary in summaries for record in summary.measured][:1]:
         if "held out of train" in str(record.data.get("label_protocol")):
             lines.append("test is held out of train, as the data have no labelled test split")
         overlaps = {name: record.data.get(f"{name}_sentences_in_train", 0) for name in ("dev", "test")}
@@ -408,7 +410,7 @@ def _reaching(accuracy: float) -> dict[str, Column]:
 
 def _reached(summary: Summary, accuracy: float, part: int, render: Callable[[float], str]) -> Cell:
     """The mean over the seeds that were evaluated while they trained, if all of those saw it."""
-    evaluated = [record for record in summary.passed if record.dev_curve]
+    evaluated = [record for record in summary.measured if record.dev_curve]
     reached = [found[part] for record in evaluated if (found := record.reaching(accuracy))]
     if not evaluated:
         return None, "not measured"
@@ -418,19 +420,19 @@ def _reached(summary: Summary, accuracy: float, part: int, render: Callable[[flo
 
 
 def _excess(summary: Summary) -> float | None:
-    accuracy, majority = summary.mean("dev.accuracy"), summary.passed[0].majority_accuracy
+    accuracy, majority = summary.mean("dev.accuracy"), summary.measured[0].majority_accuracy
     return None if accuracy is None or majority is None else accuracy - majority
 
 
 def _counts(summary: Summary) -> ParameterCounts:
-    counts = summary.passed[0].parameter_counts
+    counts = summary.measured[0].parameter_counts
     assert counts is not None
     return counts
 
 
 def _texts_per_second(summary: Summary) -> float | None:
     """Speed of evaluation, which fills batches."""
-    one, seconds = summary.passed[0], summary.mean("evaluation_seconds")
+    one, seconds = summary.measured[0], summary.mean("evaluation_seconds")
     return sum(split.n for split in (one.dev, one.test) if split) / seconds if seconds else None
 
 
@@ -440,15 +442,17 @@ def _cell(value: float | None, render: Callable[[float], str]) -> Cell:
 
 def _notes(summaries: Sequence[Summary]) -> list[str]:
     records = [record for summary in summaries for record in summary.records]
-    passed = [record for record in records if record.outcome == "passed"]
+    measured = [record for record in records if record.measured]
     scale = f"scale {records[0].scale}"
-    lines = [f"{scale}: {data}" for data in dict.fromkeys(map(render_data, passed))] or [f"{scale}: nothing passed"]
-    if passed:
+    lines = [f"{scale}: {data}" for data in dict.fromkeys(map(render_data, measured))] or [f"{scale}: nothing was measured"]
+    if measured:
         lines += LEGEND
         lines += render_warnings(summaries)
     lines += render_teachers(summaries)
-    if any(len(summary.passed) > 1 and summary.trains for summary in summaries):
-        lines.append("×N, N of M seeds: figures are means over N seeds; ±: their standard deviation")
+    if any(len(summary.measured) > 1 and summary.trains for summary in summaries):
+        lines.append("×N: figures are means over N seeds; ±: their standard deviation")
+    if any(summary.failed and summary.measured for summary in summaries):
+        lines.append("failed: what a test that failed has measured counts, but a phase with a failed seed is not on the front")
     return lines + render_failures(records)
 
 

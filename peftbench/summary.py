@@ -40,33 +40,38 @@ class Summary:
         return self.records[0]
 
     @property
-    def passed(self) -> list[Record]:
-        """Those that measured something."""
-        return [record for record in self.records if record.outcome == "passed"]
+    def measured(self) -> list[Record]:
+        """Those with figures, whatever their tests made of them: a mean without those that a test found wanting would flatter."""
+        return [record for record in self.records if record.measured]
+
+    @property
+    def failed(self) -> list[Record]:
+        """Those whose tests failed, with or without figures."""
+        return [record for record in self.records if record.outcome == "failed"]
 
     @property
     def trains(self) -> bool:
         """Whether a seed changes anything: a phase that trains nothing evaluates one and the same model for all of them."""
-        return any(record.optimizer_steps != 0 for record in self.passed)
+        return any(record.optimizer_steps != 0 for record in self.measured)
 
     def mean(self, figure: str) -> float | None:
-        """Mean over the passed seeds; None where there is no value."""
+        """Mean over the measured seeds; None where there is no value."""
         values = self.values(figure)
         return statistics.fmean(values) if values else None
 
     def deviation(self, figure: str) -> float | None:
-        """Sample standard deviation over the passed seeds; None for fewer than two."""
+        """Sample standard deviation over the measured seeds; None for fewer than two."""
         values = self.values(figure)
         return statistics.stdev(values) if len(values) > 1 else None
 
     def values(self, figure: str) -> list[float]:
         """The single values, by seed."""
-        return [float(value) for record in self.passed if (value := record.look_up(figure)) is not None]
+        return [float(value) for record in self.measured if (value := record.look_up(figure)) is not None]
 
     def interval(self, split: Literal["dev", "test"]) -> tuple[float, float] | None:
         """The 95% interval of accuracy on one split: of one model the record's own, else over seeds and examples."""
-        quality: SplitMetrics | None = self.passed[-1].look_up(split)
-        if quality is not None and (len(self.passed) == 1 or not self.trains):
+        quality: SplitMetrics | None = self.measured[-1].look_up(split)
+        if quality is not None and (len(self.measured) == 1 or not self.trains):
             return quality.accuracy_ci95
         return self.accuracy_ci95(split)
 
@@ -77,7 +82,7 @@ class Summary:
 
         None where no predictions were recorded. Two seeds leave it wide, as they tell little about how far seeds vary.
         """
-        seeds = [record.labels(splits) for record in (self.passed if self.trains else self.passed[-1:])]
+        seeds = [record.labels(splits) for record in (self.measured if self.trains else self.measured[-1:])]
         if not seeds or not all(n for n, _, _ in seeds) or len({n for n, _, _ in seeds}) > 1:
             return None
         n, wrong = seeds[0][0], [gold ^ predicted for _, gold, predicted in seeds]
@@ -113,23 +118,22 @@ def by_scale(records: Iterable[Record]) -> dict[str, list[Summary]]:
 
 def phase_report(summary: Summary) -> dict[str, Any]:
     """
-    A phase's latest result, of which a seed passed: the record's keys, with means where several did.
+    A phase's latest result, of which a seed passed: the record's keys, with means where several seeds were measured.
 
-    ``seeds`` lists them, ``failed_seeds`` the others, and ``records`` says where the record of each of both is; ``spread`` holds
-    mean, standard deviation (null for one seed) and the single values of each figure. The interval of a mean accuracy is that over
-    seeds and examples.
+    ``seeds`` lists these, ``failed_seeds`` those whose tests failed, and ``records`` says where the record of each is; ``spread``
+    holds mean, standard deviation (null for one seed) and the single values of each figure. The interval of a mean accuracy is that
+    over seeds and examples.
     """
-    passed = summary.passed
-    report = passed[-1].to_json()
-    report["seeds"] = [record.seed for record in passed]
-    report["failed_seeds"] = [record.seed for record in summary.records if record.outcome == "failed"]
+    report = next(record for record in reversed(summary.records) if record.outcome == "passed").to_json()
+    report["seeds"] = [record.seed for record in summary.measured]
+    report["failed_seeds"] = [record.seed for record in summary.failed]
     report["records"] = [{"run_id": record.run_id, "case": record.case} for record in summary.records]
     report["spread"] = {
         figure: {"mean": summary.mean(figure), "sd": summary.deviation(figure), "values": values}
         for figure in FIGURES
         if (values := summary.values(figure))
     }
-    if len(passed) > 1:
+    if len(summary.measured) > 1:
         for figure, spread in report["spread"].items():
             *path, last = figure.split(".")
             place = report[path[0]] if path else report
@@ -143,11 +147,11 @@ def phase_report(summary: Summary) -> dict[str, Any]:
 
 
 def differing(summaries: Iterable[Summary]) -> list[str]:
-    """Name the facts, ``data`` or ``machines``, in which the records that passed differ, so that they cannot be compared."""
-    passed = [record for summary in summaries for record in summary.passed]
+    """Name the facts, ``data`` or ``machines``, in which the records with figures differ, so that they cannot be compared."""
+    measured = [record for summary in summaries for record in summary.measured]
     facts = {
-        "data": {str(record.data.get("fingerprint")) for record in passed},
-        "machines": {str(record.machine.get("id")) for record in passed},
+        "data": {str(record.data.get("fingerprint")) for record in measured},
+        "machines": {str(record.machine.get("id")) for record in measured},
     }
     return [name for name, values in facts.items() if len(values) > 1]
 
@@ -157,14 +161,14 @@ def pareto_front(summaries: Sequence[Summary]) -> set[str]:
     Ids of the trained phases that no other beats on dev accuracy, trainable parameters and training time at once.
 
     Left out are a phase that trains nothing, which would be on every front for free, one whose interval of accuracy reaches down to
-    the majority class, and one of which a seed failed: the mean of those that did not is no figure of it. Of several machines or
+    the majority class, and one of which a seed failed. Of several machines or
     data there is no front.
     """
     if differing(summaries):
         return set()
     points = {}
     for summary in summaries:
-        if len(summary.passed) < len(summary.records):
+        if summary.failed:
             continue
         accuracy, seconds = summary.mean("dev.accuracy") or 0.0, summary.mean("train_runtime_seconds") or 0.0
         one = summary.first

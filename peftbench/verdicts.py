@@ -37,8 +37,8 @@ class Point:
 
     Attributes:
         commit: Its id, or the run's id where a record has no commit.
-        value: Mean over the records that passed; None where none did.
-        passed: How many records that is.
+        value: Mean over the records with figures; None where there is none.
+        passed: How many records passed.
         marks: ``dirty``, ``unknown`` to git, ``failed``, ``other machine`` or whatever else cannot be compared with before.
         shift: Better or worse than the level before it; None where no shift is shown.
     """

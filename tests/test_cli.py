@@ -150,7 +150,7 @@ def test_plan_has_a_row_for_each_phase_and_the_teachers_tuning(tmp_path, capsys,
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "--phases must be a Python file"),
+        (None, "name the Python file that has your list PHASES with --phases FILE"),
         ("PHASES = []", "must have a list PHASES"),
         ("PHASES = ['B']", "must have a list PHASES"),
     ],

@@ -7,6 +7,7 @@ import pytest
 from samples import failed, passed, predictions
 
 from peftbench.compare import compare, compare_phases, estimate_runs, set_up_changes
+from peftbench.gates import Gate, judge
 from peftbench.metrics import METRICS
 from peftbench.records import TeacherCost
 from peftbench.sample import Sample
@@ -242,10 +243,43 @@ def test_faster_is_better_whichever_way_it_is_measured():
     ],
 )
 def test_outcomes(base, head, verdict, why):
-    """One row, and no metric, for a phase that did not pass on both sides."""
+    """One row, and no metric, for a phase that has no figures on one of the sides."""
     [row] = compare(base, head)
     assert ("B-lora", "outcome", verdict) == (row.phase, row.metric, row.verdict)
     assert row.reason.startswith(why)
+
+
+def test_what_a_failed_test_has_measured_is_compared():
+    """Beside the outcome, so that a gate says how much was lost; not where another seed has no figures, as after a crash."""
+    wanting = passed(wrong=LOST, outcome="failed", error="AssertionError: too low")
+    rows = {row.metric: row for row in compare([passed()], [wanting])}
+    assert ("newly failing", 1.0, 0.0) == (rows["outcome"].verdict, rows["outcome"].base, rows["outcome"].head)
+    assert ("worse", pytest.approx(-len(LOST) / 1800)) == (rows["accuracy"].verdict, rows["accuracy"].difference)
+    [*lines] = judge([*rows.values()], [Gate.from_text("accuracy:1pt")]).lines
+    assert ["B-lora: newly failing: AssertionError: too low", "B-lora: accuracy is worse by more than 1pt"] == [
+        line.partition(" (p")[0] for line in lines
+    ]
+    [row] = compare([passed(), passed(seed=43)], [wanting, failed(seed=43)])
+    assert ("outcome", "newly failing") == (row.metric, row.verdict)
+
+
+def test_times_of_single_runs_beside_other_work_show_nothing():
+    """The tolerance is for a machine that is left alone; several runs show by their own spread how much they vary."""
+    sides = [[passed(seconds=seconds, processor_wait_fraction=0.5)] for seconds in (60.0, 200.0)]
+    row = row_of(*sides, "train_runtime_seconds")
+    assert ("no difference shown", 140.0, None) == (row.verdict, row.difference, row.ci95)
+    assert "one run a side, while other work ran" == row.reason
+    notes = judge([row], [Gate.from_text("train_runtime_seconds:20%")])
+    assert (0, "train_runtime_seconds:20%: B-lora is 2:20 min worse, which is not shown to be a difference") == (
+        notes.status,
+        notes.lines[0].partition(" (")[0],
+    )
+    assert "worse" == row_of([passed(seconds=60.0)], [passed(seconds=200.0)], "train_runtime_seconds").verdict
+    several = [
+        [passed(seconds=seconds + i, run=f"2026010{i}T000000Z-aaaaaa", processor_wait_fraction=0.5) for i in range(1, 6)]
+        for seconds in (60.0, 200.0)
+    ]
+    assert "worse" == row_of(*several, "train_runtime_seconds").verdict
 
 
 def test_a_phase_beside_another():
@@ -370,7 +404,25 @@ def test_of_several_machines_the_one_on_both_sides_counts():
     left = "; 1 of the base's 2 records left out: other machine; 1 of the head's 2 records left out: other machine"
     assert ("no difference shown", f"one run a side, tolerance 25%{left}") == (row.verdict, row.reason)
     row = row_of(base, [passed(machine={"id": "m3"})], "train_runtime_seconds")
-    assert ("not comparable", "other machine: m1, m2 and m3") == (row.verdict, row.reason)
+    assert ("not comparable", "other machine: m1 and m3; 1 of the base's 2 records left out: other machine") == (
+        row.verdict,
+        row.reason,
+    )
+
+
+def test_what_is_the_same_on_both_sides_is_no_reason():
+    """Of runs on several data those on the head's remain, and what is left is said alone, in words where the records have them."""
+    machine = {"id": "m1", "processor": "x", "threads": 2}
+    base = [
+        passed(run="20260101T000000Z-aaaaaa", machine=machine),
+        passed(run="20260102T000000Z-aaaaaa", machine=machine, data={"fingerprint": "e" * 64, "source": "others"}),
+    ]
+    head = passed(run="20260103T000000Z-aaaaaa", machine={**machine, "id": "m2", "workers": 2})
+    row = row_of(base, [head], "train_runtime_seconds")
+    assert ("not comparable", 60.0) == (row.verdict, row.base)
+    assert row.reason.startswith("other machine: workers 1 and 2; 1 of the base's 2 records left out: other data")
+    row = row_of(base[1:], [passed()], "accuracy")
+    assert "other data: others (eeeeee) and samples (dddddd)" == row.reason
 
 
 def test_of_different_seed_sets_the_seeds_on_both_sides_count():

@@ -189,11 +189,29 @@ def test_a_commit_at_which_seeds_newly_fail_shifts_the_level():
     assert [None, None, "worse"] == [point.shift for point in points]
 
 
-def test_a_commit_that_failed_last_has_the_value_of_what_passed():
-    """A failed record's own figures are in no value."""
+def test_what_a_failed_test_has_measured_is_in_the_value():
+    """The count is of those that passed."""
     low = dataclasses.replace(at("a" * 40, 2, wrong=LOST), outcome="failed", error="AssertionError")
     [point] = points_of([at("a" * 40, 1), low], "accuracy", COMMITS)
-    assert (1.0, 1, ["failed"]) == (point.value, point.passed, point.marks)
+    assert (0.975, 1, ["failed"]) == (point.value, point.passed, point.marks)
+
+
+def test_a_commit_with_several_data_has_the_value_of_the_latest():
+    """A mean over both would be of neither."""
+    other = {"fingerprint": "e" * 64, "source": "others"}
+    [point] = points_of([at("a" * 40, 1), at("a" * 40, 2, seconds=30.0, data=other)], "train_runtime_seconds", COMMITS)
+    assert (30.0, 2, ["mixed data"]) == (point.value, point.passed, point.marks)
+    [point] = points_of([at("a" * 40, 1), at("a" * 40, 2, seconds=30.0)], "train_runtime_seconds", COMMITS)
+    assert (45.0, []) == (point.value, point.marks)
+
+
+def test_times_of_single_runs_beside_other_work_shift_no_level():
+    """One run tells nothing of how much that work takes."""
+    for waits, shifts in ((0.5, [None, None]), (0.0, [None, "worse"])):
+        runs = [
+            at(letter * 40, day, seconds=s, processor_wait_fraction=waits) for letter, day, s in (("a", 1, 60.0), ("b", 2, 200.0))
+        ]
+        assert shifts == [point.shift for point in points_of(runs, "train_runtime_seconds", COMMITS)]
 
 
 def test_what_was_interrupted_is_as_if_it_had_not_begun():

@@ -128,7 +128,7 @@ def test_each_cell_stands_under_its_heading(open_page):
 def test_failed_seeds_are_not_hidden(open_page):
     """The name's cell counts them, and a line says why."""
     page, _, _ = open_page(page_of([passed(seed=42), passed(seed=43), failed(seed=44)]))
-    assert ["B-lora, 2 of 3 seeds"] == column(page.locator("table").first, 1)
+    assert ["B-lora ×2, 1 failed"] == column(page.locator("table").first, 1)
     assert page.get_by_text("B-lora seed 44 failed: RuntimeError: no").is_visible()
 
 

@@ -272,9 +272,22 @@ def test_time_to_an_accuracy_is_that_of_the_seeds_that_were_evaluated():
 def test_failed_seeds_are_counted_beside_the_name(table):
     """In every format: a mean over two of three seeds is not one over all."""
     failed = dataclasses.replace(FAILED, phase="B", name="lora", seed=44)
-    assert "B-lora, 2 of 3 seeds " in render_results([at(42, 0.84), at(43, 0.85), failed], table=table)
-    assert "B-lora, 1 of 2 seeds " in render_results([at(42, 0.84), failed], table=table)
-    assert "B-lora, 0 of 2 seeds " in render_results([dataclasses.replace(failed, seed=43), failed], table=table)
+    assert "B-lora ×2, 1 failed " in render_results([at(42, 0.84), at(43, 0.85), failed], table=table)
+    assert "B-lora, 1 failed " in render_results([at(42, 0.84), failed], table=table)
+    assert "B-lora " in render_results([dataclasses.replace(failed, seed=43), failed], table=table)
+
+
+@pytest.mark.parametrize("seeds", [[], [at(42, 0.84), at(43, 0.86)]], ids=["alone", "beside two that passed"])
+def test_what_a_failed_test_has_measured_is_shown(seeds):
+    """A mean without it would flatter, and whoever reads of a failure wants to see how bad it is; only the front is without it."""
+    wanting = dataclasses.replace(at(44, 0.70), outcome="failed", error="AssertionError: 0.70 is too low")
+    text = render_summary([*seeds, wanting])
+    name, mean = ("B-lora ×3, 1 failed", "80.0") if seeds else ("B-lora, failed", "70.0")
+    row = cells(text, name)
+    assert row["dev acc % [95%]"].startswith(mean)
+    assert ("", "4:02 min") == (row["front"], row["train"])
+    assert "B-lora seed 44 failed: AssertionError: 0.70 is too low" in text.splitlines()
+    assert "failed: what a test that failed has measured counts, but a phase with a failed seed is not on the front" in text
 
 
 def test_a_failed_phase_has_a_row_and_a_line_that_says_why():

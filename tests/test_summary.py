@@ -115,10 +115,21 @@ def test_an_accuracy_of_zero_counts():
     assert pytest.approx(0.45) == Summary([passed(accuracy=0.9), passed(seed=43, accuracy=0.0)]).mean("dev.accuracy")
 
 
-def test_failed_seeds_are_left_out_of_the_mean():
-    """They measured nothing; the summary still lists them."""
+def test_failed_seeds_without_figures_are_left_out_of_the_mean():
+    """The summary still lists them."""
     summary = Summary([passed(accuracy=0.9), failed(seed=43)])
-    assert (2, 1, 0.9) == (len(summary.records), len(summary.passed), summary.mean("dev.accuracy"))
+    assert (2, 1, 0.9) == (len(summary.records), len(summary.measured), summary.mean("dev.accuracy"))
+
+
+def test_a_seed_whose_test_found_it_wanting_is_in_the_mean():
+    """Without it, the mean would leave out a figure because it is low."""
+    low = dataclasses.replace(passed(accuracy=0.7, seed=43), outcome="failed", error="AssertionError")
+    summary = Summary([passed(accuracy=0.9), low])
+    assert (2, 1, pytest.approx(0.8)) == (len(summary.measured), len(summary.failed), summary.mean("dev.accuracy"))
+    report = phase_report(summary)
+    assert ("passed", 42, [42, 43], [43]) == (report["outcome"], report["seed"], report["seeds"], report["failed_seeds"])
+    assert pytest.approx(0.8) == report["dev"]["accuracy"]
+    assert set() == pareto_front([summary])
 
 
 def test_a_phase_of_which_all_seeds_failed_has_no_means():

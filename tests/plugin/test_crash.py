@@ -78,9 +78,9 @@ def test_a_seed_that_was_interrupted_is_in_the_report(pytester, data_folder):
     """)
     done = run(pytester, data_folder, "--peft-seeds", "7,8,9")
     assert pytest.ExitCode.INTERRUPTED == done.returncode
-    assert "S-small, 1 of 2 seeds" in done.stdout
+    assert "S-small ×2, 1 failed" in done.stdout
     report = json.loads((pytester.path / "outputs/tiny/reports/phase_s_metrics.json").read_text())
-    assert ([7], [8]) == (report["seeds"], report["failed_seeds"])
+    assert ([7, 8], [8]) == (report["seeds"], report["failed_seeds"])
 
 
 def test_a_terminal_shows_progress(pytester, data_folder):
