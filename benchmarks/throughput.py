@@ -95,10 +95,6 @@ class Contest:
         seed_everything(SEED)
         return load_classifier(self.bench.weights(self.bench.scale.backbone)).to(self.device.name).eval()
 
-    def load(self) -> tuple[nn.Module, list[dict[str, Any]]]:
-        seed_everything(SEED)
-        return prepare(load_classifier(self.weights), self.phase)
-
     def run(self) -> dict[str, float]:
         """Train once: seconds of the loop, optimizer updates, peak memory."""
         self.device.release_memory()
@@ -108,11 +104,9 @@ class Contest:
         return {"seconds": seconds, "updates": updates, "peak_memory_bytes": memory.read_bytes()}
 
     def _run_peftbench(self) -> tuple[float, int]:
-        model, groups = self.load()
-        model, packed = self.bench.place(model)
-        run = self.bench.train(
-            self.phase, model, groups, self.encoded, teacher=self.teacher_logits, packed=packed, seed=SEED, what="round"
-        )
+        seed_everything(SEED)
+        trainee = self.bench.ready(self.weights, self.phase)
+        run = self.bench.train(self.phase, trainee, self.encoded, teacher=self.teacher_logits, seed=SEED, what="round")
         return run.runtime_seconds, run.steps
 
     def _run_trainer(self) -> tuple[float, int]:
@@ -132,7 +126,8 @@ class Contest:
                     row["teacher_logits"] = logits
             else:
                 live = self.load_teacher()
-        model, _ = self.load()
+        seed_everything(SEED)
+        model, _ = prepare(load_classifier(self.weights), self.phase)
         clock = _LoopClock(self.device)
         with tempfile.TemporaryDirectory() as scratch:
             arguments = TrainingArguments(

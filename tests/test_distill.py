@@ -329,4 +329,4 @@ def test_every_module_that_decides_what_a_teacher_says_is_in_the_version_of_the_
             names = [f"peftbench.{alias.name}" for alias in node.names]  # as in: from peftbench import kernels
             modules += names if node.module == "peftbench" else [node.module or ""]
         ahead |= {module.removeprefix("peftbench.") for module in modules if module.startswith("peftbench.")} - reached
-    assert set(distill._MODULES) == reached - IN_THE_KEY - MEASURING
+    assert set(distill.TEACHER_MODULES) == reached - IN_THE_KEY - MEASURING

@@ -17,9 +17,9 @@ from peftbench.measure import (
     PeakMemory,
     ProcessorWait,
     Stopwatch,
-    _model,
     describe_machine,
     describe_versions,
+    processor_model,
     usable_processors,
 )
 from peftbench.sealed import fingerprint
@@ -211,10 +211,10 @@ def test_a_containers_share_limits_the_processors(tmp_path, monkeypatch, group, 
 def test_processors_without_a_name_are_told_apart_by_their_numbers():
     """As Linux on Arm has them: Neoverse N1 and V2, which a cloud calls by neither name."""
     n1, v2 = (f"processor\t: 0\nCPU implementer\t: 0x41\nCPU variant\t: 0x0\nCPU part\t: {part}\n" for part in ("0xd0c", "0xd4f"))
-    assert "implementer 0x41, variant 0x0, part 0xd0c" == _model(n1 * 2)
-    assert _model(n1) != _model(v2)
-    assert "AMD EPYC 7" == _model("processor\t: 0\nmodel name\t: AMD EPYC 7\ncpu MHz\t: 1\nmodel name\t: AMD EPYC 7\n")
-    assert "" == _model("")
+    assert "implementer 0x41, variant 0x0, part 0xd0c" == processor_model(n1 * 2)
+    assert processor_model(n1) != processor_model(v2)
+    assert "AMD EPYC 7" == processor_model("processor\t: 0\nmodel name\t: AMD EPYC 7\ncpu MHz\t: 1\nmodel name\t: AMD EPYC 7\n")
+    assert "" == processor_model("")
 
 
 def test_a_peak_of_before_is_not_taken_for_the_cases(tmp_path):
