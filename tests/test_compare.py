@@ -469,3 +469,62 @@ def test_a_teacher_that_was_tuned_otherwise_is_said():
     )
     assert ["C2-kd: config.teacher.epochs 1 → 3"] == set_up_changes([one], [three])
     assert [] == set_up_changes([old], [three])
+
+
+def test_a_loss_of_less_than_one_unit_is_a_loss():
+    """Half a second more, of one: in whichever unit, its sign decides."""
+    assert "worse" == row_of([passed(evaluation_seconds=1.0)], [passed(evaluation_seconds=1.5)], "evaluation_seconds").verdict
+
+
+def test_a_certain_difference_may_be_too_small_to_matter():
+    """Three runs a side show 50 ms of evaluation; below a tenth of a second that is no difference, and the reason says why."""
+    sides = [[passed(run=f"{day}", evaluation_seconds=s + day / 1e4) for day in (1, 2, 3)] for s in (0.2, 0.25)]
+    row = row_of(*sides, "evaluation_seconds")
+    assert ("no difference shown", True) == (row.verdict, row.reason.endswith(", but too small to matter"))
+
+
+@pytest.mark.parametrize(
+    ("metric", "tolerance"),
+    [("samples_per_second", 0.25), ("evaluation_seconds", 0.25), ("latency_ms", 0.5), ("peak_memory_bytes", 0.1)],
+)
+def test_each_metric_has_its_tolerance(metric, tolerance):
+    """A hundredth less is no difference, a hundredth more is one."""
+    for share, shown in ((tolerance - 0.01, False), (tolerance + 0.01, True)):
+        row = row_of([passed(**{metric: 2**30})], [passed(**{metric: round((1 + share) * 2**30)})], metric)
+        assert shown == (row.verdict != "no difference shown"), share
+
+
+def test_a_phase_that_has_only_failed_is_fixed_whatever_the_data():
+    """It was there, and is not new."""
+    elsewhere = failed(data={"fingerprint": "e" * 64})
+    assert {("B-lora", "outcome"): "fixed"} == verdicts([elsewhere], [passed()])
+
+
+def test_a_failure_that_the_base_has_got_over_is_new():
+    """It failed there once, and passed later on the data that the head failed on."""
+    data = passed().data
+    first, again = (failed(run=f"2026010{day}T000000Z-aaaaaa", data=data) for day in (1, 3))
+    later = passed(run="20260102T000000Z-aaaaaa")
+    assert {("B-lora", "outcome"): "newly failing"} == verdicts([first, later], [again])
+
+
+def test_an_outcome_is_the_share_of_seeds_that_passed():
+    """Of the last run of each; none where a side has no record."""
+    seeds = [passed(seed=seed) for seed in (42, 43, 44)]
+    [row] = compare(seeds, [*seeds[:2], failed(seed=44)])
+    assert (1.0, pytest.approx(2 / 3)) == (row.base, row.head)
+    [row] = compare(seeds, [])
+    assert (1.0, None) == (row.base, row.head)
+
+
+def test_the_seed_of_a_phase_that_trains_nothing_leaves_out_none():
+    """It has seed 42, the other side 1 and 2: nothing is said of seeds that both have."""
+    still = passed("A-teacher", optimizer_steps=0, seed=42)
+    trained = [passed("B-lora", wrong=LOST, optimizer_steps=9, seed=seed) for seed in (1, 2)]
+    [row] = [row for row in compare_phases([still, *trained], "A", "B") if row.metric == "accuracy"]
+    assert "over the seeds of both sides" not in row.reason
+
+
+def test_the_reason_of_a_size_is_that_it_is_exact():
+    """It has no tolerance."""
+    assert "exact" == row_of([passed()], [passed(trainable=1001)], "trainable_parameters").reason

@@ -80,3 +80,28 @@ def test_pytest_benchmark_entries_are_named_as_the_cases():
     """A tiny case has that in its id, so that an exported run pairs with one that pytest-benchmark saved."""
     records = [passed(), dataclasses.replace(passed(), scale="tiny")]
     assert ["test_phase[B-lora]", "test_phase[B-lora-tiny]"] == [e["name"] for e in to_pytest_benchmark(records)["benchmarks"]]
+
+
+def test_github_action_benchmark_says_the_unit():
+    """The metric's own; of quality it is a fraction. Two seeds have a range, one has none."""
+    entries = {entry["name"]: entry for better in ("higher", "lower") for entry in to_github_action(RECORDS, better)}
+    units = {name: entries[f"B-lora-mini {name}"]["unit"] for name in ("accuracy", "train_runtime_seconds", "artifact_bytes")}
+    assert {"accuracy": "fraction", "train_runtime_seconds": "s", "artifact_bytes": "B"} == units
+    assert "± 4.243" == entries["B-lora-mini train_runtime_seconds"]["range"]
+    assert "range" not in entries["C1-full-mini train_runtime_seconds"]
+
+
+def test_a_phase_that_trains_nothing_is_exported_without_a_training_time():
+    """It has no time, and not none of it; for pytest-benchmark its only round takes 0 s."""
+    still = [passed("A-teacher", seconds=0.0, trainable=0)]
+    assert "train_runtime_seconds" not in to_bencher(still)["A-teacher-mini"]
+    assert "A-teacher-mini train_runtime_seconds" not in {entry["name"] for entry in to_github_action(still, "lower")}
+    [entry] = to_pytest_benchmark(still)["benchmarks"]
+    assert ("no training", 0.0, 1) == (entry["group"], entry["stats"]["mean"], entry["stats"]["rounds"])
+
+
+def test_one_seed_has_no_bounds_but_those_of_accuracy():
+    """Least and most of a single value would be bounds of no width, which any other value breaks."""
+    measures = to_bencher(RECORDS)["C1-full-mini"]
+    assert {"value": 60.0} == measures["train_runtime_seconds"]
+    assert {"value", "lower_value", "upper_value"} == set(measures["accuracy"])

@@ -216,3 +216,10 @@ def test_a_phase_that_is_missing_leaves_gates_open_beside_one_that_is_not():
     other = passed("C1-full", data={"fingerprint": "e" * 64})
     judgement = judge(compare([passed(), passed("C1-full")], [passed(), other]), gates)
     assert (2, "C1-full: accuracy: not comparable") == (judgement.status, judgement.lines[0][:33])
+
+
+def test_a_gate_that_breaks_hides_no_other():
+    """What is said of the others follows, in whichever order they were given."""
+    gates = [Gate.from_text(text) for text in ("accuracy:0.5pt", "artifact_bytes:0B", "f1:50%")]
+    lines = judge(compare([passed()], [passed(wrong=LOST)]), gates).lines
+    assert ["artifact_bytes:0B: kept in 1 phase", "f1:50%: kept in 1 phase"] == lines[1:]

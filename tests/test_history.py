@@ -385,3 +385,46 @@ def test_a_folder_of_reports_is_the_phases_alone(tmp_path):
     (tmp_path / "throughput.json").write_text("[]")
     side = read_side(str(tmp_path), history=None)
     assert (["B-lora"], []) == ([record.phase_id for record in side.records], list(side.problems))
+
+
+def test_a_run_is_of_its_commit_though_its_first_record_cannot_be_read(store, tmp_path):
+    """The next one says it."""
+    record = keep(store, "deadbeef" * 5)
+    store.record_path(record).with_name("A-broken.json").write_text("{")
+    side = History.from_outputs(store.outputs, tmp_path).select("deadbeef")
+    assert ([record], 1) == (list(side.records), len(side.problems))
+
+
+def test_a_bad_record_in_a_file_of_pytest_benchmark_is_a_problem(tmp_path):
+    """Beside a good one, which is used; the problem names the file, and leaves gates open."""
+    record = passed()
+    entries = [{"extra_info": {"peftbench": content}} for content in (record.to_json(), {"outcome": "passed"})]
+    path = tmp_path / "b.json"
+    path.write_text(json.dumps({"benchmarks": entries}))
+    side = read_side(str(path), lambda: None)
+    [problem] = side.problems
+    assert ([record], True) == (list(side.records), problem.startswith(str(path)))
+
+
+def test_a_folder_of_which_nothing_can_be_read_is_not_the_latest(store, tmp_path):
+    """Whatever its name, which tells no time."""
+    record = keep(store, "c1")
+    (store.runs / "scratch").mkdir()
+    (store.runs / "scratch" / "x.json").write_text("{")
+    assert [record] == list(History.from_outputs(store.outputs, tmp_path).select("latest").records)
+
+
+def test_a_run_can_be_left_out_of_the_history(store, tmp_path):
+    """As the session's own, which the latest does not mean."""
+    first, last = keep(store, "c1", day=1), keep(store, "c1", day=2)
+    history = History.from_outputs(store.outputs, tmp_path, without=last.run_id)
+    assert ([first.run_id], [first]) == (list(history.files), list(history.select("latest").records))
+
+
+def test_of_a_commit_that_has_dirty_runs_alone_all_are_counted(repository, store):
+    """As the label of clean ones does."""
+    folder, ids = repository
+    for day in (1, 2):
+        keep(store, ids[0], day=day, dirty=True)
+    label = History.from_outputs(store.outputs, folder).select(ids[0]).label
+    assert f"commit {ids[0][:12]}, with uncommitted changes, 2 runs" == label

@@ -227,3 +227,23 @@ def test_a_run_whose_changes_git_did_not_tell_makes_no_level():
     unsure = dataclasses.replace(unsure, commit={"id": "a" * 40, "dirty": None, "changes": None, "problem": "slow"})
     points = points_of([unsure, at("a" * 40, 2), at("b" * 40, 3)], "accuracy", COMMITS)
     assert [([], None), (["perhaps dirty"], None), ([], None)] == [(list(point.marks), point.shift) for point in points]
+
+
+def test_a_level_of_times_is_the_mean_of_all_its_commits():
+    """The first was lucky; a fifth that is slower than it by a third is not slower than the four by a quarter."""
+    seconds = {"a": 60, "b": 72, "c": 72, "d": 72, "e": 80}
+    records = [at(letter * 40, day, seconds=seconds[letter]) for day, letter in enumerate("abcde", start=1)]
+    assert [None] * 5 == [point.shift for point in points_of(records, "train_runtime_seconds", COMMITS)]
+
+
+def test_the_last_run_of_a_commit_counts_in_whichever_order_they_come():
+    """By the time of the run, not by its place among the files."""
+    [point] = points_of([at("a" * 40, 2, wrong=LOST), at("a" * 40, 1)], "accuracy", COMMITS)
+    assert 1 - 45 / 1800 == point.value
+
+
+def test_a_commit_that_failed_hides_no_change_of_machine():
+    """The next one is marked as if the failure had not been."""
+    broken = failed(run="20260102T000000Z-aaaaaa", commit={"id": "b" * 40, "dirty": False, "changes": None})
+    records = [at("a" * 40, 1), broken, at("c" * 40, 3, machine={"id": "m2"})]
+    assert [[], ["failed"], ["other machine"]] == [list(point.marks) for point in points_of(records, "latency_ms", COMMITS)]

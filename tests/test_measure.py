@@ -226,3 +226,10 @@ def test_a_peak_of_before_is_not_taken_for_the_cases(tmp_path):
     assert ("process resident set since its start", None) == (memory.scope, memory.read_bytes())
     (tmp_path / "status").write_text("VmHWM:\t130 kB\n")
     assert 130 * 1024 == memory.read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux counts")
+def test_the_machines_memory_is_what_the_kernel_counts():
+    """In GiB."""
+    kibibytes = int(Path("/proc/meminfo").read_text().partition("MemTotal:")[2].split()[0])
+    assert pytest.approx(kibibytes / 2**20, abs=0.06) == describe_machine(CPU, 1)["memory_gib"]

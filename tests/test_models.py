@@ -514,3 +514,12 @@ def test_a_peft_task_of_another_kind_is_refused():
     phase = Phase(id="E-x", role="student", epochs=1, peft={"peft_type": "LORA", "task_type": "CAUSAL_LM"})
     with pytest.raises(ModelError, match="E-x: peft's task_type must be SEQ_CLS or left out, got 'CAUSAL_LM'"):
         prepare(load_classifier(locate(TINY, fetch=None)), phase)
+
+
+@architectures
+def test_untrained_weights_bring_no_dropout_into_the_encoder(architecture):
+    """A phase that asks for none trains without, whatever the library's configuration has by default."""
+    weights = locate(Untrained(architecture=architecture, layers=1, hidden_size=8, attention_heads=1), fetch=None)
+    names = ("dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
+    config = load_classifier(weights).config.to_dict()
+    assert [0.0, 0.0] == [config[name] for name in names if name in config]

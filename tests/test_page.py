@@ -284,3 +284,36 @@ def test_without_matplotlib_the_message_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"pip install matplotlib"):
         page_of(study())
+
+
+def test_commits_of_all_phases_stand_in_one_order():
+    """That which the first phase lacks stands between those that it has."""
+    records = [one for one in study() if not (one.phase == "A" and one.run_id.startswith("20260102"))]
+    assert ["1111111", "2222222", "3333333"] == re.findall(r">(\d{7})</text>", page_of(records))
+
+
+def test_a_bar_spans_the_interval():
+    """It reaches as far above its mark, and below it, as the ends of the interval are from the accuracy."""
+    record = passed(wrong=range(90))
+    text = page_of([record])
+    low, high = map(float, re.search(r'"LineCollection_1">\s*<path d="M \S+ (\S+)\s+L \S+ (\S+)', text).groups())
+    [mark] = map(float, re.findall(r'id="point-0-parameters-0".*?<use [^>]*y="(\S+?)"', text, re.DOTALL))
+    lower, upper = record.dev.accuracy_ci95
+    assert pytest.approx((upper - 0.9) / (0.9 - lower), rel=1e-3) == (mark - high) / (low - mark)
+
+
+def test_all_that_was_measured_on_is_said():
+    """Every machine, version and commit of what passed; a case that failed has none of its own to tell."""
+    records = [passed(name, machine={"id": f"m{i}"}) for i, name in ((1, "B-lora"), (2, "C1-full"))]
+    records.append(failed("D-hybrid", machine={"id": "m3"}))
+    assert "<th scope='row'>id</th><td>m1; m2</td>" in page_of(records)
+
+
+def test_the_commits_of_a_history_are_named_below_it():
+    """By their first digits, and of many each second or third, so that there are at most eight."""
+    few = page_of(study())
+    assert [True] * 3 == [f">{str(day) * 7}</text>" in few for day in (1, 2, 3)]
+    ids = [f"{day:02d}" * 20 for day in range(1, 18)]
+    many = [passed(run=f"202601{i[:2]}T000000Z-aaaaaa", commit={"id": i, "dirty": False, "changes": None}) for i in ids]
+    text = page_of(many)
+    assert ids[::3] == [i for i in ids if f">{i[:7]}</text>" in text]

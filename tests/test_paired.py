@@ -251,3 +251,12 @@ def test_a_single_measurement_tells_no_interval():
     """Nor does one that is not positive."""
     assert ratio_difference([1.0], [2.0, 2.1]) is None
     assert ratio_difference([0.0, 0.0], [2.0, 2.1]) is None
+
+
+def test_the_interval_of_one_seed_by_hand():
+    """Ten of a hundred lost and four won: (14 - 6 * 6 / 100 + 2) / 100^2 is the variance, and Student's t has 99 degrees."""
+    base, head = score("accuracy", 100, 0, 0b1111), score("accuracy", 100, 0, 0b11_1111_1111_0000)
+    found = paired_difference("accuracy", [base], [head])
+    half = stats.t.ppf(0.975, 99) * 15.64**0.5 / 100
+    assert (-0.06 - half, -0.06 + half) == pytest.approx(found.ci95)
+    assert mcnemar_exact(10, 4) == found.p

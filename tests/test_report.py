@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from samples import NOTHING
 from samples import passed as measured
 
+from peftbench.metrics import METRICS
 from peftbench.records import Efficiency, ParameterCounts, Plan, Record, SplitMetrics, TeacherCost
 from peftbench.report import (
     COST,
@@ -22,6 +23,7 @@ from peftbench.report import (
     render_plans,
     render_results,
     render_summary,
+    render_value,
     short,
 )
 from peftbench.summary import summarize
@@ -481,3 +483,23 @@ def test_runs_of_a_minute_are_told_apart_where_there_are_no_commits():
     """A commit's first digits name it, a run's do not."""
     assert "c" * 12 == short("c" * 40)
     assert "20260101T102701Z-aaaaaa" == short("20260101T102701Z-aaaaaa")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("accuracy", 0.8512, "85.1%"),
+        ("train_runtime_seconds", 242.0, "4:02 min"),
+        ("samples_per_second", 97.06, "97.1 1/s"),
+        ("latency_ms", 12.94, "12.9 ms"),
+        ("peak_memory_bytes", 3 << 29, "1.5 GiB"),
+        ("trainable_parameters", 1_480_000, "1.48M"),
+        ("outcome", 1.0, "passed"),
+        ("outcome", 0.0, "failed"),
+        ("outcome", 2 / 3, "67% passed"),
+        ("latency_ms", None, "-"),
+    ],
+)
+def test_a_value_is_rendered_in_its_metrics_unit(name, value, text):
+    """Of an outcome, which is no metric, the share of seeds that passed."""
+    assert text == render_value(METRICS.get(name), value)

@@ -426,3 +426,23 @@ def test_an_interrupt_between_the_renames_keeps_what_was_there(target, monkeypat
         build(target, {"n": 2}, data="new")
     assert {"n": 1} == unseal(target)
     assert [target.name] == names(target.parent)
+
+
+def test_a_text_is_on_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    """All of it has left the process when the system is asked to write it out, and the old one is still there."""
+    path, sync, synced = tmp_path / "record.json", os.fsync, []
+
+    def seen(descriptor):
+        synced.append((os.fstat(descriptor).st_size, path.exists()))
+        sync(descriptor)
+
+    monkeypatch.setattr("os.fsync", seen)
+    write_atomically(path, "text")
+    assert [(4, False)] == synced
+
+
+def test_a_lock_that_fails_for_another_reason_blames_no_file_system(target):
+    """Something in the way, or no right to write there, is told as the system does."""
+    target.with_name(f".{target.name}.lock").mkdir(parents=True)
+    with pytest.raises(OSError), lock(target):
+        pass

@@ -136,3 +136,20 @@ def test_a_case_that_was_resumed_is_not_added(store):
     store.link(PASSED, "20260102T030405Z-abcdef")
     with pytest.raises(RecordError, match="has run already"):
         store.save(dataclasses.replace(PASSED, run_id="20260102T030405Z-abcdef"))
+
+
+@pytest.mark.parametrize("name", ["runs", "reports", "kd", "cache"])
+def test_a_folder_of_the_outputs_that_cannot_be_written_is_named(store, name):
+    """What is there is tried before hours are spent; what is not yet there is not made."""
+    store.root.mkdir(parents=True)
+    (store.root / name).write_text("in the way")
+    with pytest.raises(OSError, match=f"cannot write to the outputs folder .*{name}"):
+        store.check_writable()
+    assert [name] == [path.name for path in store.root.iterdir()]
+
+
+def test_a_record_that_could_not_be_read_again_is_not_saved(store):
+    """Such as one that passed and lacks what every passed case has; nothing is left of it."""
+    with pytest.raises(RecordError, match="record is of a case that passed, but has null for dev"):
+        store.save(dataclasses.replace(PASSED, dev=None))
+    assert [] == list(store.records())

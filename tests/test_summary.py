@@ -349,3 +349,11 @@ def test_a_phase_of_which_a_seed_failed_is_not_on_the_front():
     failed = dataclasses.replace(seeds[0], seed=44, outcome="failed", error="E: x")
     assert {"B-lora"} == pareto_front(summarize(seeds))
     assert set() == pareto_front(summarize([*seeds, failed]))
+
+
+def test_seeds_of_a_phase_that_trains_nothing_are_one_measurement():
+    """Its interval is that of one of them, however often the same model was evaluated; a phase trains if it takes a step."""
+    still = [measured("A-teacher", seed=seed, wrong=range(90), optimizer_steps=0) for seed in (42, 43, 44)]
+    assert not Summary(still).trains
+    assert wilson_interval(810, 900) == Summary(still).accuracy_ci95("dev")
+    assert Summary([dataclasses.replace(one, optimizer_steps=1) for one in still]).trains
