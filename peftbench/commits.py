@@ -10,7 +10,7 @@ from typing import Any
 from peftbench.sealed import file_sha256, fingerprint
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Commit:
     """
     A commit that git knows.

@@ -27,7 +27,7 @@ class DataError(PeftbenchError, ValueError):
     """The data cannot be used as they are; the message names the file or split and what to do."""
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Split:
     """
     Labelled sentences in a fixed order.
@@ -86,7 +86,7 @@ class Split:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Splits:
     """
     Train, dev and test of one data set.
@@ -208,7 +208,7 @@ def read_reviews(path: Path, *, dev: int = 900, test: int = 900) -> Splits:
             ids.append(row_id)
             sentences.append(text.strip())
             labels.append(int(rating > 0))
-    everything = Split("all", tuple(ids), tuple(sentences), tuple(labels))
+    everything = Split(name="all", ids=tuple(ids), sentences=tuple(sentences), labels=tuple(labels))
     splits = stratify(everything, {"dev": dev, "test": test}, rest="train")
     return Splits(
         source="movie-review snippets of vaderSentiment 3.3.2 (Hutto & Gilbert 2014)",
@@ -241,7 +241,7 @@ def stratify(everything: Split, sizes: dict[str, int], *, rest: str) -> dict[str
         splits[name] = sorted(taken)
     splits[rest] = sorted(row for rows in by_label.values() for row in rows)
     named = {name: everything.take(rows) for name, rows in splits.items()}
-    return {name: Split(name, s.ids, s.sentences, s.labels) for name, s in named.items()}
+    return {name: Split(name=name, ids=s.ids, sentences=s.sentences, labels=s.labels) for name, s in named.items()}
 
 
 def read_glue_folder(folder: Path) -> Splits:
@@ -327,12 +327,12 @@ def _label(bare: Split, labelled: Sequence[tuple[str, int]]) -> Split:
         if len(found) > 1:
             raise DataError(f"{LABELLED_TEST}: test sentence {sentence!r} occurs with both labels")
         labels += found
-    return Split("test", bare.ids, bare.sentences, tuple(labels))
+    return Split(name="test", ids=bare.ids, sentences=bare.sentences, labels=tuple(labels))
 
 
 def _split_of_table(folder: Path, stem: str, name: str) -> Split:
     rows = _read_table(folder, stem, ("idx", "sentence", "label"))
-    return Split(name, tuple(rows["idx"]), tuple(rows["sentence"]), tuple(rows["label"]))
+    return Split(name=name, ids=tuple(rows["idx"]), sentences=tuple(rows["sentence"]), labels=tuple(rows["label"]))
 
 
 def _read_table(folder: Path, stem: str, columns: Sequence[str]) -> Any:
@@ -396,7 +396,7 @@ def generate_sentences(*, train: int = 2400, dev: int = 400, test: int = 400) ->
                 first = _clause(rng)
             text = f"{first[0]} , but {text}"
         rows.setdefault(text, label)
-    everything = Split("all", tuple(range(len(rows))), tuple(rows), tuple(rows.values()))
+    everything = Split(name="all", ids=tuple(range(len(rows))), sentences=tuple(rows), labels=tuple(rows.values()))
     splits = stratify(everything, {"dev": dev, "test": test}, rest="train")
     return Splits(
         source="generated sentences",
@@ -466,4 +466,4 @@ def _parse_rows(path: Path, name: str, lines: Iterable[str]) -> Split:
         labels.append(int(label))
     if len(set(labels)) < 2:
         raise DataError(f"{path} must have rows of both labels, got {len(labels)} rows with labels {sorted(set(labels))}")
-    return Split(name, tuple(range(len(labels))), tuple(sentences), tuple(labels))
+    return Split(name=name, ids=tuple(range(len(labels))), sentences=tuple(sentences), labels=tuple(labels))

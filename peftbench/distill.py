@@ -57,7 +57,7 @@ class TeacherKey:
         return fingerprint([*facts, list(examples.ids), list(examples.sentences)])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TeacherLogits:
     """
     Logits for examples of a fixed order.
@@ -137,7 +137,7 @@ def cached_logits(
                     save_file({"logits": logits}, target / "logits.safetensors")
             values.append(load_file(folder / "logits.safetensors")["logits"])
             seconds += float(facts["seconds"])
-    return TeacherLogits(examples, torch.cat(values), seconds, hit)
+    return TeacherLogits(examples=examples, values=torch.cat(values), seconds=seconds, hit=hit)
 
 
 def publish_subset(logits: TeacherLogits, path: Path) -> Path:
@@ -192,8 +192,8 @@ def read_subset(path: Path, key: str | None = None) -> TeacherLogits:
         if key not in (None, facts.get("key")):
             raise CorruptError(f"{path} holds another teacher's logits, from a session beside this one; run the case again")
         columns = load_from_disk(path, keep_in_memory=True)[:]
-    examples = Split("train", tuple(columns["idx"]), tuple(columns["sentence"]), tuple(columns["label"]))
-    return TeacherLogits(examples, torch.tensor(columns["teacher_logits"]), seconds=0.0, hit=True)
+    examples = Split(name="train", ids=tuple(columns["idx"]), sentences=tuple(columns["sentence"]), labels=tuple(columns["label"]))
+    return TeacherLogits(examples=examples, values=torch.tensor(columns["teacher_logits"]), seconds=0.0, hit=True)
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:

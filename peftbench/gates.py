@@ -27,7 +27,7 @@ A fraction needs its points said, as 0.5 may be half a point or fifty.
 """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Gate:
     """
     A metric must not be worse by more than the limit.
@@ -62,7 +62,7 @@ class Gate:
         if found is None or number is None or not math.isfinite(number) or (not metric.unit and number > 1):
             written = ", ".join(f"5{unit}" for unit in units)
             raise ValueError(f"{option} {name}: the limit must be written as {written} (of the base); got {text!r}")
-        return cls(metric, number, found["unit"] == "%", limit)
+        return cls(metric=metric, limit=number, relative=found["unit"] == "%", written=limit)
 
     def breaks(self, row: Row, *, strict: bool) -> bool:
         """Whether a row of this metric is worse by more than the limit and, unless strict, by more than noise."""
@@ -95,7 +95,7 @@ class Gate:
         return render_difference(self.metric, difference).removeprefix("+")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Judgement:
     """
     What gates say about a comparison.
@@ -142,4 +142,4 @@ def judge(rows: Sequence[Row], gates: Sequence[Gate], *, strict: bool = False, d
             notes.append(f"{name}:{gate.written}: {'; '.join(dict.fromkeys(hidden))}")
         else:
             kept.append(f"{name}:{gate.written}: kept in {len(compared)} phase{'s' if len(compared) > 1 else ''}")
-    return Judgement(1 if worse else 2 if unclear else 0, [*worse, *unclear, *notes, *(() if doubts else kept)])
+    return Judgement(status=1 if worse else 2 if unclear else 0, lines=[*worse, *unclear, *notes, *(() if doubts else kept)])

@@ -18,7 +18,7 @@ class HistoryError(PeftbenchError, ValueError):
     """What was asked for names no records."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Side:
     """
     Some records and where they are from.
@@ -234,7 +234,7 @@ def read_file(path: Path) -> Side:
                 problems.append(f"{path}: {error}")
     if not records:
         raise HistoryError(f"{path} is pytest-benchmark's, but no entry's extra_info has a readable peftbench record")
-    return Side(f"file {path}", records, problems)
+    return Side(label=f"file {path}", records=records, problems=problems)
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -313,7 +313,7 @@ def _read(label: str, paths: Sequence[Path], where: str) -> Side:
                 problems.append(f"{path}: {error}")
     if not records:
         raise HistoryError(f"no record in {where}" + (f" can be read; the first problem: {problems[0]}" if problems else ""))
-    return Side(label, records, problems, found)
+    return Side(label=label, records=records, problems=problems, paths=found)
 
 
 def _files_behind(path: Path, content: object) -> list[Path]:

@@ -12,7 +12,7 @@ MOST_FREEDOM = 1e5
 """Degrees of freedom; with more, the limits of Student's t are the normal distribution's to four digits."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
     """
     A value and how sure it is.
@@ -48,10 +48,10 @@ def estimate(value: float, sources: Sequence[tuple[float, float]], *, p: float |
     """
     variance, freedom = pooled(sources)
     if variance <= 0:
-        return Estimate(value, (value, value), float(not value) if p is None else p)
+        return Estimate(value=value, ci95=(value, value), p=float(not value) if p is None else p)
     error = math.sqrt(variance)
     half = t_limit(freedom) * error
-    return Estimate(value, (value - half, value + half), t_p(value / error, freedom) if p is None else p)
+    return Estimate(value=value, ci95=(value - half, value + half), p=t_p(value / error, freedom) if p is None else p)
 
 
 def pooled(sources: Sequence[tuple[float, float]]) -> tuple[float, float]:

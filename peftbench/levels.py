@@ -101,7 +101,7 @@ def _in_order(
         yield key, groups[key]
 
 
-@dataclass(slots=True)
+@dataclass(kw_only=True, slots=True)
 class _Level:
     """
     What a commit is compared with, of one machine, data and whatever else must be the same.
@@ -185,7 +185,13 @@ class _Line:
         return shift, None
 
     def _begin(self, sample: Sample, values: Sequence[float]) -> _Level:
-        return _Level(sample, [*values], statistics.fmean(values) if values else 0.0, [*sample.memory_before], self._place)
+        return _Level(
+            first=sample,
+            values=[*values],
+            mean=statistics.fmean(values) if values else 0.0,
+            memory_before=[*sample.memory_before],
+            last=self._place,
+        )
 
 
 def _shift(metric: Metric, level: _Level, sample: Sample, values: Sequence[float]) -> str | None:

@@ -63,7 +63,7 @@ class ModelError(PeftbenchError, ValueError):
     """A checkpoint or an adapter configuration cannot be used as asked."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Weights:
     """
     Where a role's weights are, resolved to something that can be loaded.
@@ -90,7 +90,7 @@ def locate(source: Pretrained | Untrained, fetch: Fetch, notify: Callable[[str],
     """
     if isinstance(source, Untrained):
         facts = [source.architecture, source.layers, source.hidden_size, source.attention_heads, source.initializer_range]
-        return Weights(source, "", fingerprint([*facts, grammar_words()]))
+        return Weights(source=source, folder="", identity=fingerprint([*facts, grammar_words()]))
     commit = None
     if source.source.startswith("asset:"):
         asset = ASSETS.get(source.source.removeprefix("asset:"))
@@ -118,7 +118,7 @@ def locate(source: Pretrained | Untrained, fetch: Fetch, notify: Callable[[str],
             "save the tokenizer that the weights were trained with beside them"
         )
     content = {file.name: file_sha256(file) for file in files}
-    return Weights(source, str(folder), fingerprint([content, list(source.layers)]), commit)
+    return Weights(source=source, folder=str(folder), identity=fingerprint([content, list(source.layers)]), commit=commit)
 
 
 def load_tokenizer(weights: Weights) -> Any:

@@ -34,7 +34,7 @@ whole row is a twentieth of BERT-large's arithmetic at 300 tokens, and a third a
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Encoded:
     """
     A split as token ids.
@@ -57,7 +57,12 @@ class Encoded:
     def from_split(cls, split: Split, tokenizer: Any, *, max_length: int) -> "Encoded":
         """Tokenize without padding, truncated to ``max_length`` tokens."""
         ids = tokenizer(list(split.sentences), truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
-        return cls(split, [torch.tensor(i) for i in ids], torch.tensor(split.labels), tokenizer.pad_token_id or 0)
+        return cls(
+            split=split,
+            tokens=[torch.tensor(i) for i in ids],
+            labels=torch.tensor(split.labels),
+            padding=tokenizer.pad_token_id or 0,
+        )
 
 
 class Cells:
@@ -201,7 +206,7 @@ def _share_rows(sizes: Sequence[int], room: int) -> list[tuple[int, int, int]]:
     return places
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """
     The examples of one step, on the device.
@@ -248,7 +253,7 @@ class Row:
         tokens, sentences = self.shape
         ids, positions, sentence, starts, labels, rows = torch.split(numbers, [tokens] * 3 + [sentences] * 3)
         inputs = {"input_ids": ids[None], "position_ids": positions[None], "spans": RowSpans(sentence, starts)}
-        return Batch(rows, labels, inputs, self.text)
+        return Batch(rows=rows, labels=labels, inputs=inputs, tokens=self.text)
 
 
 def row_step_on(device: Device) -> int:
@@ -273,7 +278,9 @@ def make_batch(encoded: Encoded, rows: Sequence[int], device: str, *, packed: bo
         ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=encoded.padding)  # (B, longest)
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         inputs = {"input_ids": ids.to(device, non_blocking=True), "attention_mask": mask.to(device, non_blocking=True)}
-    return Batch(index, encoded.labels[index].to(device, non_blocking=True), inputs, sum(len(t) for t in tokens))
+    return Batch(
+        rows=index, labels=encoded.labels[index].to(device, non_blocking=True), inputs=inputs, tokens=sum(len(t) for t in tokens)
+    )
 
 
 def shuffled_rows(n: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
@@ -283,7 +290,7 @@ def shuffled_rows(n: int, size: int, generator: torch.Generator) -> Iterator[lis
         yield order[start : start + size]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batches:
     """
     The batches of a training run: each example once an epoch, in another order each time.

@@ -12,7 +12,7 @@ SHOWN = 0.05
 """Significance level; it matches the 95% intervals."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
     """
     Accuracy or F1 of predictions.
@@ -51,13 +51,20 @@ def score(name: str, n: int, gold: int, predicted: int) -> Score:
     errors = gold ^ predicted
     wrong = errors.bit_count()
     if name == "accuracy":
-        return Score(n, gold, errors, (n - wrong) / n, 1 / n, ((-1.0, errors),))
+        return Score(n=n, gold=gold, errors=errors, value=(n - wrong) / n, step=1 / n, influence=((-1.0, errors),))
     true_positives = gold & predicted
     size = 2 * true_positives.bit_count() + wrong
     if not size:
-        return Score(n, gold, errors, 0.0, 0.0, ())
+        return Score(n=n, gold=gold, errors=errors, value=0.0, step=0.0, influence=())
     value = (size - wrong) / size
-    return Score(n, gold, errors, value, 1 / size, ((2 * (1 - value) * n / size, true_positives), (-value * n / size, errors)))
+    return Score(
+        n=n,
+        gold=gold,
+        errors=errors,
+        value=value,
+        step=1 / size,
+        influence=((2 * (1 - value) * n / size, true_positives), (-value * n / size, errors)),
+    )
 
 
 @functools.lru_cache(maxsize=4096)  # a history asks for the same counts again and again
@@ -121,7 +128,7 @@ def paired_difference(name: str, base: Sequence[Score], head: Sequence[Score]) -
     low, high = found.ci95
     if exact is not None and exact >= SHOWN:
         low, high = min(low, 0.0), max(high, 0.0)
-    return Estimate(found.value, (max(-1.0, low), min(1.0, high)), found.p)
+    return Estimate(value=found.value, ci95=(max(-1.0, low), min(1.0, high)), p=found.p)
 
 
 def ratio_difference(base: Sequence[float], head: Sequence[float]) -> Estimate | None:
@@ -144,4 +151,4 @@ def ratio_difference(base: Sequence[float], head: Sequence[float]) -> Estimate |
     ratio = estimate(statistics.fmean(logs[1]) - statistics.fmean(logs[0]), sources)
     mean = statistics.fmean(base)
     difference, low, high = (mean * math.expm1(min(one, 100.0)) for one in (ratio.value, *ratio.ci95))  # beyond, it overflows
-    return Estimate(difference, (low, high), ratio.p)
+    return Estimate(value=difference, ci95=(low, high), p=ratio.p)

@@ -61,8 +61,8 @@ def encoded_of(lengths, seed=0):
     n = len(lengths)
     labels = tuple(i % 2 for i in range(n))
     tokens = [torch.randint(1, VOCABULARY, (length,), generator=generator) for length in lengths]
-    split = Split("train", tuple(range(n)), tuple(f"text {i}" for i in range(n)), labels)
-    return Encoded(split, tokens, torch.tensor(labels))
+    split = Split(name="train", ids=tuple(range(n)), sentences=tuple(f"text {i}" for i in range(n)), labels=labels)
+    return Encoded(split=split, tokens=tokens, labels=torch.tensor(labels))
 
 
 class FixedDropout(Dropout):

@@ -30,7 +30,12 @@ LABELS = st.lists(st.integers(0, 1), min_size=1, max_size=80)
 
 
 def split_of(labels, name="train"):
-    return Split(name, tuple(range(100, 100 + len(labels))), tuple(f"sentence {i}" for i in range(len(labels))), tuple(labels))
+    return Split(
+        name=name,
+        ids=tuple(range(100, 100 + len(labels))),
+        sentences=tuple(f"sentence {i}" for i in range(len(labels))),
+        labels=tuple(labels),
+    )
 
 
 def rows(count, *, what="row"):
@@ -233,7 +238,7 @@ def test_a_folder_is_read_with_its_test_file(folder):
     """Sentences, labels and row numbers as they stand; the note says that nothing was held out."""
     write_tsv(folder / "test.tsv", ["so good\t1", "so bad\t0"])
     splits = read_glue_folder(folder)
-    assert Split("test", (0, 1), ("so good", "so bad"), (1, 0)) == splits.test
+    assert Split(name="test", ids=(0, 1), sentences=("so good", "so bad"), labels=(1, 0)) == splits.test
     assert (40, 6) == (len(splits.train), len(splits.dev))
     assert {"dev_sentences_in_train": 0, "test_sentences_in_train": 0} == splits.notes
     assert "held out" not in splits.protocol
@@ -404,18 +409,18 @@ def test_majority_accuracy_is_the_share_of_the_more_frequent_label():
 @pytest.mark.parametrize(
     "other",
     [
-        Split("dev", (1, 3), ("a", "b"), (0, 1)),
-        Split("dev", (1, 2), ("a", "c"), (0, 1)),
-        Split("dev", (1, 2), ("a", "b"), (1, 0)),
-        Split("dev", (2, 1), ("b", "a"), (1, 0)),
-        Split("dev", (1,), ("a",), (0,)),
+        Split(name="dev", ids=(1, 3), sentences=("a", "b"), labels=(0, 1)),
+        Split(name="dev", ids=(1, 2), sentences=("a", "c"), labels=(0, 1)),
+        Split(name="dev", ids=(1, 2), sentences=("a", "b"), labels=(1, 0)),
+        Split(name="dev", ids=(2, 1), sentences=("b", "a"), labels=(1, 0)),
+        Split(name="dev", ids=(1,), sentences=("a",), labels=(0,)),
     ],
 )
 def test_a_fingerprint_changes_with_every_part_and_the_order(other):
     """Ids, sentences, labels, order and length; the split's name is no part."""
-    split = Split("dev", (1, 2), ("a", "b"), (0, 1))
+    split = Split(name="dev", ids=(1, 2), sentences=("a", "b"), labels=(0, 1))
     assert split.fingerprint != other.fingerprint
-    assert split.fingerprint == Split("renamed", (1, 2), ("a", "b"), (0, 1)).fingerprint
+    assert split.fingerprint == Split(name="renamed", ids=(1, 2), sentences=("a", "b"), labels=(0, 1)).fingerprint
 
 
 def test_a_description_holds_what_the_record_needs(folder):
@@ -429,7 +434,7 @@ def test_a_description_holds_what_the_record_needs(folder):
 def test_the_fingerprint_of_splits_tells_which_split_holds_what():
     """Swapping dev and test is other data."""
     train, one, two = split_of([0, 1]), split_of([0, 1, 1]), split_of([1, 0, 0])
-    first, second = (Splits(train, dev, test, "", "") for dev, test in ((one, two), (two, one)))
+    first, second = (Splits(train=train, dev=dev, test=test, source="", protocol="") for dev, test in ((one, two), (two, one)))
     assert first.fingerprint != second.fingerprint
 
 

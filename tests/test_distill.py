@@ -43,7 +43,9 @@ temperatures = st.floats(0.5, 8)
 
 
 def examples_of(n):
-    return Split("train", tuple(range(n)), tuple(f"sentence {i}" for i in range(n)), tuple(i % 2 for i in range(n)))
+    return Split(
+        name="train", ids=tuple(range(n)), sentences=tuple(f"sentence {i}" for i in range(n)), labels=tuple(i % 2 for i in range(n))
+    )
 
 
 def logits_of(examples):
@@ -237,7 +239,7 @@ def test_teacher_that_fails_leaves_nothing_behind(oracle, cache):
 
 
 def taught(examples):
-    return TeacherLogits(examples, logits_of(examples), seconds=1.0, hit=False)
+    return TeacherLogits(examples=examples, values=logits_of(examples), seconds=1.0, hit=False)
 
 
 def test_same_subset_gives_the_same_bytes(tmp_path):
@@ -274,7 +276,7 @@ def test_changed_subset_replaces_the_old_one(tmp_path):
     """Another teacher's logits take the folder's place as a whole."""
     examples = examples_of(5)
     publish_subset(taught(examples), tmp_path / "kd_5")
-    other = TeacherLogits(examples, -logits_of(examples), seconds=1.0, hit=False)
+    other = TeacherLogits(examples=examples, values=-logits_of(examples), seconds=1.0, hit=False)
     assert torch.equal(other.values, read_subset(publish_subset(other, tmp_path / "kd_5")).values)
 
 

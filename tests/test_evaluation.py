@@ -25,7 +25,7 @@ CPU = Device(name="cpu", precision="fp32", why="test")
 
 def split_of(labels, name="dev"):
     n = len(labels)
-    return Split(name, tuple(range(n)), tuple(f"text {i}" for i in range(n)), tuple(labels))
+    return Split(name=name, ids=tuple(range(n)), sentences=tuple(f"text {i}" for i in range(n)), labels=tuple(labels))
 
 
 def logits_of(predicted):
@@ -138,7 +138,9 @@ def test_latency_is_of_one_text_at_a_time(packed, precision, length, n):
     assert make_packable(model)
     seen = []
     model.register_forward_pre_hook(lambda _, __, inputs: seen.append(inputs["input_ids"]), with_kwargs=True)
-    encoded = Encoded(split_of([i % 2 for i in range(n)]), [torch.tensor([i + 1, 5]) for i in range(n)], torch.zeros(n).long())
+    encoded = Encoded(
+        split=split_of([i % 2 for i in range(n)]), tokens=[torch.tensor([i + 1, 5]) for i in range(n)], labels=torch.zeros(n).long()
+    )
     device = Device(name="cpu", precision=precision, why="test")
     milliseconds = latency_ms(model, encoded, device, packed=packed, texts=30)
     assert 0 < milliseconds < 60_000

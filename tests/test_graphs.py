@@ -68,7 +68,7 @@ def train(
         run = fit(
             model,
             loss,
-            Batches(encoded, 16, torch.Generator().manual_seed(0), device.name, packed=True),
+            Batches(encoded=encoded, size=16, generator=torch.Generator().manual_seed(0), device=device.name, packed=True),
             SeparateParameters([{**group, "lr": rate} for group in groups]),
             Recipe(epochs=epochs, warmup_fraction=0.1, clip_norm=1.0, weight_decay=0.0),
             examples_at_once=at_once,
@@ -285,6 +285,6 @@ def test_row_holds_a_batch_in_one_tensor():
 def test_rows_that_would_be_too_long_are_not_made():
     """Attention over them would cost more than launches do."""
     encoded = encoded_of([12] * (LONGEST_ROW // 12 + 1))
-    batches = Batches(encoded, 16, torch.Generator(), "cpu", packed=True)
+    batches = Batches(encoded=encoded, size=16, generator=torch.Generator(), device="cpu", packed=True)
     assert batches.row(range(len(encoded))) is None
     assert batches.row(range(len(encoded) - 1)) is not None

@@ -350,8 +350,8 @@ def test_what_was_interrupted_gives_way(tmp_path):
     """A later interruption replaces no result; where it is all there is, it is told."""
     ended, whole = failed(run="20260109T000000Z-bbbbbb", error="KeyboardInterrupt"), passed()
     ended = dataclasses.replace(ended, phase=whole.phase, name=whole.name)
-    assert [whole] == Side("both", [whole, ended]).latest
-    assert [ended] == Side("one", [ended]).latest
+    assert [whole] == Side(label="both", records=[whole, ended]).latest
+    assert [ended] == Side(label="one", records=[ended]).latest
 
 
 def test_a_run_whose_changes_git_did_not_tell_gives_way_to_a_clean_one(repository, store):

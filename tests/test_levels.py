@@ -21,7 +21,7 @@ def at(commit, day, **changes):
     return passed(run=f"202601{day:02d}T000000Z-aaaaaa", commit={"id": commit, "dirty": False, "changes": None}, **changes)
 
 
-COMMITS = [Commit(letter * 40, f"step {letter}") for letter in "abcde"]
+COMMITS = [Commit(id=letter * 40, subject=f"step {letter}") for letter in "abcde"]
 
 
 def test_commits_stand_in_gits_order_and_shifts_are_named():
@@ -68,7 +68,7 @@ def test_commits_of_other_branches_take_no_part_in_the_level(repository):
 def test_machines_that_alternate_have_a_level_each():
     """The loop gets slower by half at the fourth commit: said once, though the other machine sees it at the fifth only."""
     machines, seconds = "mnmnmnmn", [60, 90, 61, 135, 90, 134, 91, 60]
-    commits = [Commit(letter * 40, letter) for letter in "abcdefgh"]
+    commits = [Commit(id=letter * 40, subject=letter) for letter in "abcdefgh"]
     records = [
         at(commit.id, day, machine={"id": machine}, seconds=s)
         for day, (commit, machine, s) in enumerate(zip(commits, machines, seconds, strict=True), start=1)

@@ -115,14 +115,22 @@ def test_rows_come_in_longer_steps_where_shapes_are_dear(name, precision, step):
     """In bf16 on a CPU, in training and in prediction alike."""
     device = Device(name=name, precision=precision, why="test")
     assert step == row_step_on(device)
-    encoded = Encoded(Split("dev", (7, 8), ("a", "b"), (1, 0)), [torch.tensor([4, 5, 6]), torch.tensor([9])], torch.tensor([1, 0]))
-    batches = Batches(encoded, 2, torch.Generator(), "cpu", packed=True, row_step=step)
+    encoded = Encoded(
+        split=Split(name="dev", ids=(7, 8), sentences=("a", "b"), labels=(1, 0)),
+        tokens=[torch.tensor([4, 5, 6]), torch.tensor([9])],
+        labels=torch.tensor([1, 0]),
+    )
+    batches = Batches(encoded=encoded, size=2, generator=torch.Generator(), device="cpu", packed=True, row_step=step)
     assert (1, step) == batches.collate([0, 1]).inputs["input_ids"].shape
 
 
 def test_padded_batch_holds_tokens_mask_and_labels():
     """Rows come in the order asked for, padded with zeros to the longest, which do not count as tokens."""
-    encoded = Encoded(Split("dev", (7, 8), ("a", "b"), (1, 0)), [torch.tensor([4, 5, 6]), torch.tensor([9])], torch.tensor([1, 0]))
+    encoded = Encoded(
+        split=Split(name="dev", ids=(7, 8), sentences=("a", "b"), labels=(1, 0)),
+        tokens=[torch.tensor([4, 5, 6]), torch.tensor([9])],
+        labels=torch.tensor([1, 0]),
+    )
     batch = make_batch(encoded, [1, 0], "cpu", packed=False)
     assert [[9, 0, 0], [4, 5, 6]] == batch.inputs["input_ids"].tolist()
     assert [[1, 0, 0], [1, 1, 1]] == batch.inputs["attention_mask"].tolist()
@@ -135,15 +143,19 @@ def test_a_batch_is_filled_with_the_models_own_padding():
     config = GPT2Config(vocab_size=12, n_positions=16, n_embd=16, n_layer=1, n_head=2, pad_token_id=9, num_labels=2)
     model, device = GPT2ForSequenceClassification(config).eval(), Device(name="cpu", precision="fp32", why="test")
     tokens = [torch.tensor([4, 5, 6, 3]), torch.tensor([7])]
-    split = Split("dev", (7, 8), ("a", "b"), (1, 0))
+    split = Split(name="dev", ids=(7, 8), sentences=("a", "b"), labels=(1, 0))
     alone = torch.cat([model(text[None]).logits for text in tokens])
-    together = predict(model, Encoded(split, tokens, torch.tensor([1, 0]), padding=9), device, packed=False)
+    together = predict(model, Encoded(split=split, tokens=tokens, labels=torch.tensor([1, 0]), padding=9), device, packed=False)
     torch.testing.assert_close(together, alone.detach())
 
 
 def test_packed_batch_lays_tokens_end_to_end():
     """The same rows in one row, positions restarting, with filling at the end that does not count."""
-    encoded = Encoded(Split("dev", (7, 8), ("a", "b"), (1, 0)), [torch.tensor([4, 5, 6]), torch.tensor([9])], torch.tensor([1, 0]))
+    encoded = Encoded(
+        split=Split(name="dev", ids=(7, 8), sentences=("a", "b"), labels=(1, 0)),
+        tokens=[torch.tensor([4, 5, 6]), torch.tensor([9])],
+        labels=torch.tensor([1, 0]),
+    )
     batch = make_batch(encoded, [1, 0], "cpu", packed=True)
     assert [[9, 4, 5, 6, *[9] * 4]] == batch.inputs["input_ids"].tolist()
     assert [[0, 0, 1, 2, *range(4)]] == batch.inputs["position_ids"].tolist()
@@ -219,7 +231,7 @@ def test_texts_are_encoded_without_padding_and_truncated():
     """Tokens are the words between [CLS] and [SEP], at most max_length of them, with the labels of the split."""
     weights = locate(Untrained(architecture="bert", layers=1, hidden_size=8, attention_heads=1), fetch=None)
     tokenizer = load_tokenizer(weights)
-    split = Split("dev", (3, 1), ("the plot is dull", "the cast is truly superb"), (0, 1))
+    split = Split(name="dev", ids=(3, 1), sentences=("the plot is dull", "the cast is truly superb"), labels=(0, 1))
     encoded = Encoded.from_split(split, tokenizer, max_length=6)
     words = [tokenizer.convert_ids_to_tokens(tokens.tolist()) for tokens in encoded.tokens]
     assert [["[CLS]", "the", "plot", "is", "dull", "[SEP]"], ["[CLS]", "the", "cast", "is", "truly", "[SEP]"]] == words

@@ -37,8 +37,12 @@ def located(architecture="bert") -> Weights:
 def encoded_of(n, name="train", seed=0):
     draws = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, 20, (n,), generator=draws).tolist()
-    split = Split(name, tuple(range(n)), ("x",) * n, tuple(i % 2 for i in range(n)))
-    return Encoded(split, [torch.randint(4, 20, (length,), generator=draws) for length in lengths], torch.tensor(split.labels))
+    split = Split(name=name, ids=tuple(range(n)), sentences=("x",) * n, labels=tuple(i % 2 for i in range(n)))
+    return Encoded(
+        split=split,
+        tokens=[torch.randint(4, 20, (length,), generator=draws) for length in lengths],
+        labels=torch.tensor(split.labels),
+    )
 
 
 def counted(phase, weights, encoded, row_step=ROW_STEP):

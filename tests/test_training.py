@@ -186,7 +186,11 @@ def test_twenty_updates_are_those_of_trainer(config, tmp_path):
     generator = torch.Generator().manual_seed(3)
     tokens = [torch.randint(1, 90, (length,), generator=generator) for length in torch.randint(1, 40, (80,), generator=generator)]
     labels = tuple(torch.randint(0, 2, (80,), generator=generator).tolist())
-    encoded = Encoded(Split("train", tuple(range(80)), ("",) * 80, labels), tokens, torch.tensor(labels))
+    encoded = Encoded(
+        split=Split(name="train", ids=tuple(range(80)), sentences=("",) * 80, labels=labels),
+        tokens=tokens,
+        labels=torch.tensor(labels),
+    )
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config)
     start, theirs = copy.deepcopy(model.state_dict()), copy.deepcopy(model)
@@ -326,13 +330,13 @@ def train_bert(seed):
     n = 24
     draws = torch.Generator().manual_seed(0)
     tokens = [torch.randint(1, 40, (1 + i % 7,), generator=draws) for i in range(n)]
-    split = Split("train", tuple(range(n)), tuple(map(str, range(n))), tuple(i % 2 for i in range(n)))
-    encoded = Encoded(split, tokens, torch.tensor(split.labels))
+    split = Split(name="train", ids=tuple(range(n)), sentences=tuple(map(str, range(n))), labels=tuple(i % 2 for i in range(n)))
+    encoded = Encoded(split=split, tokens=tokens, labels=torch.tensor(split.labels))
     with flattened([{"params": list(model.parameters()), "lr": 1e-3}]) as parameters:
         run = fit_with(
             model,
             lambda batch: F.cross_entropy(model(**batch.inputs).logits, batch.labels),
-            Batches(encoded, 5, torch.Generator().manual_seed(seed), "cpu", packed),
+            Batches(encoded=encoded, size=5, generator=torch.Generator().manual_seed(seed), device="cpu", packed=packed),
             parameters,
             **{**DEFAULTS, "epochs": 2},
         )

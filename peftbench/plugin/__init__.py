@@ -295,7 +295,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
                 raise ValueError("nothing to compare: no case has left a record")
             status = own.judge() or status
         except ValueError as error:
-            own.judgement = Judgement(2, [str(error)])
+            own.judgement = Judgement(status=2, lines=[str(error)])
             status = 2
     if session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = status

@@ -274,7 +274,9 @@ class Session:
         self.comparison, self.changes = compare(base, records), set_up_changes(base, records)
         problems = list(dict.fromkeys(problem for side in self.bases for problem in side.problems))
         self.unreadable.update(problems)
-        doubtful = doubts(Side("this run", records), Side(self.options.compare, base, problems))
+        doubtful = doubts(
+            Side(label="this run", records=records), Side(label=self.options.compare, records=base, problems=problems)
+        )
         self.judgement = judge(self.comparison, self.options.gates, doubts=doubtful)
         return self.judgement.status if self.options.gates else 0
 
