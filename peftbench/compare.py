@@ -159,10 +159,10 @@ def other_memory_before(metric: Metric, peaks: Sequence[float], base: Sequence[i
 
 def estimate_quality(metric: Metric, base: Sample, head: Sample) -> Estimate | str:
     """How two samples differ that are not `incomparable`, paired on the predictions; a reason if they are after all."""
-    for name, side in (("base", base), ("head", head)):
-        if unscored := side.unscored(metric):
-            return f"no predictions were recorded in the {name} for seed {' and '.join(map(str, unscored))}"
     before, after = base.scores(metric), head.scores(metric)
+    for name, side, scores in (("base", base, before), ("head", head, after)):
+        if len(scores) < len(side.by_seed):
+            return f"no predictions were recorded in the {name} for seed {' and '.join(map(str, side.unscored(metric)))}"
     examples = base.examples(metric) | head.examples(metric)
     if before.keys() != after.keys() or len(examples) > 1:
         splits = {" and ".join(split for split, _ in fingerprints) for fingerprints, _, _ in examples}

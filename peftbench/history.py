@@ -86,11 +86,11 @@ class History:
             HistoryError: If there are none.
         """
         for folder in (outputs / "runs", outputs / "tiny" / "runs"):
-            runs = [run for run in sorted(folder.glob("*"), key=str) if run.name != without]
+            runs = [run for run in sorted(folder.glob("*"), key=str) if run.name != without and run.is_dir()]
             renamed = [path for run in runs if not RUN_ID.fullmatch(run.name) for path in run.glob("[!.]*.json")]
             owners = {path: run_id for path in renamed if (run_id := _origin([path]).run_id)}
             homes = {run_id: path.parent for path, run_id in owners.items()}
-            found = {run.name: _record_files(run.glob("*.*"), homes) for run in runs}
+            found = {run.name: _record_files(run.iterdir(), homes) for run in runs}
             in_time = sorted((name for name in found if found[name]), key=lambda name: _began(name, found[name], owners))
             if in_time:
                 files = {name: found[name] for name in in_time}

@@ -59,7 +59,7 @@ def trace(records: Iterable[Record], metric: Metric, commits: Sequence[Commit]) 
                     if record.outcome == "failed" and last.get(seed) == "passed":
                         shift = "worse"
                     last[seed] = record.outcome
-            passed = sum(record.outcome == "passed" for record in sample.records)
+            passed = sum([record.outcome == "passed" for record in group])
             subject, value = known.subject if known else "", (_latest(parts) if len(parts) > 1 else sample).mean(metric)
             points.append(Point(commit=commit, subject=subject, value=value, passed=passed, marks=marks, shift=shift))
         if any(point.value is not None for point in points):
@@ -69,7 +69,9 @@ def trace(records: Iterable[Record], metric: Metric, commits: Sequence[Commit]) 
 
 def _mixed(parts: Mapping[Identity, Sample]) -> list[str]:
     """The mark of a commit whose records are of several data, machines and so on."""
-    first = next(iter(parts), ())
+    if len(parts) < 2:
+        return []
+    first = next(iter(parts))
     names = {name: None for one in parts for (name, value), (_, other) in zip(one, first, strict=True) if value != other}
     return [f"mixed {' and '.join(names)}"] if names else []
 

@@ -84,15 +84,18 @@ class Sample:
 
     def values(self, metric: Metric) -> list[float]:
         """Independent measurements: of quality, one a seed; of all else, the mean of each run, whose seeds share its conditions."""
+        if metric.name not in self._values:
+            self._values[metric.name] = self._look_up(metric)
+        return self._values[metric.name]
+
+    def _look_up(self, metric: Metric) -> list[float]:
         if metric.kind == "quality":
             return [one.value for one in self.scores(metric).values()]
-        if metric.name not in self._values:
-            grouped: dict[str, list[float]] = {}
-            for record in self.measured:
-                if (value := metric.value(record)) is not None:
-                    grouped.setdefault(record.run_id, []).append(value)
-            self._values[metric.name] = [statistics.fmean(values) for values in grouped.values()]
-        return self._values[metric.name]
+        grouped: dict[str, list[float]] = {}
+        for record in self.measured:
+            if (value := metric.value(record)) is not None:
+                grouped.setdefault(record.run_id, []).append(value)
+        return [statistics.fmean(values) for values in grouped.values()]
 
     def scores(self, metric: Metric) -> dict[int, Score]:
         """Of a metric of quality, by seed, from its last record with figures; without the seeds that are `unscored`."""

@@ -27,7 +27,7 @@ CLOCK = """
 
     import pytest
     import peftbench.training
-    from peftbench.measure import Stopwatch
+    from peftbench.measure import ProcessorWait, Stopwatch
     from peftbench.packing import Batches
 
     @pytest.fixture(autouse=True)
@@ -40,6 +40,7 @@ CLOCK = """
             return collate(batches, rows)
 
         monkeypatch.setattr(Batches, "collate", slow)
+        monkeypatch.setattr(ProcessorWait, "read_fraction", lambda _: 0.0)  # whatever else runs on this machine
         monkeypatch.setattr(peftbench.training, "Stopwatch", functools.partial(Stopwatch, clock=lambda: steps[0]))
 """
 
