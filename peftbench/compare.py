@@ -10,7 +10,7 @@ from peftbench.metrics import METRICS, Metric
 from peftbench.paired import SHOWN, holm, paired_difference, ratio_difference
 from peftbench.records import Record
 from peftbench.sample import Identity, Sample, of_all_seeds
-from peftbench.verdicts import Row, Verdict
+from peftbench.verdicts import UNDER_LOAD, Row, Verdict
 
 PhaseAtScale = tuple[str, str, str]  # scale, letter, name
 
@@ -249,9 +249,9 @@ def _matching(metric: Metric, base: Sample, head: Sample) -> tuple[Sample, Sampl
 
 
 def _without_failures_elsewhere(one: Sample, other: Sample) -> Sample:
-    """Drop failures on data that the other side did not use; keep all where nothing was measured or the data are not known."""
+    """Drop failures on data that the other side did not use; keep all where nothing passed or the data are not known."""
     known = {record.data.get("fingerprint") for record in other.records}
-    if not one.measured or not known or None in known:
+    if not one.passed_seeds or not known or None in known:
         return one
     left = [record for record in one.records if record.outcome == "passed" or record.data.get("fingerprint") in {None, *known}]
     return Sample(left) if len(left) < len(one.records) else one
@@ -315,7 +315,7 @@ def _judge_single(metric: Metric, row: Row, base: Sample, head: Sample) -> Row:
     single = [name for name, side in (("base", base), ("head", head)) if len(side.values(metric)) == 1]
     how = "one run a side" if len(single) > 1 else f"one run in the {single[0]}" if single else "figures without a ratio"
     if metric.kind == "time" and base.waited:  # and the head, too, or they would not be compared
-        return dataclasses.replace(row, difference=difference, verdict="no difference shown", reason=f"{how}, while other work ran")
+        return dataclasses.replace(row, difference=difference, verdict="no difference shown", reason=f"{how}, {UNDER_LOAD}")
     how = f"{how}, tolerance {metric.relative:.0%}" if metric.relative else "exact"
     if metric.relative * abs(row.base) < abs(difference) < metric.absolute:
         how = f"less than {metric.absolute:g} {metric.unit} does not matter"

@@ -8,7 +8,7 @@ from typing import Literal
 
 from peftbench.metrics import METRICS, Metric
 from peftbench.report import render_difference
-from peftbench.verdicts import Row
+from peftbench.verdicts import UNDER_LOAD, Row
 
 Status = Literal[0, 1, 2]
 
@@ -78,6 +78,8 @@ class Gate:
         if row.ci95 is None:
             if self._exceeded(lost, row.base):
                 return f"{row.phase} is {self._render(lost)} worse, which is not shown to be a difference ({row.reason})"
+            if UNDER_LOAD in row.reason:
+                return f"no loss can be shown in {row.phase} ({row.reason})"
             noise = max(self.metric.absolute, self.metric.relative * abs(row.base))
             if self.metric.kind == "size" or row.verdict != "no difference shown" or not self._exceeded(noise, row.base):
                 return None

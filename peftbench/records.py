@@ -449,7 +449,11 @@ def case_name(phase_id: str, scale: str, seed: int) -> str:
 
 def describe_error(error: BaseException) -> str:
     """Its type and message, as a record has them."""
-    return ": ".join(filter(None, (type(error).__name__, str(error))))[:2000]
+    try:
+        message = str(error)
+    except Exception:
+        message = "str() of it failed"
+    return ": ".join(filter(None, (type(error).__name__, message)))[:2000]
 
 
 def phase_config(phase: Phase) -> dict[str, Any]:

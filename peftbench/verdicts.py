@@ -6,6 +6,9 @@ from typing import Literal
 
 Verdict = Literal["better", "worse", "no difference shown", "not comparable", "newly failing", "fixed", "missing", "new"]
 
+UNDER_LOAD = "while other work ran"
+"""In the reason of a row of single runs by which no loss, however large, could be shown."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:

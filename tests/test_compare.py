@@ -275,6 +275,10 @@ def test_times_of_single_runs_beside_other_work_show_nothing():
         notes.lines[0].partition(" (")[0],
     )
     assert "worse" == row_of([passed(seconds=60.0)], [passed(seconds=200.0)], "train_runtime_seconds").verdict
+    within = row_of(*[[passed(seconds=s, processor_wait_fraction=0.5)] for s in (60.0, 61.0)], "train_runtime_seconds")
+    assert ["train_runtime_seconds:30%: no loss can be shown in B-lora (one run a side, while other work ran)"] == [
+        *judge([within], [Gate.from_text("train_runtime_seconds:30%")]).lines
+    ]
     several = [
         [passed(seconds=seconds + i, run=f"2026010{i}T000000Z-aaaaaa", processor_wait_fraction=0.5) for i in range(1, 6)]
         for seconds in (60.0, 200.0)
@@ -492,6 +496,33 @@ def test_each_metric_has_its_tolerance(metric, tolerance):
     for share, shown in ((tolerance - 0.01, False), (tolerance + 0.01, True)):
         row = row_of([passed(**{metric: 2**30})], [passed(**{metric: round((1 + share) * 2**30)})], metric)
         assert shown == (row.verdict != "no difference shown"), share
+
+
+@pytest.mark.parametrize("figures", [True, False])
+def test_what_has_only_failed_on_other_data_fails_on_both_sides(figures):
+    """With figures or without; it is not new, and leaves gates open."""
+    wanting = passed(outcome="failed", error="AssertionError") if figures else failed(data=passed().data)
+    elsewhere = dataclasses.replace(wanting, data={"fingerprint": "e" * 64})
+    row = row_of([elsewhere], [wanting], "outcome")
+    assert ("not comparable", True) == (row.verdict, row.reason.startswith("fails on both sides"))
+    assert "fixed" == row_of([elsewhere], [passed()], "outcome").verdict
+    assert 2 == judge([row], [Gate.from_text("accuracy:1pt")]).status
+
+
+def test_runs_that_were_left_alone_are_preferred():
+    """Then those of which the head has more."""
+    machine = {"id": "m2"}
+    head = [
+        passed(run="20260104T000000Z-aaaaaa", seconds=100.0),
+        passed(run="20260105T000000Z-aaaaaa", processor_wait_fraction=0.5),
+    ]
+    base = [passed(), passed(run="20260102T000000Z-aaaaaa", processor_wait_fraction=0.5)]
+    assert (
+        100.0 == row_of(base, [*head, dataclasses.replace(head[1], run_id="20260106T000000Z-aaaaaa")], "train_runtime_seconds").head
+    )
+    elsewhere = [passed(run=f"2026010{day}T000000Z-aaaaaa", seconds=80.0, machine=machine) for day in (4, 5)]
+    both = [passed(), passed(run="20260102T000000Z-aaaaaa", machine=machine)]
+    assert 80.0 == row_of(both, [head[0], *elsewhere], "train_runtime_seconds").head
 
 
 def test_a_phase_that_has_only_failed_is_fixed_whatever_the_data():

@@ -74,7 +74,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "peft_seed" in metafunc.fixturenames and "peft_seed" not in own:
         ids = [f"s{seed}" for seed in options.seeds] if len(options.seeds) > 1 else [pytest.HIDDEN_PARAM]
         metafunc.parametrize("peft_seed", options.seeds, ids=ids, indirect=True)
-    if "peft_workbench" in metafunc.fixturenames:  # pytest keeps a session's fixture where another override of its own applies
+    if "peft_workbench" not in own and {"peft_workbench", "peft_scale"} <= {*metafunc.fixturenames}:
+        # pytest keeps the value of a session's fixture even where another override of what it is made from applies
         override = metafunc._arg2fixturedefs["peft_scale"][-1].baseid
         metafunc.parametrize("peft_workbench", [pytest.param(override, id=pytest.HIDDEN_PARAM)], indirect=True, scope="session")
 
@@ -194,13 +195,15 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
-    """Let a record say failed wherever pytest does: after a subtest, a fixture's end, or a pass that was not to be."""
+    """Let a record say failed wherever its test has, as expected or not: after a subtest, a fixture's end, a strict xfail."""
     report = yield
-    if report.failed:
-        error = describe_error(call.excinfo.value) if call.excinfo else str(report.longrepr).strip()
+    is_case = RECORD in item.stash or ATTEMPTED in item.stash or "run_phase" in getattr(item, "fixturenames", ())
+    if is_case and (report.failed or (report.skipped and hasattr(report, "wasxfail"))):
+        error = describe_error(call.excinfo.value) if call.excinfo else str(report.longrepr or report.wasxfail).strip()
         item.stash[FAILURE] = item.stash.get(FAILURE, error)
-        if RECORD not in item.stash and (path := item.stash.get(ATTEMPTED, None)):
-            _fail(item, path, error)
+        path = item.stash.get(ATTEMPTED, None)
+        if path and RECORD not in item.stash and (problem := _fail(item, path, error)):
+            report.sections.append(("peftbench", problem))
     return report
 
 
@@ -241,8 +244,8 @@ def _keep(item: pytest.Item, error: BaseException | None = None) -> str | None:
     return None
 
 
-def _fail(item: pytest.Item, path: Path, error: str) -> None:
-    """Make the record of a test that passed until then one that failed."""
+def _fail(item: pytest.Item, path: Path, error: str) -> str | None:
+    """Make the record of a test that passed until then one that failed; what is wrong if that cannot be done."""
     session = item.config.stash[SESSION]
     try:
         record = read_record(path)
@@ -252,7 +255,9 @@ def _fail(item: pytest.Item, path: Path, error: str) -> None:
             _tell_benchmark(item, record)
             session.learn(path)
     except (OSError, ValueError) as problem:
-        session.unpublished[path] = f"{path.stem} failed ({error}), but its record could not be changed: {problem}"
+        session.withdraw(path, f"{path.stem} failed ({error}), but its record could not be changed: {problem}")
+        return session.unpublished[path]
+    return None
 
 
 def _tell_benchmark(item: pytest.Item, record: Record) -> None:
@@ -399,7 +404,7 @@ def kd_subsets(peft_workbench: Workbench) -> dict[str, Path]:
 
 @pytest.fixture
 def run_phase(
-    request: pytest.FixtureRequest, benchmark: Any, peft_workbench: Workbench, peft_seed: int
+    request: pytest.FixtureRequest, benchmark: Any, peft_scale: Scale, peft_workbench: Workbench, peft_seed: int
 ) -> Iterator[Callable[[Phase], Record]]:
     """
     Train and evaluate a phase, once to a test and in one test of a session, and return its record.
@@ -416,6 +421,11 @@ def run_phase(
         if called:
             raise RuntimeError("run_phase can be called only once per test; parametrize the test over phases")
         called = True
+        if peft_workbench.scale != peft_scale:  # as in a class of unittest, whose tests pytest does not parametrize
+            raise RuntimeError(
+                "peft_scale is overridden here, and pytest has made the other fixtures for a test elsewhere; make this test a "
+                "function that takes run_phase, or run it in a session of its own"
+            )
         scale, settings, store = peft_workbench.scale, session.settings, peft_workbench.store
         with explained():
             case = case_name(phase.id, scale.name, peft_seed)

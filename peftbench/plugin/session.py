@@ -206,6 +206,8 @@ class Session:
             same = "runs whose folders were not renamed"
         elif last.commit == self.settings.commit:
             same = "this machine, these versions and as many evaluations"
+        elif {**last.commit, "peftbench": None} == {**self.settings.commit, "peftbench": None}:
+            same = "this very code of peftbench"
         else:
             same = "this commit and these changes"
         case = f"{last.phase_id} with seed {seed}"
@@ -294,12 +296,18 @@ class Session:
         """Take a record, or a case's next attempt, into the session's, to be published; of a worker's the main process learns."""
         if self.is_worker:
             return
+        self._due.discard(path)
         self.unpublished.pop(path, None)
         try:
             self.records[path] = read_record(path)
             self._due.add(path)
         except RecordError as error:
             self.unpublished[path] = f"the report of {path.stem} was not written: {error}"
+
+    def withdraw(self, path: Path, problem: str) -> None:
+        """Keep a record from being published, as it is not what its test came to."""
+        self._due.discard(path)
+        self.unpublished[path] = problem
 
     def publish_all(self) -> None:
         """Publish what waits for it still, as no test that was interrupted comes to its end."""

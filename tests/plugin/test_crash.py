@@ -189,14 +189,76 @@ def test_a_record_has_failed_where_its_test_has(pytester, data_folder, records, 
             record = run_phase(Phase(id="S-small", role="student", subset=16, epochs=1))
             {check}
     """)
-    for more in ([], ["--peft-resume"]):
-        result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={data_folder}", *more)
-        assert pytest.ExitCode.TESTS_FAILED == result.ret
-        assert "resumed" not in result.stdout.str()
+    for more in ([], ["--peft-resume"], ["-n", "2"]):
+        done = run(pytester, data_folder, *more)
+        assert pytest.ExitCode.TESTS_FAILED == done.returncode, done.stdout
+        assert "resumed" not in done.stdout
         assert {"failed"} == {record["outcome"] for record in records().values()}
         assert records()["S-small-tiny-s42.json"]["error"].startswith(error)
         assert records()["S-small-tiny-s42.json"]["dev"]
     assert not (pytester.path / "outputs/tiny/reports/phase_s_metrics.json").exists()
+
+
+def test_a_record_that_cannot_be_changed_is_not_published(pytester, data_folder):
+    """It says passed of a test that has failed, and the message says so."""
+    pytester.makepyfile("""
+        import pytest
+        from pathlib import Path
+        from peftbench.phases import Phase
+
+        @pytest.fixture
+        def late():
+            yield
+            [path] = Path("outputs/tiny/runs").glob("*/*.json")
+            path.write_text("{")
+            raise RuntimeError("too late")
+
+        def test_phase(run_phase, late):
+            run_phase(Phase(id="S-small", role="student", subset=16, epochs=1))
+    """)
+    result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={data_folder}")
+    result.stdout.fnmatch_lines(["*S-small-tiny-s42 failed (RuntimeError: too late), but its record could not be changed: *"])
+    assert not (pytester.path / "outputs/tiny/reports").exists()
+
+
+@pytest.mark.parametrize(
+    ("expected", "body"),
+    [
+        ("@pytest.mark.xfail", "assert not record"),
+        ("", "pytest.xfail('not yet')"),
+        ("@pytest.mark.xfail", "with subtests.test(): assert not record"),
+    ],
+)
+def test_a_failure_that_was_expected_is_one(pytester, data_folder, records, expected, body):
+    """The session passes; the phase has not."""
+    pytester.makepyfile(f"""
+        import pytest
+        from peftbench.phases import Phase
+
+        {expected}
+        def test_phase(run_phase, subtests):
+            record = run_phase(Phase(id="S-small", role="student", subset=16, epochs=1))
+            {body}
+    """)
+    result = pytester.runpytest_inprocess("-m", "tiny", f"--peft-data={data_folder}")
+    assert pytest.ExitCode.OK == result.ret
+    assert ["failed"] == [record["outcome"] for record in records().values()]
+
+
+def test_other_tests_may_fail_as_they_like(pytester):
+    """With an exception that cannot even be printed."""
+    pytester.makepyfile("""
+        class Bad(Exception):
+            def __str__(self):
+                raise RuntimeError("no")
+
+        def test_bad():
+            raise Bad
+
+        def test_good():
+            pass
+    """)
+    pytester.runpytest_inprocess().assert_outcomes(failed=1, passed=1)
 
 
 def test_a_case_that_a_fixture_runs_in_the_end_leaves_its_record(pytester, data_folder, records):

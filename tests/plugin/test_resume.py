@@ -55,6 +55,19 @@ def test_a_resumed_phase_has_its_subsets(study, pytester):
     assert ["kd_1000", "kd_500"] == sorted(path.name for path in (pytester.path / "outputs/tiny/kd").glob("[!.]*"))
 
 
+def test_another_version_of_the_package_is_not_resumed(study, pytester, commit):
+    """Which the commit of a study elsewhere does not tell."""
+    study("--collect-only", "-q")
+    commit()
+    study("-k", "small").assert_outcomes(passed=1, deselected=5)
+    [path] = (pytester.path / "outputs/tiny/runs").glob("*/*.json")
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "commit": {**record["commit"], "peftbench": "0" * 16}}))
+    result = study("-k", "small", "--peft-resume")
+    result.assert_outcomes(passed=1, deselected=5)
+    result.stdout.fnmatch_lines(["*runs again: it passed in run *, and only cases of this very code of peftbench are resumed"])
+
+
 def test_a_corrupt_record_is_left_out_and_named(study, pytester):
     """A truncated record in the history does not stop the session."""
     study("-k", "small").assert_outcomes(passed=1, deselected=5)

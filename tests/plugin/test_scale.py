@@ -132,6 +132,52 @@ def test_an_override_of_the_scale_holds_for_the_tests_beside_and_below_it(pytest
         assert [small, usual, small] == [latest[f"{letter}-small-tiny-s42.json"] for letter in "XYZ"]
 
 
+def test_a_test_that_pytest_does_not_parametrize_is_refused_under_another_override(pytester, data_folder):
+    """A class of unittest would get the fixtures of whichever test came before it."""
+    pytester.makepyfile("""
+        import dataclasses
+        import unittest
+        import pytest
+        from peftbench.phases import Phase, Untrained
+
+        class TestFirst(unittest.TestCase):
+            @pytest.fixture(autouse=True)
+            def give(self, run_phase):
+                self.run_phase = run_phase
+
+            def test_phase(self):
+                self.run_phase(Phase(id="S-small", role="student", subset=16, epochs=1))
+
+        class TestSecond(TestFirst):
+            @pytest.fixture(scope="session")
+            def peft_scale(self, peft_scale):
+                own = Untrained(architecture="distilbert", layers=1, hidden_size=32, attention_heads=4)
+                return dataclasses.replace(peft_scale, student=own)
+
+            def test_phase(self):
+                self.run_phase(Phase(id="T-small", role="student", subset=16, epochs=1))
+    """)
+    result = pytester.runpytest_inprocess("--peft-scale", "tiny", f"--peft-data={data_folder}")
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["*RuntimeError: peft_scale is overridden here, and pytest has made the other fixtures *"])
+
+
+@pytest.mark.parametrize("parameters", ["", ", params=[1, 2]"])
+def test_the_workbench_may_be_overridden(pytester, parameters):
+    """With whatever parameters, and without the scale."""
+    pytester.makepyfile(f"""
+        import pytest
+
+        @pytest.fixture(scope="session"{parameters})
+        def peft_workbench():
+            return "mine"
+
+        def test_mine(peft_workbench):
+            assert "mine" == peft_workbench
+    """)
+    pytester.runpytest_inprocess().assert_outcomes(passed=2 if parameters else 1)
+
+
 def test_an_override_keeps_the_name_of_its_scale(pytester):
     """By it go the phases' changes, the folders and what a run is compared with."""
     pytester.makepyfile("""
