@@ -21,7 +21,7 @@ from peftbench.data import draw, read_glue_folder
 from peftbench.kernels import ONEDNN_LINEAR
 from peftbench.models import load_tokenizer, locate
 from peftbench.phases import LORA, SCALES, Distillation, Phase, Pretrained
-from peftbench.plugin import SESSION
+from peftbench.plugin.session import SESSION
 from peftbench.runner import plan_phases, run_phase
 from peftbench.store import Store
 from peftbench.workbench import Settings, Workbench

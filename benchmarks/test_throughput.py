@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from tabulate import tabulate
 
-from peftbench.plugin import SESSION
+from peftbench.plugin.session import SESSION
 from peftbench.sealed import lock, write_atomically
 from peftbench.store import Store
 

@@ -1,46 +1,20 @@
-"""The hooks of pytest and the fixtures; what they go by stands in options.py, session.py and progress.py."""
+"""The hooks of pytest around a session; those around a test are in recording.py, the fixtures in fixtures.py."""
 
 from __future__ import annotations
 
-import dataclasses
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-from peftbench.errors import PeftbenchError
-from peftbench.phases import KD_MAX_LENGTH, SCALES, STANDARD_KD_SUBSETS, Phase, Scale
+from peftbench.plugin import fixtures, recording
 from peftbench.plugin.options import add_options
-from peftbench.plugin.session import Session
-from peftbench.records import Record, case_name, describe_error, read_record
+from peftbench.plugin.session import SESSION, Session
 from peftbench.report import printable, render_comparison, render_summary, seen_from
-from peftbench.store import Store
-
-if TYPE_CHECKING:
-    from peftbench.data import Splits
-    from peftbench.distill import TeacherLogits
-    from peftbench.workbench import Workbench
-
-SESSION = pytest.StashKey[Session]()
-RECORD = pytest.StashKey[Record]()
-"""The record of the test that is running, until it is written."""
-ATTEMPTED = pytest.StashKey[Path]()
-"""Where a test has left a record: the next one of the same case, as where failed tests are run again, takes its place."""
-FAILURE = pytest.StashKey[str]()
-"""Why a test that went on will count as failed, as after a subtest."""
-
-
-class NoBenchmark:
-    """Stands in for pytest-benchmark where it is switched off as a whole (``-p no:benchmark``)."""
-
-    @pytest.fixture
-    def benchmark(self) -> None:
-        return None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,8 +26,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "peer: comparison with another training loop; runs only when asked for with -m peer.")
     session = config.stash[SESSION] = Session(config)
     config.pluginmanager.register(session, "peftbench-session")
+    config.pluginmanager.register(recording, "peftbench-recording")
+    config.pluginmanager.register(fixtures, "peftbench-fixtures")
     if not config.pluginmanager.hasplugin("benchmark"):
-        config.pluginmanager.register(NoBenchmark(), "peftbench-no-benchmark")
+        config.pluginmanager.register(fixtures.NoBenchmark(), "peftbench-no-benchmark")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -168,104 +144,6 @@ def _scale_name(config: pytest.Config, call: Any) -> str:
     return config.stash[SESSION].main_scale if asked == "main" else str(getattr(asked, "name", asked))
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
-    """Write the record of a case that a fixture of the test has run, where it or another fixture fails."""
-    if FAILURE in item.stash:  # of an earlier attempt
-        del item.stash[FAILURE]
-    try:
-        return (yield)
-    except BaseException as error:
-        if problem := _keep(item, error):
-            item.add_report_section("setup", "peftbench", problem)
-        raise
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Write the record the moment its test ends, however that ends; what the test made of the case decides the outcome."""
-    return (yield from _recording(item, "call"))
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
-    """Write the record of a case that a fixture of the test runs in the end."""
-    return (yield from _recording(item, "teardown"))
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
-    """Let a record say failed wherever its test has, as expected or not: after a subtest, a fixture's end, a strict xfail."""
-    report = yield
-    is_case = RECORD in item.stash or ATTEMPTED in item.stash or "run_phase" in getattr(item, "fixturenames", ())
-    if is_case and (report.failed or (report.skipped and hasattr(report, "wasxfail"))):
-        error = describe_error(call.excinfo.value) if call.excinfo else str(report.longrepr or report.wasxfail).strip()
-        item.stash[FAILURE] = item.stash.get(FAILURE, error)
-        path = item.stash.get(ATTEMPTED, None)
-        if path and RECORD not in item.stash and (problem := _fail(item, path, error)):
-            report.sections.append(("peftbench", problem))
-    return report
-
-
-def _recording(item: pytest.Item, when: str) -> Generator[None, object, object]:
-    try:
-        result = yield
-    except BaseException as error:
-        if problem := _keep(item, error):
-            item.add_report_section(when, "peftbench", problem)
-        raise
-    if problem := _keep(item):
-        raise pytest.fail.Exception(problem, pytrace=False)
-    return result
-
-
-def _keep(item: pytest.Item, error: BaseException | None = None) -> str | None:
-    """Write the test's record, if it has one; what is wrong if that cannot be done."""
-    from unittest import SkipTest
-
-    record = item.stash.get(RECORD, None)
-    if record is None:
-        return None
-    del item.stash[RECORD]
-    failure = item.stash.get(FAILURE, None)
-    if error and not isinstance(error, pytest.skip.Exception | SkipTest):
-        failure = describe_error(error)
-    if failure and record.outcome == "passed":
-        record = dataclasses.replace(record, outcome="failed", error=failure)
-    session = item.config.stash[SESSION]
-    store = Store(session.options.outputs, record.scale)
-    try:
-        path = item.stash[ATTEMPTED] = store.save(record, attempted=item.stash.get(ATTEMPTED, None))
-        _tell_benchmark(item, record)
-    except (OSError, ValueError) as problem:
-        return f"peftbench could not write the record: {problem}"
-    session.learn(path)  # now, as pytest makes no report of a test that was interrupted
-    item.user_properties.append(("peftbench_record", str(path)))
-    return None
-
-
-def _fail(item: pytest.Item, path: Path, error: str) -> str | None:
-    """Make the record of a test that passed until then one that failed; what is wrong if that cannot be done."""
-    session = item.config.stash[SESSION]
-    try:
-        record = read_record(path)
-        if record.outcome == "passed":
-            record = dataclasses.replace(record, outcome="failed", error=error)
-            Store(session.options.outputs, record.scale).replace(record)
-            _tell_benchmark(item, record)
-            session.learn(path)
-    except (OSError, ValueError) as problem:
-        session.withdraw(path, f"{path.stem} failed ({error}), but its record could not be changed: {problem}")
-        return session.unpublished[path]
-    return None
-
-
-def _tell_benchmark(item: pytest.Item, record: Record) -> None:
-    benchmark: Any = getattr(item, "funcargs", {}).get("benchmark")
-    if benchmark is not None:
-        benchmark.extra_info["peftbench"] = record.to_json()
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
     """Let the SIGTERM of a batch system or a container end a session of cases as Ctrl-C does, which tells what has passed."""
@@ -343,133 +221,3 @@ def _write(reporter: Any, text: str, **markup: bool) -> None:
     encoding = getattr(sys.__stdout__, "encoding", None) or "utf-8"
     for line in text.split("\n"):
         reporter.write_line(line.encode(encoding, "replace").decode(encoding), **markup)
-
-
-@pytest.fixture(scope="session")
-def peft_scale(request: pytest.FixtureRequest) -> Scale:
-    """The scale of this case: what the options ask for or, where a test is parametrized over it, the one of that name."""
-    asked = getattr(request, "param", "main")
-    name = request.config.stash[SESSION].main_scale if asked == "main" else asked
-    if name not in SCALES:
-        pytest.fail(f"peft_scale must be parametrized with main or one of {', '.join(SCALES)}, got {name!r}", pytrace=False)
-    return SCALES[name]
-
-
-@pytest.fixture
-def peft_seed(request: pytest.FixtureRequest) -> int:
-    """The seed of this case."""
-    return int(getattr(request, "param", request.config.stash[SESSION].options.seeds[0]))
-
-
-@pytest.fixture(scope="session")
-def peft_workbench(request: pytest.FixtureRequest, peft_scale: Scale) -> Workbench:
-    """What the cases of one scale share."""
-    from peftbench.workbench import Workbench
-
-    session = request.config.stash[SESSION]
-    if not isinstance(peft_scale, Scale):
-        pytest.fail(f"peft_scale must be a Scale, got {peft_scale!r}; parametrize over it with indirect=True", pytrace=False)
-    if peft_scale.name not in SCALES:
-        pytest.fail(
-            f"peft_scale must keep the name of one of the scales, {', '.join(SCALES)}, by which phases and folders go; "
-            f"got {peft_scale.name!r}",
-            pytrace=False,
-        )
-    with explained():
-        bench = Workbench(peft_scale, session.settings, session.progress, session.progress.say)
-        bench.store.check_writable()
-    return bench
-
-
-@pytest.fixture(scope="session")
-def sst2(peft_workbench: Workbench) -> Splits:
-    """The scale's train, dev and test."""
-    with explained():
-        return peft_workbench.splits
-
-
-@pytest.fixture(scope="session")
-def teacher_logits(peft_workbench: Workbench) -> TeacherLogits:
-    """The teacher's logits on the largest standard KD subset, from the cache if they are there."""
-    with explained():
-        return peft_workbench.teacher_logits(max(STANDARD_KD_SUBSETS), KD_MAX_LENGTH)
-
-
-@pytest.fixture(scope="session")
-def kd_subsets(peft_workbench: Workbench) -> dict[str, Path]:
-    """Folders of the standard KD subsets: ``{"kd_1000": path, "kd_500": path}``."""
-    with explained():
-        return {f"kd_{size}": peft_workbench.kd_subset(size, KD_MAX_LENGTH) for size in STANDARD_KD_SUBSETS}
-
-
-@pytest.fixture
-def run_phase(
-    request: pytest.FixtureRequest, benchmark: Any, peft_scale: Scale, peft_workbench: Workbench, peft_seed: int
-) -> Iterator[Callable[[Phase], Record]]:
-    """
-    Train and evaluate a phase, once to a test and in one test of a session, and return its record.
-
-    The record is written when the test ends. pytest-benchmark reports the time of the training loop.
-    """
-    session, node = request.config.stash[SESSION], request.node
-    called = measured = False
-
-    def run(phase: Phase) -> Record:
-        from peftbench.runner import case_fingerprint, failed_record, run_phase
-
-        nonlocal called
-        if called:
-            raise RuntimeError("run_phase can be called only once per test; parametrize the test over phases")
-        called = True
-        if peft_workbench.scale != peft_scale:  # as in a class of unittest, whose tests pytest does not parametrize
-            raise RuntimeError(
-                "peft_scale is overridden here, and pytest has made the other fixtures for a test elsewhere; make this test a "
-                "function that takes run_phase, or run it in a session of its own"
-            )
-        scale, settings, store = peft_workbench.scale, session.settings, peft_workbench.store
-        with explained():
-            case = case_name(phase.id, scale.name, peft_seed)
-            store.check_case(session.run_id, case, attempted=node.stash.get(ATTEMPTED, None))
-        try:
-            if session.options.resume:
-                fingerprint = case_fingerprint(phase, peft_workbench)
-                if found := session.find_passed(peft_workbench, fingerprint, peft_seed):
-                    session.check_phase(phase)
-                    for size in phase.at(scale.name).kd_subsets:  # which somebody may have deleted, or another study replaced
-                        peft_workbench.kd_subset(size, phase.at(scale.name).max_length)
-                    store.link(found, session.run_id)
-                    node.user_properties.append(("peftbench_record", str(store.record_path(found))))
-                    pytest.skip(f"resumed: passed with this fingerprint at this commit in run {found.run_id}")
-
-            def train() -> Record:
-                nonlocal measured
-                measured = True
-                session.check_phase(phase)
-                record = run_phase(phase, scale, peft_seed, settings, workbench=peft_workbench)
-                session.trained_seconds += record.train_runtime_seconds or 0.0
-                return record
-
-            if benchmark is not None and not phase.at(scale.name).epochs:
-                benchmark.group = "no training"  # whose 0 s would make all others infinitely slow in one table
-            record: Record = train() if benchmark is None else benchmark.pedantic(train, rounds=1, iterations=1)
-        except pytest.skip.Exception:
-            raise
-        except BaseException as error:
-            node.stash[RECORD] = failed_record(phase, peft_seed, peft_workbench, error)
-            with explained():
-                raise
-        node.stash[RECORD] = record
-        return record
-
-    yield run
-    if benchmark is not None and not measured:
-        benchmark.skipped = True  # a test that was skipped or failed before it got so far is told of that alone
-
-
-@contextmanager
-def explained() -> Iterator[None]:
-    """Let errors that explain themselves fail the test without the traceback of a library on top."""
-    try:
-        yield
-    except PeftbenchError as error:
-        raise pytest.fail.Exception(f"{type(error).__name__}: {error}", pytrace=False) from None

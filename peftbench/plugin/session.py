@@ -322,3 +322,7 @@ class Session:
             self.publish(self.records[path])
         except (OSError, RecordError) as error:
             self.unpublished[path] = f"the report of {path.stem} was not written: {error}"
+
+
+SESSION = pytest.StashKey[Session]()
+"""A pytest configuration's session."""

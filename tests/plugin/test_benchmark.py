@@ -8,7 +8,7 @@ import sys
 import pytest
 from samples import REWRITTEN, passed
 
-from peftbench.plugin import SESSION
+from peftbench.plugin.session import SESSION
 from peftbench.store import Store
 
 
