@@ -136,12 +136,17 @@ def incomparable(metric: Metric, base: Sample, head: Sample) -> str | None:
 
 
 def _told_apart(name: str, base: Record, head: Record) -> str | None:
-    """How two machines or data differ, in words; None if that is not recorded."""
+    """How two machines, loads or data differ, in words; None if that is not recorded."""
     if name == "machine":
         ours, theirs = ({"workers": 1, **record.machine, "id": None} for record in (base, head))
         if ours.keys() != theirs.keys():
             return None
         return ", ".join(f"{fact} {value} and {theirs[fact]}" for fact, value in ours.items() if value != theirs[fact]) or None
+    if name == "load":
+        waits = [
+            f"{100 * (record.processor_wait_fraction or 0):.0f}% in the {side}" for side, record in (("base", base), ("head", head))
+        ]
+        return f"waited for a processor {' and '.join(waits)}"
     if name == "data" and all(record.data.get("source") for record in (base, head)):
         return " and ".join(f"{record.data['source']} ({str(record.data.get('fingerprint'))[:6]})" for record in (base, head))
     return None
@@ -281,6 +286,9 @@ def _judge_outcome(phase: str, base: Sample, head: Sample) -> Row | None:
         verdict, reason = "missing", "no finished record in the head"
     elif not base.records:
         verdict, reason = "new", "no finished record in the base"
+    elif (head.error or base.error) and _on_other_data(base, head):
+        where = "head" if head.error else "base"
+        verdict, reason = "not comparable", f"other data, on which it failed in the {where}: {head.error or base.error}"
     elif head.error:
         failing = {seed: record for seed, record in head.latest.items() if record.outcome == "failed"}
         known = {record.data.get("fingerprint") for record in failing.values()}
@@ -293,6 +301,12 @@ def _judge_outcome(phase: str, base: Sample, head: Sample) -> Row | None:
     else:
         return None
     return Row(phase=phase, metric="outcome", base=base.share_passed, head=head.share_passed, verdict=verdict, reason=reason[:200])
+
+
+def _on_other_data(base: Sample, head: Sample) -> bool:
+    """Whether no record of one side is of data that the other has one of, as far as is known."""
+    ours, theirs = ({record.data.get("fingerprint") for record in side.records} for side in (base, head))
+    return None not in ours | theirs and not ours & theirs
 
 
 def _judge_difference(metric: Metric, row: Row, found: Estimate, p: float, family: str) -> Row:

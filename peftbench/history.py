@@ -122,15 +122,16 @@ class History:
         ids = {str(facts["id"]) for facts in known.values()}
         wanted = _resolved(self.repository, text) or _completed(text, ids)
         at_commit = [run for run, facts in known.items() if facts["id"] == wanted]
-        at_commit = [run for run in at_commit if {*map(self._owner, self.files[run])} - {*without}] or at_commit
         clean = [run for run in at_commit if not (known[run].get("dirty") or known[run].get("problem"))]
         if at_commit:
             certain = all(known[run].get("dirty") for run in at_commit)
             note = "" if clean else ", with uncommitted changes" if certain else ", perhaps with uncommitted changes"
-            count = f", {runs_meant} runs" if (runs_meant := self._count(clean or at_commit)) > 1 else ""
+            meant = clean or at_commit
+            meant = [run for run in meant if {*map(self._owner, self.files[run])} - {*without}] or meant
+            count = f", {runs_meant} runs" if (runs_meant := self._count(meant)) > 1 else ""
             if dirty := [run for run in at_commit if clean and run not in clean]:
                 count += f"; {len(dirty)} with uncommitted changes left out (to use one, name its id): {_few(reversed(dirty))}"
-            return self._runs(f"commit {wanted[:12]}{note}{count}", clean or at_commit, without)
+            return self._runs(f"commit {wanted[:12]}{note}{count}", meant, without)
         if wanted:
             silent = [run for run in runs if run not in known]
             before = (git(self.repository, "rev-list", "--max-count=1000", wanted) or "").split()

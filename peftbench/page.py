@@ -243,7 +243,7 @@ def _curves(summaries: Sequence[Summary], place: int, looks: "_Looks") -> str:
             steps, losses = zip(*curve, strict=True)
             tip = f"loss {losses[0]:.3f} → {losses[-1]:.3f} in {steps[-1]} steps"
             lines[summary.first.phase_id] = [step / steps[-1] for step in steps], losses, tip
-    caption = "Learning curves: mean training loss, each phase over its own steps"
+    caption = "Learning curves: mean training loss, each phase over its own steps; under distillation it is another loss"
     return _lines(lines, looks, f"curve-{place}", "share of training", "training loss", caption)
 
 

@@ -182,6 +182,9 @@ def render_comparison(rows: Sequence[Row], *, table: str = "simple") -> str:
     verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in get_args(Verdict) if counts[verdict])
     measured = any(METRICS[row.metric].kind == "quality" for row in rows if row.metric in METRICS)
     note = verdicts + (f"; {POOLED}" if measured else "")
+    note += (
+        "; intervals are not adjusted for several, as p and verdicts are" if any(" adjusted for " in r.reason for r in rows) else ""
+    )
     return f"{text}\n\n{'% ' if table == 'latex_booktabs' else ''}{note}"
 
 
@@ -276,6 +279,8 @@ def render_warnings(summaries: Sequence[Summary]) -> list[str]:
     if len(commits) > 1:
         places = "; ".join(f"{', '.join(phases)} at {commit}" for commit, phases in commits.items())
         lines.append(f"warning: phases in this table were measured at several commits: {places}")
+    if constant := [summary.first.phase_id for summary in summaries if any(map(_answers_alike, summary.measured))]:
+        lines.append(f"warning: {', '.join(constant)} gave every sentence of dev one label, which F1 may not show")
     waited = [record for summary in summaries for record in summary.measured if record.waited]
     if waited:
         cases = []
@@ -336,9 +341,11 @@ def render_difference(metric: Metric | None, value: float) -> str:
 
 def render_data(record: Record) -> str:
     """What it was measured on, and what always answering the more frequent label scores."""
+    n, gold, _ = record.labels(["test"])
+    of_test = f", {100 * max(gold.bit_count(), n - gold.bit_count()) / n:.1f}% of test" if n else ""
     sizes = ", ".join(f"{name} {size}" for name, size in sorted(record.data.get("sizes", {}).items()))
     majority = "-" if record.majority_accuracy is None else f"{100 * record.majority_accuracy:.1f}"
-    return f"{record.data.get('source')} ({sizes}); majority {majority}% of dev"
+    return f"{record.data.get('source')} ({sizes}); majority {majority}% of dev{of_test}"
 
 
 def render_duration(seconds: float) -> str:
@@ -451,9 +458,17 @@ def _notes(summaries: Sequence[Summary]) -> list[str]:
     lines += render_teachers(summaries)
     if any(len(summary.measured) > 1 and summary.trains for summary in summaries):
         lines.append("×N: figures are means over N seeds; ±: their standard deviation")
+    trained = [summary for summary in summaries if summary.measured and summary.trains]
+    if trained and not pareto_front(summaries) and not differing(summaries):
+        lines.append("front: empty, as each trained phase has a failed seed or an interval that reaches down to the majority")
     if any(summary.failed and summary.measured for summary in summaries):
         lines.append("failed: what a test that failed has measured counts, but a phase with a failed seed is not on the front")
     return lines + render_failures(records)
+
+
+def _answers_alike(record: Record) -> bool:
+    n, _, predicted = record.labels(["dev"])
+    return n > 1 and predicted.bit_count() in (0, n)
 
 
 def _commit(record: Record) -> str:

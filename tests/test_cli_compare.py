@@ -51,6 +51,7 @@ def test_compare_prints_rows_and_says_what_it_read(outputs, capsys):
     assert re.search(
         r"B-lora +accuracy +100.0% +97.5% +-2.5 pt +\[-3.2 pt, -1.8 pt\] +worse +p = 5.7e-14, 1.1e-13 adjusted for 2 phases", out
     )
+    assert "intervals are not adjusted for several, as p and verdicts are" in out
     assert f"peftbench: read run {FIRST}: 2 records\npeftbench: read latest run {SECOND}: 2 records\n" == err
 
 

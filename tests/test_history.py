@@ -428,3 +428,12 @@ def test_of_a_commit_that_has_dirty_runs_alone_all_are_counted(repository, store
         keep(store, ids[0], day=day, dirty=True)
     label = History.from_outputs(store.outputs, folder).select(ids[0]).label
     assert f"commit {ids[0][:12]}, with uncommitted changes, 2 runs" == label
+
+
+def test_a_commit_that_is_the_head_is_compared_with_itself(repository, store):
+    """Rather than with a run of it that had uncommitted changes."""
+    folder, ids = repository
+    keep(store, ids[0], day=1, dirty=True)
+    clean = keep(store, ids[0], day=2)
+    side = History.from_outputs(store.outputs, folder).select(ids[0], without={clean.run_id})
+    assert [clean] == list(side.records)

@@ -11,7 +11,7 @@ from samples import NOTHING
 from samples import passed as measured
 
 from peftbench.metrics import METRICS
-from peftbench.records import Efficiency, ParameterCounts, Plan, Record, SplitMetrics, TeacherCost
+from peftbench.records import Efficiency, ParameterCounts, Plan, Predictions, Record, SplitMetrics, TeacherCost
 from peftbench.report import (
     COST,
     QUALITY,
@@ -277,6 +277,19 @@ def test_failed_seeds_are_counted_beside_the_name(table):
     assert "B-lora ×2, 1 failed " in render_results([at(42, 0.84), at(43, 0.85), failed], table=table)
     assert "B-lora, 1 failed " in render_results([at(42, 0.84), failed], table=table)
     assert "B-lora " in render_results([dataclasses.replace(failed, seed=43), failed], table=table)
+
+
+def test_one_answer_for_all_is_said():
+    """F1 may look well all the same, here that of always answering positive; and the front, why it is empty."""
+    gold = [1] * 85 + [0] * 15
+    same = Predictions.from_labels([1] * 100, gold, "split")
+    record = dataclasses.replace(at(42, 0.85), predictions={"dev": same, "test": same}, majority_accuracy=0.85)
+    lines = render_summary([record]).splitlines()
+    assert "warning: B-lora gave every sentence of dev one label, which F1 may not show" in lines
+    assert "front: empty, as each trained phase has a failed seed or an interval that reaches down to the majority" in lines
+    assert any(line.endswith("majority 85.0% of dev, 85.0% of test") for line in lines)
+    other = Predictions.from_labels([1] * 99 + [0], gold, "split")
+    assert "one label" not in render_summary([dataclasses.replace(record, predictions={"dev": other, "test": other})])
 
 
 @pytest.mark.parametrize("seeds", [[], [at(42, 0.84), at(43, 0.86)]], ids=["alone", "beside two that passed"])
