@@ -93,7 +93,7 @@ def asset_path(asset: Asset, cache: Path, *, archives: Path | None = None, notif
     folder = cache / asset.name
     try:
         with lock(folder):
-            if unseal(folder) is not None:
+            if (facts := unseal(folder)) is not None and facts.get("sha256") == asset.sha256:
                 return folder
             notify(f"fetching {asset.name}: {asset.requirement}, {asset.size_mb:g} MB, once")
             for dead in cache.glob(f".fetch-{asset.name}-*"):  # of a process that was killed, as this one has the lock

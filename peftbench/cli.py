@@ -152,7 +152,8 @@ def _plan(options: argparse.Namespace) -> None:
     bench = Workbench(SCALES[scale], settings)
     memory = None if options.memory is None else int(options.memory * 2**30)
     plans = plan_phases(phases, bench, memory_bytes=memory)
-    rate = measure_matrix_rate(bench.device)
+    with bench.own_threads():
+        rate = measure_matrix_rate(bench.device)
     seconds = [estimate_seconds(one, rate) for one in plans]
     free = bench.device.free_memory() if memory is None else memory
     print(f"scale {scale}: {bench.splits.source}; device {bench.device.name}, precision {bench.device.precision}")
@@ -359,7 +360,7 @@ def _load_phases(path: Path) -> list[Phase]:
     if not path.is_file() or spec is None or spec.loader is None:
         why = "is no Python file" if path.exists() else "does not exist here"
         raise ValueError(f"name the Python file that has your list PHASES with --phases FILE; {path} {why}")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where a dataclass looks its module up
     spec.loader.exec_module(module)
     phases = getattr(module, "PHASES", None)
     if not isinstance(phases, Sequence) or not phases or not all(isinstance(phase, Phase) for phase in phases):

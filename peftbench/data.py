@@ -346,6 +346,11 @@ def _read_table(folder: Path, stem: str, columns: Sequence[str]) -> Any:
             f"{folder} has no {stem}*.parquet and no {stem}*.jsonl; was the data set moved on the Hub, "
             "or is its copy in the cache incomplete? Then run once online"
         )
+    shards = [shard for file in files if (shard := re.search(r"-\d+-of-(\d+)\b", file.name))]
+    if shards and len(shards) < int(shards[0][1]):
+        raise DataError(
+            f"{folder} has {len(shards)} of the {int(shards[0][1])} files of {stem}; its copy is incomplete, run once online"
+        )
     try:
         table = pa.concat_tables(parquet.read_table(f) if f.suffix == ".parquet" else json.read_json(f) for f in files)
         rows = {column: table[column].to_pylist() for column in columns if column in table.column_names}

@@ -23,10 +23,10 @@ def auto_scale(device: str) -> str:
     return "thesis" if not device.startswith("cpu") and torch.cuda.is_available() else "mini"
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device ran out of memory: torch's own error, or one of cuBLAS, of the driver or of the CPU's allocator."""
-    texts = ("ALLOC_FAILED", "CUDA error: out of memory", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether a device ran out of memory: torch's own error, numpy's, or one of cuBLAS, the driver or the CPU's allocator."""
+    texts = ("ALLOC_FAILED", "CUDA error: out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -86,7 +86,7 @@ def locate(source: Pretrained | Untrained, fetch: Fetch, notify: Callable[[str],
 
     Raises:
         HubError: If the source is no asset and no local folder, and cannot be had from the Hub.
-        ModelError: If the checkpoint has no safetensors or no tokenizer, or there is no such asset.
+        ModelError: If the checkpoint has no safetensors, no tokenizer or an adapter beside them, or there is no such asset.
     """
     if isinstance(source, Untrained):
         facts = [source.architecture, source.layers, source.hidden_size, source.attention_heads, source.initializer_range]
@@ -105,6 +105,10 @@ def locate(source: Pretrained | Untrained, fetch: Fetch, notify: Callable[[str],
         except HubError as error:
             raise HubError(f"{error}; nor is there a folder {source.source!r} in {Path().resolve().name or 'here'}") from None
         folder, commit = found.folder, found.commit
+    if (folder / "adapter_config.json").is_file():  # which transformers attaches by itself
+        raise ModelError(
+            f"{folder} has an adapter, adapter_config.json; merge it into the weights and save these and their tokenizer alone"
+        )
     files = sorted({file for pattern in CHECKPOINT_FILES for file in folder.glob(pattern) if file.is_file()})
     if not any(file.suffix == ".safetensors" for file in files):
         raise ModelError(
@@ -348,8 +352,11 @@ def tokenizer_identity(tokenizer: Any) -> str:
     """Fingerprint of what the tokenizer does to text."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "tokenizer.json"
-        tokenizer.backend_tokenizer.save(str(path))
-        return file_sha256(path)
+        if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+            backend.save(str(path))
+            return file_sha256(path)
+        tokenizer.save_pretrained(scratch)  # one that is written in Python, as for Japanese
+        return fingerprint({file.name: file_sha256(file) for file in sorted(Path(scratch).iterdir())})
 
 
 def _check_head(weights: Weights) -> None:

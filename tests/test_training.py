@@ -440,9 +440,10 @@ def test_activations_are_computed_twice_on_a_gpu_that_takes_no_single_example():
 
 
 def test_cublas_without_room_is_out_of_memory_and_other_errors_are_not():
-    """A RuntimeError of its own; anything else is passed on at once."""
-    run, _, _ = train_within(4, error=RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
-    assert MemoryUse(examples_at_once=4, times_out_of_memory=2) == run.memory
+    """A RuntimeError of its own, as numpy's where dropout is drawn is a MemoryError; anything else is passed on at once."""
+    for error in (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), MemoryError("mask")):
+        run, _, _ = train_within(4, error=error)
+        assert MemoryUse(examples_at_once=4, times_out_of_memory=2) == run.memory
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         train_within(4, error=RuntimeError("shapes cannot be multiplied"))
 

@@ -83,6 +83,7 @@ def test_a_row_without_its_partner_is_an_error(sst2, labelled, message):
         ({"test.jsonl": b'{"text": "it works"}\n'}, "and lacks .'label'."),
         ({"test.jsonl": b"\x00\x01 no JSON"}, "cannot be read"),
         ({"test.csv": b"text,label\n"}, "has no test.*parquet"),
+        ({"test-00001-of-00002.jsonl": jsonl(LABELLED)}, "has 1 of the 2 files of test; its copy is incomplete"),
     ],
 )
 def test_a_data_set_of_another_shape_is_an_error(sst2, files, message):
