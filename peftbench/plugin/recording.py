@@ -74,11 +74,11 @@ def _recording(item: pytest.Item, when: str) -> Generator[None, object, object]:
 
 def _keep(item: pytest.Item, error: BaseException | None = None) -> str | None:
     """Write the test's record, if it has one; what is wrong if that cannot be done."""
-    from unittest import SkipTest
-
     record = item.stash.get(RECORD, None)
     if record is None:
         return None
+    from unittest import SkipTest  # here, where a case has run, and not for every test of every project
+
     del item.stash[RECORD]
     failure = item.stash.get(FAILURE, None)
     if error and not isinstance(error, pytest.skip.Exception | SkipTest):
