@@ -237,9 +237,9 @@ def render_name(summary: Summary) -> str:
     name, seeds = summary.first.phase_id, len(summary.measured)
     if seeds > 1 and summary.trains:
         name += f" ×{seeds}"
-    if not summary.failed or not seeds:
-        return name
-    return f"{name}, {len(summary.failed)} failed" if len(summary.records) > 1 else f"{name}, failed"
+    if summary.failed and len(summary.records) > 1:
+        return f"{name}, {len(summary.failed)} failed"
+    return f"{name}, failed" if summary.failed and seeds else name  # without figures, the first cell says it
 
 
 def render_cells(summary: Summary, columns: Mapping[str, Column], front: Collection[str]) -> list[Cell]:

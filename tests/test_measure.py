@@ -134,7 +134,7 @@ def test_waiting_is_that_of_the_threads_there_are(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the scheduler's account is Linux's")
 def test_who_shares_a_processor_waits_for_it():
-    """Of two busy processes on one core each waits about half of the time."""
+    """Of two busy processes on one core each waits about half of the time, or longer where others are busy, too."""
     program = (
         "import os, sys, time; os.sched_setaffinity(0, {int(sys.argv[1])})\n"
         "from peftbench.measure import ProcessorWait\n"
@@ -152,7 +152,7 @@ def test_who_shares_a_processor_waits_for_it():
             process.stdin.write("go\n")
             process.stdin.flush()
         fractions = [float(process.stdout.readline()) for process in pair]
-    assert min(fractions) > 0.25, fractions
+    assert all(0.25 < fraction < 0.97 for fraction in fractions), fractions
 
 
 def test_workers_beside_each_other_are_another_machine():

@@ -276,7 +276,7 @@ def test_failed_seeds_are_counted_beside_the_name(table):
     failed = dataclasses.replace(FAILED, phase="B", name="lora", seed=44)
     assert "B-lora ×2, 1 failed " in render_results([at(42, 0.84), at(43, 0.85), failed], table=table)
     assert "B-lora, 1 failed " in render_results([at(42, 0.84), failed], table=table)
-    assert "B-lora " in render_results([dataclasses.replace(failed, seed=43), failed], table=table)
+    assert "B-lora, 2 failed " in render_results([dataclasses.replace(failed, seed=43), failed], table=table)
 
 
 def test_one_answer_for_all_is_said():
