@@ -123,13 +123,12 @@ def _excerpts(before: str, after: str) -> str:
 
 
 def incomparable(metric: Metric, base: Sample, head: Sample) -> str | None:
-    """The reason why two sides cannot be compared; None if they can."""
+    """The reason why two sides, each of one machine, data and so on, cannot be compared; None if they can."""
     ours, theirs = base.facts(metric), head.facts(metric)
     for name, values in ours.items():
-        if values != theirs.get(name) or (len(values) > 1 and name != "seed set"):
-            if base.measured and head.measured and (told := _told_apart(name, base.measured[-1], head.measured[-1])):
-                return f"other {name}: {told}"
-            return f"other {name}: {', '.join(sorted(values))} and {', '.join(sorted(theirs.get(name, ())))}"
+        if values != theirs[name]:
+            told = _told_apart(name, base.measured[-1], head.measured[-1])
+            return f"other {name}: {told or ' and '.join(', '.join(sorted(side)) for side in (values, theirs[name]))}"
     if metric.kind == "memory":
         return other_memory_before(metric, base.values(metric), base.memory_before, head.memory_before)
     return None
@@ -231,8 +230,6 @@ def _judge(pairs: Sequence[tuple[str, Sample, Sample]], *, of: str = "phases") -
 def _matching(metric: Metric, base: Sample, head: Sample) -> tuple[Sample, Sample, str]:
     """Keep the records that share machine, data and seeds, or as much of these as any do, and describe the ones dropped."""
     parts = base.by_identity(metric), head.by_identity(metric)
-    if not all(parts):
-        return base, head, ""
 
     def alike(pair: tuple[Identity, Identity]) -> tuple[int, bool, int]:
         agree = sum(ours == theirs for ours, theirs in zip(*pair, strict=True))

@@ -257,7 +257,7 @@ def prepare(model: nn.Module, phase: Phase) -> tuple[nn.Module, list[dict[str, A
         ModelError: If the PEFT configuration is not valid, matches no module, more layers are to be unfrozen than exist, or texts
             may have more tokens than the model has positions.
     """
-    check_positions(model, phase.max_length, phase.id)
+    plain, virtual_tokens = model, 0
     if phase.dropout is not None:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -271,12 +271,12 @@ def prepare(model: nn.Module, phase: Phase) -> tuple[nn.Module, list[dict[str, A
                     f"{phase.id}: cannot unfreeze {phase.unfreeze_top_layers} top layers, the encoder has {len(layers)}"
                 )
             unfrozen = [p for layer in layers[-phase.unfreeze_top_layers :] for p in layer.parameters()]
-        plain, model = model, _adapt(model, phase)
+        model = _adapt(model, phase)
         config: Any = model.active_peft_config
         virtual_tokens = config.num_virtual_tokens if config.is_prompt_learning else 0
-        check_positions(plain, phase.max_length, phase.id, virtual_tokens=virtual_tokens)
         for parameter in unfrozen:
             parameter.requires_grad_(True)
+    check_positions(plain, phase.max_length, phase.id, virtual_tokens=virtual_tokens)
     return model, _groups(model, phase, {id(p) for p in unfrozen})
 
 

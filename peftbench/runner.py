@@ -76,7 +76,7 @@ def _measure(phase: Phase, seed: int, bench: Workbench) -> Record:
     memory, wait = PeakMemory(bench.device), ProcessorWait()
     memory.restart()
     seed_everything(seed)
-    trainee = bench.ready(weights, phase, tuned=phase.role == "teacher")
+    trainee = bench.ready(weights, phase)
     model, packed = trainee.model, trainee.packed
     total, trainable = count_parameters(model)
     run = None

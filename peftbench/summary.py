@@ -161,8 +161,7 @@ def pareto_front(summaries: Sequence[Summary]) -> set[str]:
     Ids of the trained phases that no other beats on dev accuracy, trainable parameters and training time at once.
 
     Left out are a phase that trains nothing, which would be on every front for free, one whose interval of accuracy reaches down to
-    the majority class, and one of which a seed failed. Of several machines or
-    data there is no front.
+    the majority class, and one of which a seed failed. Of several machines or data there is no front.
     """
     if differing(summaries):
         return set()

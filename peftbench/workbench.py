@@ -219,18 +219,15 @@ class Workbench:
                 raise
             raise DoesNotFit(f"the weights alone do not fit {self.device.name}; use a smaller model or a larger device") from None
 
-    def ready(self, weights: Weights, phase: Phase, *, tuned: bool = False) -> Trainee:
+    def ready(self, weights: Weights, phase: Phase) -> Trainee:
         """
         A model as a phase trains it, on the device; what the checkpoint lacks is drawn from torch's global generator.
-
-        Args:
-            tuned: The checkpoint must bring its own head, as a teacher does.
 
         Raises:
             ModelError: If the checkpoint or the phase's adapter cannot be used.
             DoesNotFit: If the weights alone are too much for the device.
         """
-        model, groups = prepare(load_classifier(weights, tuned=tuned), phase)
+        model, groups = prepare(load_classifier(weights, tuned=phase.role == "teacher"), phase)
         model, packed = self.place(model)
         return Trainee(model=model, groups=groups, packed=packed)
 
