@@ -148,7 +148,8 @@ def _scale_name(config: pytest.Config, call: Any) -> str:
 def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
     """Let the SIGTERM of a batch system or a container end a session of cases as Ctrl-C does, which tells what has passed."""
     main_thread = threading.current_thread() is threading.main_thread()
-    if not (main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and _scales(session.config, session.items)):
+    may_have_cases = session.config.getoption("dist", "no") != "no" or _scales(session.config, session.items)
+    if not (main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and may_have_cases):
         return (yield)
     signal.signal(signal.SIGTERM, _interrupt)
     try:

@@ -66,6 +66,28 @@ def test_an_interrupt_in_training_leaves_a_failed_record_and_the_table(pytester,
     assert "interrupted: run the same command with --peft-resume for what has not passed" in summary
 
 
+def test_sigterm_to_the_main_process_of_several_leaves_the_table(pytester, data_folder):
+    """Under pytest-xdist, where it is not the main process that runs cases."""
+    pytester.makepyfile("""
+        import os, signal, time
+        from pathlib import Path
+        from peftbench.phases import Phase
+
+        def test_ended(run_phase):
+            run_phase(Phase(id="S-small", role="student", subset=16, epochs=1))
+
+        def test_waits():
+            report = Path("outputs/tiny/reports/phase_s_metrics.json")  # which the main process writes at the other's end
+            end = time.monotonic() + 60
+            while not report.exists() and time.monotonic() < end:
+                time.sleep(0.1)
+            os.kill(os.getppid(), signal.SIGTERM)
+    """)
+    done = run(pytester, data_folder, "-n", "2", "-m", "", "--peft-scale", "tiny")
+    assert pytest.ExitCode.INTERRUPTED == done.returncode
+    assert "S-small" in done.stdout.partition("= peftbench =")[2]
+
+
 def test_a_seed_that_was_interrupted_is_in_the_report(pytester, data_folder):
     """As in the table, though pytest makes no report of its test."""
     pytester.makepyfile("""
