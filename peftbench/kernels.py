@@ -164,7 +164,10 @@ def retain_memory() -> None:
 def economize(model: nn.Module) -> None:
     """Replace dropout, normalization, linear layers and trained embeddings, in place; for CPU, after adapters are attached."""
     masks = Masks()
+    left = {id(module) for layer in _adapters(model) if isinstance(layer, lora.ParamWrapper) for module in layer.modules()}
     for module in model.modules():
+        if id(module) in left:  # whose weight is another one while it runs, which autograd must see
+            continue
         if type(module) is nn.Dropout:
             module.__class__ = Dropout
             module.masks = masks  # type: ignore[assignment]

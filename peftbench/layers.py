@@ -33,7 +33,7 @@ def make_packable(model: nn.Module) -> bool:
         return False
     classifier: Any = model.get_base_model() if config is not None else model  # type: ignore[operator]
     packed = LAYERS.get(classifier.config.model_type) if isinstance(classifier, PreTrainedModel) else None
-    if packed is None:
+    if packed is None or getattr(classifier.config, "is_decoder", False):  # in which a token does not attend to those behind it
         return False
     body: Any = classifier.base_model
     encoder = getattr(body, "encoder", None) or body.transformer

@@ -1,10 +1,13 @@
 """Roles as loaded classifiers: weights, adapters, what trains, and how much of it there is."""
 
 import copy
+import dataclasses
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +29,40 @@ from transformers import (
 
 from peftbench.assets import ASSETS, Asset, say
 from peftbench.data import grammar_words
+from peftbench.device import is_out_of_memory
 from peftbench.errors import PeftbenchError
 from peftbench.hub import HubError, snapshot
 from peftbench.phases import Phase, Pretrained, Untrained
 from peftbench.sealed import file_sha256, fingerprint
 
 LABELS = {0: "negative", 1: "positive"}
-HEAD = ("classifier", "pre_classifier")
-"""The classification head of BERT and DistilBERT; PEFT must be told of it, or a random part of it would stay frozen."""
-
 CHECKPOINT_FILES = (
     "config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
     "tokenizer*",
     "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "*.model",
     "special_tokens_map.json",
     "added_tokens.json",
 )
 """What makes a checkpoint; nothing else is fetched or loaded."""
 
-TOKENIZER_FILES = frozenset(("tokenizer.json", "vocab.txt"))
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "merges.txt", "*.model")
 """One of them must be there: without, transformers makes up a tokenizer to which every word is unknown."""
 
 NOT_BY_THE_LOSS_ALONE = {
     "ADALORA": "chooses its ranks while it trains and must be told of each step, which the loop does not do; it would train as "
     "another method. Use one such as LORA",
     "POLY": "must be told the task of each example, which the loop does not know. Use one such as LORA",
+    "MULTITASK_PROMPT_TUNING": "must be told the task of each example, which the loop does not know. Use one such as PROMPT_TUNING",
 }
 """Methods of ``peft`` that cannot train here, and why."""
+
+FROM_DATA = ("eva", "lora_ga", "corda")
+"""What LoRA can begin from after a pass over the data, which the loop does not make; peft would begin from something else."""
 
 Fetch = Callable[[Asset], Path]
 
@@ -116,9 +124,9 @@ def locate(source: Pretrained | Untrained, fetch: Fetch, notify: Callable[[str],
             "has it (the Hub keeps its conversions as refs/pr/1 and so on), or save the checkpoint again as safetensors"
             + ("" if commit is None else f". If it does have it, the copy in {folder} is incomplete: run once online")
         )
-    if not {file.name for file in files} & TOKENIZER_FILES:
+    if not any(fnmatch(file.name, pattern) for file in files for pattern in TOKENIZER_FILES):
         raise ModelError(
-            f"{source.source} has no tokenizer, wanted {' or '.join(sorted(TOKENIZER_FILES))}; "
+            f"{source.source} has no tokenizer, wanted {' or '.join(TOKENIZER_FILES)}; "
             "save the tokenizer that the weights were trained with beside them"
         )
     content = {file.name: file_sha256(file) for file in files}
@@ -129,14 +137,17 @@ def load_tokenizer(weights: Weights) -> Any:
     """
     The tokenizer that belongs to the weights; at tiny scale one word is one token.
 
+    One without a token for padding, such as GPT-2's, pads with the one that ends a text.
+
     Raises:
         ModelError: If its files cannot be read.
     """
     if not isinstance(weights.source, Untrained):
-        try:
-            return AutoTokenizer.from_pretrained(weights.folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"cannot load the tokenizer of {weights.source.source}: {str(error).strip()[:300]}") from error
+        with _refused(f"cannot load the tokenizer of {weights.source.source}"):
+            loaded = AutoTokenizer.from_pretrained(weights.folder, trust_remote_code=False)
+            if loaded.pad_token_id is None and loaded.eos_token is not None:
+                loaded.pad_token = loaded.eos_token
+            return loaded
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *grammar_words()]
@@ -155,8 +166,9 @@ def load_classifier(weights: Weights, *, tuned: bool = False, shapes_only: bool 
         shapes_only: Read no weights; for torch's meta device.
 
     Raises:
-        ModelError: If the checkpoint cannot be read, lacks the head it must bring, has another number of labels or the positive
-            one first, not the layers that were asked for, or a tokenizer with more ids than it has embeddings.
+        ModelError: If the checkpoint cannot be read, lacks weights of the encoder or the head it must bring, has another number
+            of labels or the positive one first, not the layers that were asked for, or a tokenizer with more ids than it has
+            embeddings, or if its head reads what may be padding.
     """
     labels: dict[str, Any] = {"num_labels": 2, "id2label": LABELS, "label2id": {v: k for k, v in LABELS.items()}}
     source = weights.source
@@ -170,9 +182,20 @@ def load_classifier(weights: Weights, *, tuned: bool = False, shapes_only: bool 
         if not all(1 <= layer <= len(stack) for layer in source.layers):
             raise ModelError(f"layers {source.layers} were asked for, {source.source} has layers 1 to {len(stack)}")
         kept = nn.ModuleList(stack[i - 1] for i in source.layers)
+        for number, layer in enumerate(kept):
+            for module in layer.modules():
+                if hasattr(module, "layer_idx"):  # where the keys are that a prefix puts before the layer's own
+                    module.layer_idx = number  # type: ignore[assignment]
         _encoder(model).layer = kept
         model.config.num_hidden_layers = len(kept)
-    largest, rows = max(load_tokenizer(weights).get_vocab().values(), default=-1), model.get_input_embeddings().num_embeddings
+    if getattr(model.config, "summary_type", None) == "last":
+        raise ModelError(
+            f"{source.source}: {type(model).__name__} reads a batch's last tokens, padding included; use another model"
+        )
+    tokenizer = load_tokenizer(weights)
+    if tokenizer.pad_token_id is not None:  # heads that read a text's last token find it before the padding
+        model.config.pad_token_id = tokenizer.pad_token_id
+    largest, rows = max(tokenizer.get_vocab().values(), default=-1), model.get_input_embeddings().num_embeddings
     if largest >= rows:
         raise ModelError(
             f"{source.source}: the tokenizer has ids up to {largest}, the model embeds {rows}; they are of different checkpoints"
@@ -181,11 +204,9 @@ def load_classifier(weights: Weights, *, tuned: bool = False, shapes_only: bool 
 
 
 def _from_config(weights: Weights, labels: dict[str, Any]) -> Any:
-    try:
+    with _refused(f"cannot read the architecture in {weights.folder}"):
         config = AutoConfig.from_pretrained(weights.folder, trust_remote_code=False, **labels)
         return AutoModelForSequenceClassification.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot read the architecture in {weights.folder}: {str(error).strip()[:300]}") from error
 
 
 def _from_checkpoint(weights: Weights, labels: dict[str, Any], *, tuned: bool) -> Any:
@@ -196,20 +217,45 @@ def _from_checkpoint(weights: Weights, labels: dict[str, Any], *, tuned: bool) -
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # that the head is new is what we want, not news
     try:
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            weights.folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **labels
-        )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ModelError(f"cannot load a two-label classifier from {source.source}: {str(error).strip()[:300]}") from error
+        with _refused(f"cannot load a two-label classifier from {source.source}"):
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                weights.folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **labels,
+            )
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
-    if tuned and (missing := sorted(loaded["missing_keys"])):
+    missing = sorted(loaded["missing_keys"])
+    model.pooler_is_new = any(".pooler." in name for name in missing)
+    lost = [name for name in missing if name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name]
+    if lost:
+        raise ModelError(
+            f"{source.source} lacks {len(lost)} weights of the encoder, such as {lost[0]}; are they of another model, or saved "
+            "under other names, such as with module. in front?"
+        )
+    if tuned and missing:
         raise ModelError(
             f"{source.source} is not a tuned classifier: it lacks {', '.join(missing)[:200]}; give one that is, or a "
             "Phase by which the scale's backbone is tuned to become the teacher"
         )
     return model
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Say of whatever a library makes of files that it cannot read what could not be done, and why."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error):
+            raise
+        told = str(error).strip()[:300]
+        of_files = isinstance(error, OSError | RuntimeError | ValueError | SafetensorError)  # others say what is wrong with code
+        raise ModelError(f"{what}: {told}" if told and of_files else f"{what}: {type(error).__name__}: {told}") from error
 
 
 def encoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -236,7 +282,7 @@ def check_positions(model: nn.Module, max_length: int, what: str, *, virtual_tok
         ModelError: If they may have.
     """
     positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is None:
+    if positions is None or positions < 0:  # as of models whose positions are relative
         return
     embeddings: Any = getattr(getattr(model, "base_model", None), "embeddings", None)
     padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
@@ -280,21 +326,37 @@ def prepare(model: nn.Module, phase: Phase) -> tuple[nn.Module, list[dict[str, A
     return model, _groups(model, phase, {id(p) for p in unfrozen})
 
 
+def _head(model: nn.Module) -> list[str]:
+    """
+    What lies on top of the encoder, by name, and a pooler of the encoder's that the checkpoint lacked.
+
+    PEFT must be told of it, or a random part of it would stay frozen.
+    """
+    body = getattr(model, "base_model", model)
+    children = [] if body is model else list(model.named_children())
+    head = [name for name, child in children if child is not body and next(child.parameters(), None) is not None]
+    return head + ["pooler"] * ("pooler" not in head and getattr(model, "pooler_is_new", False))
+
+
 def _adapt(model: nn.Module, phase: Phase) -> nn.Module:
     assert phase.peft is not None
-    head = [name for name, _ in model.named_children() if name in HEAD]
+    head = _head(model)
     peft = copy.deepcopy(dict(phase.peft))  # peft extends lists in place
     if (task := peft.pop("task_type", TaskType.SEQ_CLS)) != TaskType.SEQ_CLS:
         raise ModelError(f"{phase.id}: peft's task_type must be SEQ_CLS or left out, got {task!r}")
     kind = str(peft.get("peft_type")).upper()
     if why := NOT_BY_THE_LOSS_ALONE.get(kind):
         raise ModelError(f"{phase.id}: {kind} {why}")
+    if (start := peft.get("init_lora_weights")) in FROM_DATA:
+        raise ModelError(f"{phase.id}: init_lora_weights {start!r} begins from a pass over the data, which the loop does not make")
+    config_type = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+    saves_modules = config_type is not None and any(field.name == "modules_to_save" for field in dataclasses.fields(config_type))
+    if saves_modules:
+        peft["modules_to_save"] = list(dict.fromkeys([*head, *(peft.get("modules_to_save") or ())]))
     try:
         with warnings.catch_warnings():  # peft asks transformers by an old name whether activations are checkpointed
             warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
-            adapted: nn.Module = get_peft_model(
-                model, get_peft_config({"task_type": TaskType.SEQ_CLS, "modules_to_save": head, **peft})
-            )
+            adapted: nn.Module = get_peft_model(model, get_peft_config({"task_type": TaskType.SEQ_CLS, **peft}))
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:  # as of an outdated torchao beside peft
         unknown = f"; peft_type must be one of {', '.join(sorted(PEFT_TYPE_TO_CONFIG_MAPPING))}"
         raise ModelError(
@@ -303,6 +365,10 @@ def _adapt(model: nn.Module, phase: Phase) -> nn.Module:
         ) from error
     if getattr(adapted.active_peft_config, "use_asa", False):
         raise ModelError(f"{phase.id}: with use_asa {kind} {NOT_BY_THE_LOSS_ALONE['ADALORA']}")
+    if not saves_modules:
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in head:
+                module.requires_grad_(True)
     return adapted
 
 
@@ -372,10 +438,8 @@ def _check_head(weights: Weights) -> None:
 
 def _check_label_order(weights: Weights) -> None:
     """See that a head that is to be used as it is does not call its first label positive."""
-    try:
+    with _refused(f"cannot read the architecture in {weights.folder}"):
         names = dict(AutoConfig.from_pretrained(weights.folder, trust_remote_code=False).id2label or {})
-    except (OSError, ValueError, KeyError):
-        return  # which loading will say
     first, second = (str(names.get(label, "")).lower() for label in (0, 1))
     if first.startswith("pos") and second.startswith("neg"):
         assert isinstance(weights.source, Pretrained)

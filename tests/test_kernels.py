@@ -4,15 +4,17 @@ import copy
 
 import pytest
 import torch
-from encoders import FixedDropout, classifier
+from encoders import FixedDropout, classifier, encoded_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 from peftbench import kernels
 from peftbench.dropout import Dropout
 from peftbench.kernels import LayerNorm, Linear, RowEmbedding, cast_frozen, economize, economize_words, only_words, project
 from peftbench.models import prepare
+from peftbench.packing import make_batch
 from peftbench.phases import Phase
 
 
@@ -52,6 +54,31 @@ def test_either_library_multiplies(onednn, bias, monkeypatch):
     torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
     for expected, actual in zip(plain.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(actual.grad, expected.grad)
+
+
+def test_an_adapter_that_changes_the_weight_itself_learns():
+    """LoRA on parameters makes the weight anew in each pass; its gradients are those of the model as it was."""
+    phase = Phase(
+        id="X-test",
+        role="backbone",
+        max_length=12,
+        peft={
+            "peft_type": "LORA",
+            "r": 2,
+            "target_modules": [],
+            "target_parameters": ["layer.0.output.dense.weight"],
+            "init_lora_weights": False,
+        },
+    )
+    models = [prepare(classifier("bert"), phase)[0] for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    economize(models[1])
+    batch = make_batch(encoded_of([5, 3]), [0, 1], "cpu", packed=False)
+    for model in models:
+        F.cross_entropy(model(**batch.inputs).logits, batch.labels).backward()
+    learned = [{name: p.grad for name, p in model.named_parameters() if "lora_" in name} for model in models]
+    assert 2 == len(learned[0])
+    torch.testing.assert_close(learned[1], learned[0])
 
 
 def linears(*, bias, dtype=torch.float64):

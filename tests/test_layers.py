@@ -33,6 +33,13 @@ def packed_batch(encoded, rows, *, one_row=False, row_step=ROW_STEP):
     return row.batch(row.numbers)
 
 
+def test_a_decoder_is_not_packed():
+    """Its tokens do not attend to those behind them, which no packed layer knows."""
+    model = classifier("bert")
+    model.config.is_decoder = True
+    assert not make_packable(model)
+
+
 @pytest.fixture(scope="module")
 def twins():
     """For each architecture and method an untouched model and packable copies, in fp64 and with every parameter random."""

@@ -20,7 +20,6 @@ from transformers import (
 
 from peftbench.data import grammar_words
 from peftbench.models import (
-    HEAD,
     LABELS,
     ModelError,
     artifact_bytes,
@@ -37,6 +36,7 @@ from peftbench.phases import Phase, Pretrained, Untrained
 
 TINY = Untrained(architecture="bert", layers=1, hidden_size=8, attention_heads=1)
 QUERY = {"bert": "query", "distilbert": "q_lin"}
+HEAD = {"bert": ["classifier"], "distilbert": ["pre_classifier", "classifier"]}
 
 # By hand, with 50 words, 32 positions, 16 wide, 32 in the feed-forward layer, 2 layers.
 LAYER = 4 * (16 * 16 + 16) + (16 * 32 + 32) + (32 * 16 + 16) + 2 * (16 + 16)
@@ -119,6 +119,13 @@ def test_model_of_fewer_layers_survives_saving(saved, architecture, tmp_path):
     assert tokenizer_identity(load_tokenizer(locate(TINY, fetch=None))) == tokenizer_identity(tokenizer)
 
 
+def test_layers_that_were_kept_find_the_prefix_of_theirs(saved):
+    """Layers know their place by a number of their own, by which they look up the keys that a prefix puts before theirs."""
+    _, folder = saved(layers=4)
+    model, _ = prepare(load(folder, (2, 4)), phase_with(adapter("bert", "PREFIX_TUNING"), max_length=8))
+    assert (3, 2) == model(input_ids=torch.full((3, 8), 5), attention_mask=torch.ones(3, 8, dtype=torch.long)).logits.shape
+
+
 @pytest.mark.parametrize("layers", [(7,), (2, 4, 8), (0, 2), (-1,)])
 def test_layers_that_the_checkpoint_does_not_have_are_refused(saved, layers):
     """Layers are counted from 1 to the checkpoint's number."""
@@ -174,6 +181,61 @@ def test_checkpoint_without_a_head_gets_one_from_the_seed(saved):
     assert not torch.equal(heads[0], heads[2])
 
 
+@pytest.mark.parametrize("tuned", [False, True])
+@architectures
+def test_a_checkpoint_whose_weights_are_named_otherwise_is_refused(saved, architecture, tuned):
+    """As by DistributedDataParallel: transformers would draw the whole encoder at random and say nothing."""
+    model, folder = saved(architecture)
+    renamed = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"checkpoint lacks \d\d weights of the encoder, such as {architecture}\.embeddings"):
+        load_classifier(locate(Pretrained(source=str(folder)), fetch=None), tuned=tuned)
+
+
+def test_a_checkpoint_with_fewer_layers_than_it_says_is_refused(saved):
+    """The upper ones would be random."""
+    _, folder = saved(layers=2)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(ModelError, match=r"lacks 16 weights of the encoder, such as bert\.encoder\.layer\.2\."):
+        load(folder)
+
+
+def test_a_pooler_that_the_checkpoint_lacks_trains_under_peft(saved):
+    """As of a BERT that was trained to fill in words: frozen, it would stay random between encoder and head."""
+    model, folder = saved()
+    weights = {name: tensor for name, tensor in model.state_dict().items() if "pooler" not in name}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for kept in (False, True):
+        if kept:
+            model.save_pretrained(folder)
+        adapted, _ = prepare(load(folder), phase_with(lora("bert")))
+        assert kept != any(".pooler." in name for name in trainable_names(adapted))
+
+
+@pytest.mark.parametrize("change", [{"hidden_act": "nope"}, {"id2label": ["a", "b"]}, {"hidden_dropout_prob": "0.1"}])
+@pytest.mark.parametrize("how", [{}, {"tuned": True}, {"shapes_only": True}])
+def test_a_configuration_that_cannot_be_read_is_refused(saved, change, how):
+    """Whatever the library makes of it; the message names the folder."""
+    _, folder = saved()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ModelError, match=r"cannot (load a two-label classifier from|read the architecture in) .*checkpoint: "):
+        load_classifier(locate(Pretrained(source=str(folder)), fetch=None), **how)
+
+
+def test_running_out_of_memory_is_no_fault_of_the_checkpoint(saved, monkeypatch):
+    """The library's error stays what it is."""
+    _, folder = saved()
+
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", full)
+    with pytest.raises(MemoryError):
+        load(folder)
+
+
 def test_labels_have_their_names(saved):
     """Label 1 is positive in every model, whatever the checkpoint called it."""
     _, folder = saved()
@@ -216,8 +278,22 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(saved):
     """Else transformers would make one up to which every word is unknown, and the case would pass at the level of chance."""
     _, folder = saved()
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(ModelError, match=r"checkpoint has no tokenizer, wanted tokenizer.json or vocab.txt"):
+    with pytest.raises(ModelError, match=r"checkpoint has no tokenizer, wanted tokenizer.json or vocab.txt or"):
         locate(Pretrained(source=str(folder)), fetch=None)
+
+
+def test_a_tokenizer_may_be_a_vocabulary_and_merges(saved):
+    """As an older RoBERTa's; both files are part of the identity."""
+    _, folder = saved()
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "RobertaTokenizer"}')
+    words = ["<s>", "<pad>", "</s>", "<unk>", "a", "b", "ab"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
+    weights = locate(Pretrained(source=str(folder)), fetch=None)
+    assert [0, 6, 4, 2] == load_tokenizer(weights)("aba")["input_ids"]
+    (folder / "merges.txt").write_text("#version: 0.2\nb a\n")
+    assert weights.identity != locate(Pretrained(source=str(folder)), fetch=None).identity
 
 
 def test_a_damaged_tokenizer_is_refused(saved):
@@ -358,19 +434,41 @@ def test_head_always_trains_under_peft(architecture, method):
     """Every part of the head that the checkpoint may lack is trained, whatever the method."""
     peft = {"peft_type": method, "target_modules": [QUERY[architecture]], **PEFT_METHODS[method]}
     model = classifier(architecture)
-    head = [name for name, _ in model.named_children() if name in HEAD]
     adapted, _ = prepare(model, phase_with(peft))
-    assert head == [part for part in head if any(f"{part}.modules_to_save" in name for name in trainable_names(adapted))]
+    for part in HEAD[architecture]:
+        assert any(f".{part}.modules_to_save" in name for name in trainable_names(adapted))
+
+
+@architectures
+def test_head_trains_under_a_method_that_saves_no_modules(architecture):
+    """As TRAINABLE_TOKENS, whose configuration has no place for them."""
+    peft = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [5, 6], "target_modules": ["word_embeddings"]}
+    model, _ = prepare(classifier(architecture), phase_with(peft))
+    names = trainable_names(model)
+    assert 2 * 16 + HEAD_SIZE[architecture] == count_parameters(model)[1]
+    assert all(any(f".{part}." in name for name in names) for part in HEAD[architecture])
 
 
 @architectures
 @pytest.mark.parametrize(
-    ("method", "why"), [("ADALORA", "chooses its ranks while it trains"), ("POLY", "must be told the task of each example")]
+    ("method", "why"),
+    [
+        ("ADALORA", "chooses its ranks while it trains"),
+        ("POLY", "must be told the task of each example"),
+        ("MULTITASK_PROMPT_TUNING", "must be told the task of each example"),
+    ],
 )
 def test_a_method_that_does_not_train_by_the_loss_alone_is_refused(architecture, method, why):
     """AdaLoRA without its updates is no AdaLoRA: all ranks would stay."""
-    with pytest.raises(ModelError, match=rf"{method} {why}.*Use one such as LORA"):
+    with pytest.raises(ModelError, match=rf"{method} {why}.*Use one such as "):
         prepare(classifier(architecture), phase_with({"peft_type": method, "target_modules": [QUERY[architecture]]}))
+
+
+@pytest.mark.parametrize("start", ["eva", "corda", "lora_ga"])
+def test_a_start_from_data_is_refused(start):
+    """Else peft begins with other weights, and the record would name a method that did not run."""
+    with pytest.raises(ModelError, match=f"X-test: init_lora_weights '{start}' begins from a pass over the data"):
+        prepare(classifier("bert"), phase_with(lora("bert", init_lora_weights=start)))
 
 
 @architectures
@@ -378,9 +476,8 @@ def test_a_method_that_does_not_train_by_the_loss_alone_is_refused(architecture,
 def test_modules_to_save_of_the_user_do_not_freeze_the_head(architecture, extra):
     """Naming further modules to train does not take the head away."""
     model, _ = prepare(classifier(architecture), phase_with(lora(architecture, modules_to_save=extra)))
-    base = model.get_base_model()
-    head = [name for name in HEAD if hasattr(base, name)]
-    assert head == [part for part in head if any(f".{part}.modules_to_save" in name for name in trainable_names(model))]
+    for part in [*HEAD[architecture], *extra]:
+        assert any(f"{part}.modules_to_save" in name for name in trainable_names(model))
 
 
 @architectures
