@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -108,10 +109,11 @@ def _history(options: argparse.Namespace) -> int:
     side = found.everything()
     _tell(side)
     wanted = [text.lower() for text in options.phase]
-    records = [r for r in side.records if not wanted or {r.phase_id.lower(), r.phase.lower(), r.name.lower()} & {*wanted}]
-    if not records:
+    names = [{record.phase_id.lower(), record.phase.lower(), record.name.lower()} for record in side.records]
+    if unknown := [text for text in options.phase if not any(text.lower() in of_record for of_record in names)]:
         known = ", ".join(sorted({record.phase_id for record in side.records}))
-        raise ValueError(f"--phase must be one of {known}, by letter, name or id; got {', '.join(options.phase)}")
+        raise ValueError(f"--phase must be one of {known}, by letter, name or id; got {', '.join(unknown)}")
+    records = [r for r, of_record in zip(side.records, names, strict=True) if not wanted or of_record & {*wanted}]
     traced = trace(records, METRICS[options.metric], commits_in_order(found.repository))
     if not traced:
         raise ValueError(f"no record of the phases asked for has {options.metric}")
@@ -142,8 +144,8 @@ def _plan(options: argparse.Namespace) -> None:
 
     if options.data is not None:
         check_data_folder(options.data, "--data")
-    if options.memory is not None and not options.memory > 0:
-        raise ValueError(f"--memory must be more than 0 GiB, got {options.memory:g}")
+    if options.memory is not None and not 0 < options.memory < math.inf:
+        raise ValueError(f"--memory must be a finite number above 0 GiB, got {options.memory:g}")
     phases = _load_phases(options.phases)
     settings = Settings(
         outputs=options.outputs, run_id="plan", data=options.data, device=options.device, precision=options.precision
@@ -361,7 +363,15 @@ def _load_phases(path: Path) -> list[Phase]:
         why = "is no Python file" if path.exists() else "does not exist here"
         raise ValueError(f"name the Python file that has your list PHASES with --phases FILE; {path} {why}")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where a dataclass looks its module up
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(path.resolve().parent))  # where pytest has such a file find its neighbours
+    try:
+        spec.loader.exec_module(module)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # pytest's skip is no Exception
+        raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
     phases = getattr(module, "PHASES", None)
     if not isinstance(phases, Sequence) or not phases or not all(isinstance(phase, Phase) for phase in phases):
         raise ValueError(f"{path} must have a list PHASES of peftbench.phases.Phase, got {str(phases)[:60]}")

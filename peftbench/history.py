@@ -235,7 +235,8 @@ def read_file(path: Path) -> Side:
                 problems.append(f"{path}: {error}")
     if not records:
         raise HistoryError(f"{path} is pytest-benchmark's, but no entry's extra_info has a readable peftbench record")
-    return Side(label=f"file {path}", records=records, problems=problems)
+    attempts = {(record.run_id, record.case): record for record in records}  # the last one of a test that was run again
+    return Side(label=f"file {path}", records=list(attempts.values()), problems=problems)
 
 
 def _files_in(folder: Path) -> list[Path]:

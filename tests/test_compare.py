@@ -535,6 +535,15 @@ def test_a_failure_that_the_base_has_got_over_is_new():
     assert {("B-lora", "outcome"): "newly failing"} == verdicts([first, later], [again])
 
 
+def test_a_failure_of_what_the_base_once_passed_says_so():
+    """It failed there, too, in the end."""
+    data = passed().data
+    base = [passed(run="20260101T000000Z-aaaaaa"), failed(run="20260102T000000Z-aaaaaa", data=data)]
+    [row] = compare(base, [failed(run="20260103T000000Z-aaaaaa", data=data)])
+    assert ("newly failing", 0.0, 0.0) == (row.verdict, row.base, row.head)
+    assert row.reason.startswith("passed in the base before it failed there, too: ")
+
+
 def test_an_outcome_is_the_share_of_seeds_that_passed():
     """Of the last run of each; none where a side has no record."""
     seeds = [passed(seed=seed) for seed in (42, 43, 44)]

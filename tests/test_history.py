@@ -283,6 +283,14 @@ def test_a_file_of_pytest_benchmark_gives_our_records(tmp_path):
     assert [record] == list(read_side(str(path), lambda: None).records)
 
 
+def test_of_several_attempts_in_a_file_of_pytest_benchmark_the_last_counts(tmp_path):
+    """It holds an entry for each, where a plugin runs a failed test again."""
+    attempts = [passed(outcome="failed", error="RuntimeError: no"), passed()]
+    path = tmp_path / "b.json"
+    path.write_text(json.dumps({"benchmarks": [{"extra_info": {"peftbench": record.to_json()}} for record in attempts]}))
+    assert attempts[1:] == list(read_side(str(path), lambda: None).records)
+
+
 @pytest.fixture
 def report(store):
     """The report of a phase over three seeds, of which the last is much better; returns its path and the records."""

@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(session, "peftbench-session")
     config.pluginmanager.register(recording, "peftbench-recording")
     config.pluginmanager.register(fixtures, "peftbench-fixtures")
-    if not config.pluginmanager.hasplugin("benchmark"):
+    if not any(hasattr(plugin, "benchmark") for plugin in config.pluginmanager.get_plugins()):  # pytest-benchmark or another
         config.pluginmanager.register(fixtures.NoBenchmark(), "peftbench-no-benchmark")
 
 
@@ -58,9 +58,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Note which are cases; have pytest-benchmark read the clock of their loops, whatever else the test's own marker says."""
-    if "peft_scale" in getattr(item, "fixturenames", ()):
-        item.user_properties.append(("peftbench_case", True))  # which a worker of pytest-xdist passes on
-    if "run_phase" in getattr(item, "fixturenames", ()) and item.config.pluginmanager.hasplugin("benchmark"):
+    names = getattr(item, "fixturenames", ())
+    if "peft_scale" in names:
+        item.user_properties.append(("peftbench_case", "run_phase" in names))  # which a worker of pytest-xdist passes on
+    if "run_phase" in names and any(map(item.config.pluginmanager.hasplugin, ("benchmark", "pytest_benchmark.plugin"))):
         own = item.get_closest_marker("benchmark")
         settings = {"group": "training", **(own.kwargs if own else {}), "timer": item.config.stash[SESSION].train_runtime_seconds}
         item.add_marker(pytest.mark.benchmark(**settings), append=False)
@@ -110,7 +111,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     for scale in scales:
         try:
             own.choose_bases([scale])
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             problems.append(error)
     if not own.bases and config.getoption("peft_compare"):  # an ini file's is said at the end, and only if there were cases
         raise pytest.UsageError(f"peftbench: {problems[0]}") from problems[0]
@@ -148,18 +149,22 @@ def _scale_name(config: pytest.Config, call: Any) -> str:
 def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
     """Let the SIGTERM of a batch system or a container end a session of cases as Ctrl-C does, which tells what has passed."""
     main_thread = threading.current_thread() is threading.main_thread()
-    may_have_cases = session.config.getoption("dist", "no") != "no" or _scales(session.config, session.items)
+    spread = session.config.pluginmanager.hasplugin("dsession")  # over workers of pytest-xdist, which alone know the tests
+    may_have_cases = spread or _scales(session.config, session.items)
     if not (main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and may_have_cases):
         return (yield)
-    signal.signal(signal.SIGTERM, _interrupt)
+
+    def interrupt(*_: object) -> None:
+        if spread and not session.config.stash[SESSION].saw_case:  # nothing to tell, and perhaps a project without cases
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
+        raise KeyboardInterrupt("SIGTERM")
+
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         return (yield)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt("SIGTERM")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -171,14 +176,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     own.publish_all()
     status = 1 if own.unpublished else 0
     asked = own.saw_case or (own.saw_other_test and session.config.getoption("peft_fail"))
-    if own.options.compare and (own.records or (own.options.gates and asked)):
+    ran = not any(session.config.getoption(name) for name in ("setuponly", "setupplan"))
+    if own.options.compare and ran and (own.records or (own.options.gates and asked)):
         from peftbench.gates import Judgement
 
         try:
             if not own.records:
                 raise ValueError("nothing to compare: no case has left a record")
             status = own.judge() or status
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             own.judgement = Judgement(status=2, lines=[str(error)])
             status = 2
     if session.exitstatus == pytest.ExitCode.OK:

@@ -11,7 +11,7 @@ import pytest
 
 from peftbench.errors import PeftbenchError
 from peftbench.phases import KD_MAX_LENGTH, SCALES, STANDARD_KD_SUBSETS, Phase, Scale
-from peftbench.plugin.recording import ATTEMPTED, RECORD
+from peftbench.plugin.recording import ATTEMPTED, BENCHMARK, RECORD
 from peftbench.plugin.session import SESSION
 from peftbench.records import Record, case_name
 
@@ -89,6 +89,9 @@ def run_phase(
     """
     session, node = request.config.stash[SESSION], request.node
     called = measured = False
+    if not hasattr(benchmark, "pedantic"):  # another plugin's, or that of none
+        benchmark = None
+    node.stash[BENCHMARK] = benchmark
 
     def run(phase: Phase) -> Record:
         from peftbench.runner import case_fingerprint, failed_record, run_phase
@@ -109,8 +112,10 @@ def run_phase(
         try:
             if session.options.resume:
                 fingerprint = case_fingerprint(phase, peft_workbench)
-                if found := session.find_passed(peft_workbench, fingerprint, peft_seed):
-                    session.check_phase(phase)
+                found = session.find_passed(peft_workbench, fingerprint, peft_seed)
+                node.user_properties.extend(session.take_notes())
+                if found:
+                    session.check_phase(phase, scale.name)
                     for size in phase.at(scale.name).kd_subsets:  # which somebody may have deleted, or another study replaced
                         peft_workbench.kd_subset(size, phase.at(scale.name).max_length)
                     store.link(found, session.run_id)
@@ -120,7 +125,7 @@ def run_phase(
             def train() -> Record:
                 nonlocal measured
                 measured = True
-                session.check_phase(phase)
+                session.check_phase(phase, scale.name)
                 record = run_phase(phase, scale, peft_seed, settings, workbench=peft_workbench)
                 session.trained_seconds += record.train_runtime_seconds or 0.0
                 return record

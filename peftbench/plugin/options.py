@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from peftbench.phases import PRECISIONS, SCALES, check_data_folder
+from peftbench.report import seen_from
 
 if TYPE_CHECKING:
     from peftbench.gates import Gate
@@ -92,6 +93,8 @@ class Options:
             root = config.inipath.parent if config.inipath else config.rootpath
             return (Path.cwd() if typed[name] else root) / os.path.expanduser(given[name])  # noqa: PTH111 - Path raises where no home is known
 
+        if given["compare"] and (base := folder("compare")).exists():
+            given["compare"] = str(seen_from(Path(), base))
         for name, allowed in (("scale", ("auto", *SCALES)), ("precision", PRECISIONS)):
             if given[name] not in allowed:
                 raise pytest.UsageError(f"{spelled[name]} must be one of {', '.join(allowed)}, got {given[name]!r}")

@@ -17,6 +17,8 @@ RECORD = pytest.StashKey[Record]()
 """The record of the test that is running, until it is written."""
 ATTEMPTED = pytest.StashKey[Path]()
 """Where a test has left a record: the next one of the same case, as where failed tests are run again, takes its place."""
+BENCHMARK = pytest.StashKey[Any]()
+"""The pytest-benchmark fixture of a test that has asked for `run_phase`; None without that plugin."""
 FAILURE = pytest.StashKey[str]()
 """Why a test that went on will count as failed, as after a subtest."""
 
@@ -114,6 +116,6 @@ def _fail(item: pytest.Item, path: Path, error: str) -> str | None:
 
 
 def _tell_benchmark(item: pytest.Item, record: Record) -> None:
-    benchmark: Any = getattr(item, "funcargs", {}).get("benchmark")
+    benchmark = item.stash.get(BENCHMARK, None)
     if benchmark is not None:
         benchmark.extra_info["peftbench"] = record.to_json()

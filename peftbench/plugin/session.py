@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import time
 from collections.abc import Collection
 from functools import cached_property
@@ -38,6 +39,7 @@ class Session:
         unreadable: Files of the history that could not be read, and why.
         saw_case: Whether there was a report of a case.
         saw_other_test: Whether there was one of any other test.
+        unrecorded: Tests that take `run_phase` and have left no record, as if they were skipped.
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -52,12 +54,14 @@ class Session:
         self.unpublished: dict[Path, str] = {}
         self.unreadable: set[str] = set()
         self.saw_case = self.saw_other_test = False
+        self.unrecorded: set[str] = set()
         self.bases: list[Side] = []
         self.comparison: list[Row] = []
         self.changes: list[str] = []
         self.judgement: Judgement | None = None
         self._due: set[Path] = set()
-        self._phases: dict[str, Phase] = {}
+        self._notes: list[tuple[str, str]] = []
+        self._phases: dict[tuple[Path, str], Phase] = {}
         self._history: dict[Path, list[Record]] = {}
 
     @cached_property
@@ -78,6 +82,13 @@ class Session:
     def asked_for(self) -> list[str]:
         """What selects cases by name, in small letters."""
         return [text.lower() for text in (self.config.option.keyword, *(a.partition("::")[2] for a in self.config.args))]
+
+    @property
+    def is_narrowed(self) -> bool:
+        """Whether the command line chooses among cases, other than by their scale, so that phases may be left out on purpose."""
+        option = self.config.getoption
+        own_markers = {*re.findall(r"\w+", option("markexpr"))} - {"tiny", "peer", "and", "or", "not"}
+        return any(self.asked_for) or bool(own_markers) or any(option(name, False) for name in ("lf", "stepwise", "deselect"))
 
     @property
     def is_worker(self) -> bool:
@@ -137,6 +148,8 @@ class Session:
         """
         if not scales:
             return
+        if self.config.getoption("benchmark_cprofile", None):
+            raise ValueError("--benchmark-cprofile would train each phase a second time; use python -m cProfile -m pytest")
         self.options.check_data()
         self.device  # noqa: B018 - it is chosen here, or cannot be
         for scale in scales:
@@ -148,14 +161,14 @@ class Session:
         if self.options.compare:
             self.choose_bases(scales)
 
-    def check_phase(self, phase: Phase) -> None:
+    def check_phase(self, phase: Phase, scale: str) -> None:
         """
-        Refuse two phases of one letter, whose results would replace each other.
+        Refuse two phases of one letter, whose reports would replace each other.
 
         Raises:
-            RecordError: If another phase with that letter has run in this session.
+            RecordError: If another phase with that letter has run in this session, in the same folder of reports.
         """
-        known = self._phases.setdefault(phase.letter.lower(), phase)
+        known = self._phases.setdefault((Store(self.options.outputs, scale).root, phase.letter.lower()), phase)
         if known != phase:
             field = next(f.name for f in dataclasses.fields(Phase) if getattr(known, f.name) != getattr(phase, f.name))
             raise RecordError(
@@ -174,7 +187,7 @@ class Session:
             readable = self._history.setdefault(store.runs, [])
             for record in store.records():
                 if isinstance(record, RecordError):
-                    self.unreadable.add(str(record))
+                    self._note("unreadable", str(record))
                 else:
                     readable.append(record)
             readable.sort(key=lambda record: record.run_id)  # a run's folder may have another name
@@ -211,7 +224,21 @@ class Session:
         else:
             same = "this commit and these changes"
         case = f"{last.phase_id} with seed {seed}"
-        self.progress.say(f"{case} runs again: it passed {where}{dirty}, and only cases of {same} are resumed")
+        self._note("news", f"{case} runs again: it passed {where}{dirty}, and only cases of {same} are resumed")
+
+    def _note(self, kind: str, text: str) -> None:
+        """Say a line, or have the main process say it; what is unreadable, at the end."""
+        if self.is_worker:
+            self._notes.append((f"peftbench_{kind}", text))
+        elif kind == "unreadable":
+            self.unreadable.add(text)
+        else:
+            self.progress.say(text)
+
+    def take_notes(self) -> list[tuple[str, str]]:
+        """What a worker of pytest-xdist has to say since it was last asked, as properties of a test."""
+        notes, self._notes = self._notes, []
+        return notes
 
     def publish(self, record: Record) -> None:
         """
@@ -270,7 +297,8 @@ class Session:
         self.bases = [side for side in self.bases if side.records[0].scale in scales]
         self.choose_bases(scales - {record.scale for side in self.bases for record in side.records})
         base = [record for side in self.bases for record in side.records]
-        if any(self.asked_for) or self.config.getoption("lf", False):  # the other phases are not missing then
+        whole = len(base)
+        if self.is_narrowed:  # the other phases are not missing then
             measured = {(record.scale, record.phase_id) for record in records}
             base = [record for record in base if (record.scale, record.phase_id) in measured]
         self.comparison, self.changes = compare(base, records), set_up_changes(base, records)
@@ -279,13 +307,25 @@ class Session:
         doubtful = doubts(
             Side(label="this run", records=records), Side(label=self.options.compare, records=base, problems=problems)
         )
+        if self.unrecorded and len(base) < whole:  # of phases that may be in the base
+            doubtful.append(f"{len(self.unrecorded)} of the tests asked for left no record, such as {min(self.unrecorded)}")
         self.judgement = judge(self.comparison, self.options.gates, doubts=doubtful)
         return self.judgement.status if self.options.gates else 0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Learn of records that others have written, workers of pytest-xdist and earlier runs; publish at the end of a test."""
-        is_case = any(name == "peftbench_case" for name, _ in report.user_properties)
+        told = dict(report.user_properties)
+        is_case = "peftbench_case" in told
         self.saw_case, self.saw_other_test = self.saw_case or is_case, self.saw_other_test or not is_case
+        if report.when == "teardown":
+            self.unrecorded.discard(report.nodeid)  # of an earlier attempt
+            if told.get("peftbench_case") and "peftbench_record" not in told:
+                self.unrecorded.add(report.nodeid)
+            for name, text in report.user_properties:
+                if name == "peftbench_unreadable":
+                    self.unreadable.add(str(text))
+                elif name == "peftbench_news":
+                    self.progress.say(str(text))
         for path in [Path(str(value)) for name, value in report.user_properties if name == "peftbench_record"]:
             if path not in self.records or hasattr(report, "node"):  # a worker may have written it again
                 self.learn(path)

@@ -36,6 +36,61 @@ def test_cases_run_and_leave_records_without_pytest_benchmark(study, records, ar
     assert ["S-small-tiny-s42.json"] == list(records())
 
 
+BY_NAME = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}, ["-p", "pytest_benchmark.plugin", "-p", "peftbench.plugin"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments"), [BY_NAME, ({}, ["-p", "no:benchmark", "-p", "mine"])], ids=["by its module", "of another plugin"]
+)
+def test_fixtures_of_that_name_stay_what_they_are(pytester, monkeypatch, data_folder, records, environment, arguments):
+    """Other tests keep theirs; a case takes pytest-benchmark's alone."""
+    pytester.makepyfile(mine="import pytest\n@pytest.fixture\ndef benchmark():\n    return lambda function: function()")
+    pytester.makepyfile(
+        test_both="""
+        import pytest
+        from peftbench.phases import Phase
+
+        @pytest.mark.tiny
+        def test_mine(benchmark):
+            assert 2 == benchmark(lambda: 1 + 1)
+
+        def test_phase(run_phase):
+            run_phase(Phase(id="S-one", role="student", subset=16, epochs=1))
+    """
+    )
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    pytester.syspathinsert()
+    result = pytester.runpytest_subprocess("-m", "tiny", f"--peft-data={data_folder}", *arguments)
+    result.assert_outcomes(passed=2, deselected=1)
+    assert ["S-one-tiny-s42.json"] == list(records())
+
+
+def test_a_fixture_asked_for_by_name_leaves_its_record_in_the_json(pytester, data_folder, records):
+    """As one that the test takes as an argument."""
+    pytester.makepyfile("""
+        import pytest
+        from peftbench.phases import Phase
+
+        @pytest.mark.tiny
+        def test_phase(request):
+            request.getfixturevalue("run_phase")(Phase(id="S-one", role="student", subset=16, epochs=1))
+    """)
+    result = pytester.runpytest_inprocess(
+        "-m", "tiny", "--peft-scale=tiny", f"--peft-data={data_folder}", "--benchmark-json=b.json"
+    )
+    result.assert_outcomes(passed=1)
+    [entry] = json.loads((pytester.path / "b.json").read_text())["benchmarks"]
+    assert list(records().values()) == [entry["extra_info"]["peftbench"]]
+
+
+def test_a_profile_that_would_train_twice_is_refused(study):
+    """pytest-benchmark calls the function again for it."""
+    result = study("-k", "small", "--benchmark-cprofile=tottime")
+    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    result.stderr.fnmatch_lines(["*--benchmark-cprofile would train each phase a second time; use python -m cProfile*"])
+
+
 def test_a_test_that_fails_before_it_trains_is_told_of_its_own_error_alone(study, pytester):
     """Not of a clock that was never started, where warnings are errors."""
     text = "from peftbench.phases import Phase\ndef test_x(run_phase):\n    run_phase(Phase(id='E-x', role='studnt'))\n"
@@ -104,6 +159,20 @@ def test_a_gate_judges_what_workers_of_xdist_measured(study, pytester, data_fold
     assert pytest.ExitCode.USAGE_ERROR == done.returncode
     assert "'no-such' is not a file, a folder" in done.stderr
     assert 2 == len(list((pytester.path / "outputs/tiny/runs").glob("*/*.json")))
+
+
+def test_workers_of_xdist_say_what_one_process_says(study, pytester, data_folder, commit):
+    """Why a case runs again, and which records cannot be read."""
+    study("--collect-only", "-q")
+    commit()
+    study("-k", "small or kd")
+    [path] = (pytester.path / "outputs/tiny/runs").glob("*/K-*.json")
+    path.write_text("{")
+    (pytester.path / "test_study.py").write_text((pytester.path / "test_study.py").read_text() + "\n# changed\n")
+    done = in_two_workers(pytester, data_folder, "-k", "small", "--peft-resume")
+    assert 0 == done.returncode, done.stdout + done.stderr
+    assert 1 == done.stdout.count("S-small with seed 42 runs again: it passed in run ")
+    assert 1 == done.stdout.count("left out of the history: ")
 
 
 def test_phases_of_one_letter_in_two_workers_are_said(pytester):

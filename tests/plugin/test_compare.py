@@ -1,6 +1,9 @@
 """``--peft-compare`` and ``--peft-fail``: one job runs and judges."""
 
 import base64
+import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -46,17 +49,79 @@ def test_worse_fails_the_session(study, pytester):
     result.stdout.fnmatch_lines(["*S-small: accuracy is worse by more than 0.5pt*"])
 
 
-def test_phases_that_were_not_asked_for_are_not_missing(study):
-    """With -k the others of the base are left alone; without, a phase that is gone leaves the gate open."""
+LIMITS = ("--peft-compare", "latest", "--peft-fail", "accuracy:0.5pt")
+SMALL = "test_study.py::test_phase[S-small-tiny]"
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ["-k", "small"],
+        [SMALL],
+        ["-m", "tiny and mine"],
+        [f"--deselect=test_study.py::test_phase[{phase}-tiny]" for phase in ("A-teacher", "K-kd")],
+    ],
+    ids=["expression", "id", "marker", "deselected"],
+)
+def test_phases_that_were_not_asked_for_are_not_missing(study, pytester, choice):
+    """However the command line leaves them out."""
     study("-k", "small or teacher")
-    limits = ("--peft-compare", "latest", "--peft-fail", "accuracy:0.5pt")
-    assert 0 == study("-k", "small", *limits).ret
+    pytester.makeini("[pytest]\nmarkers = mine")
+    suite = pytester.path / "test_study.py"
+    mine = 'pytest.param(Phase(id="S-small", role="student", subset=64, epochs=1, learning_rate=1e-3), marks=pytest.mark.mine)'
+    of_small = 'Phase(id="S-small", role="student", subset=64, epochs=1, learning_rate=1e-3)'
+    suite.write_text(suite.read_text().replace(of_small, mine).replace("phase: phase.id", "phase: getattr(phase, 'id', None)"))
+    result = study(*choice, *LIMITS)
+    assert 0 == result.ret, result.stdout.str()
+    assert "accuracy:0.5pt" in result.stdout.str()
+
+
+def test_a_phase_that_is_gone_leaves_the_gate_open(study, pytester):
+    """Whoever asks for all of them is told of it."""
     study("-k", "small or teacher")
-    result = study(
-        "--deselect", "test_study.py::test_phase[A-teacher-tiny]", "--deselect", "test_study.py::test_phase[K-kd-tiny]", *limits
-    )
+    suite = pytester.path / "test_study.py"
+    lines = suite.read_text().splitlines(keepends=True)
+    suite.write_text("".join(line for line in lines if "A-teacher" not in line and "K-kd" not in line))
+    result = study(*LIMITS)
     assert 2 == result.ret
     result.stdout.fnmatch_lines(["*A-teacher: outcome: missing: no finished record in the head*"])
+
+
+@pytest.mark.parametrize("choice", [["-k", "phase"], ["test_study.py::test_phase"], ["-n", "2", "-k", "phase"]])
+def test_a_case_asked_for_that_was_skipped_leaves_the_gate_open(study, pytester, data_folder, choice):
+    """Its phase is not among those that were left out."""
+    study("-k", "small or teacher")
+    pytester.makeconftest("""
+        import pytest
+
+        def pytest_runtest_setup(item):
+            if "A-teacher" in item.name:
+                pytest.skip("not today")
+    """)
+    command = [sys.executable, "-m", "pytest", "-m", "tiny", f"--peft-data={data_folder}", *choice, *LIMITS]
+    done = subprocess.run(command, cwd=pytester.path, capture_output=True, text=True, check=False)
+    assert 2 == done.returncode, done.stdout + done.stderr
+    assert "1 of the tests asked for left no record, such as test_study.py::test_phase[A-teacher-tiny]" in done.stdout
+
+
+def test_the_base_of_an_ini_file_is_seen_from_there(study, pytester, monkeypatch):
+    """As its other folders are, and with ~ for the home folder; commits and runs stay what they are."""
+    study("-k", "small")
+    [run] = (pytester.path / "outputs/tiny/runs").iterdir()
+    home, below = pytester.path / "home", pytester.mkdir("below")
+    shutil.copytree(run, pytester.path / "baseline")
+    shutil.copytree(run, home / "baseline")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(below)
+    for base, label in (
+        ("baseline", "folder ../baseline"),
+        ("~/baseline", "folder ../home/baseline"),
+        (run.name, f"run {run.name}"),
+    ):
+        pytester.makeini(f"[pytest]\npeft_compare = {base}\npeft_outputs = outputs")
+        result = study("-k", "small", str(pytester.path / "test_study.py"))
+        assert 0 == result.ret
+        result.stdout.fnmatch_lines([f"compared with {label}:"])
 
 
 def test_phases_that_did_not_fail_last_are_not_missing_from_what_lf_runs_again(study, pytester):
@@ -92,6 +157,20 @@ def test_what_cannot_be_told_is_neither(study, pytester):
     result = study("-k", "small", "--peft-compare", "latest", "--peft-fail", "accuracy:0.5pt")
     assert 2 == result.ret
     result.stdout.fnmatch_lines(["*S-small: accuracy: not comparable: other seed set: 1 and 42*"])
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "1"]])
+def test_a_history_that_cannot_be_read_is_said_before_anything_runs(study, monkeypatch, workers):
+    """As where a container has left folders of another user."""
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", "outputs/tiny/runs/x")
+
+    study("-k", "small")
+    monkeypatch.setattr("peftbench.history.History.from_outputs", refuse)
+    result = study("-k", "small", *workers, "--peft-compare", "latest")
+    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    result.stderr.fnmatch_lines(["*peftbench: *Permission denied: 'outputs/tiny/runs/x'"])
 
 
 def test_a_base_of_another_scale_is_said_before_anything_runs(study, pytester):
@@ -139,7 +218,7 @@ def test_a_gate_over_no_record_is_open(study):
     result.stdout.fnmatch_lines(["nothing to compare: no case has left a record"])
 
 
-@pytest.mark.parametrize("other", [["--collect-only"], ["--fixtures"]])
+@pytest.mark.parametrize("other", [["--collect-only"], ["--fixtures"], ["--setup-plan"]])
 def test_where_nothing_runs_no_gate_is_asked(study, other):
     """Nor is anything said of it."""
     study("-k", "small")

@@ -88,6 +88,18 @@ def test_sigterm_to_the_main_process_of_several_leaves_the_table(pytester, data_
     assert "S-small" in done.stdout.partition("= peftbench =")[2]
 
 
+def test_sigterm_to_the_main_process_of_tests_without_cases_is_what_it_always_was(pytester, data_folder):
+    """A project that has none ends as it would without the plugin."""
+    pytester.makepyfile("""
+        import os, signal, time
+
+        def test_other():
+            os.kill(os.getppid(), signal.SIGTERM)
+            time.sleep(1)
+    """)
+    assert -signal.SIGTERM == run(pytester, data_folder, "-n", "2", "-m", "").returncode
+
+
 def test_a_seed_that_was_interrupted_is_in_the_report(pytester, data_folder):
     """As in the table, though pytest makes no report of its test."""
     pytester.makepyfile("""

@@ -7,6 +7,9 @@ import time
 
 import pytest
 
+from peftbench.phases import Phase
+from peftbench.plugin.session import SESSION
+from peftbench.records import RecordError
 from peftbench.store import Store
 
 CONTRACT = {
@@ -146,6 +149,16 @@ def test_two_phases_of_one_letter_are_refused(pytester, data_folder):
     report = json.loads((pytester.path / "outputs/tiny/reports/phase_s_metrics.json").read_text())
     assert ("one", [1, 2]) == (report["name"], report["seeds"])
     result.stdout.fnmatch_lines(["*phases S-one and S-two differ in id but would share phase_s_metrics.json; rename one*"])
+
+
+def test_phases_of_one_letter_may_differ_where_their_reports_do(pytester):
+    """The tiny scale has a folder of its own; the others share one."""
+    session = pytester.parseconfigure().stash[SESSION]
+    short, long = (Phase(id="S-one", role="student", subset=16, epochs=n) for n in (1, 2))
+    session.check_phase(short, "tiny")
+    session.check_phase(long, "mini")
+    with pytest.raises(RecordError, match=r"phases S-one and S-one differ in epochs but would share phase_s_metrics.json"):
+        session.check_phase(short, "thesis")
 
 
 def test_history_is_never_replaced(pytester, data_folder, records):
