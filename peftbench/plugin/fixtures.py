@@ -112,9 +112,7 @@ def run_phase(
         try:
             if session.options.resume:
                 fingerprint = case_fingerprint(phase, peft_workbench)
-                found = session.find_passed(peft_workbench, fingerprint, peft_seed)
-                node.user_properties.extend(session.take_notes())
-                if found:
+                if found := session.find_passed(node, peft_workbench, fingerprint, peft_seed):
                     session.check_phase(phase, scale.name)
                     for size in phase.at(scale.name).kd_subsets:  # which somebody may have deleted, or another study replaced
                         peft_workbench.kd_subset(size, phase.at(scale.name).max_length)

@@ -16,6 +16,7 @@ import pytest
 from peftbench.phases import Phase
 from peftbench.plugin.options import Options
 from peftbench.plugin.progress import Progress
+from peftbench.plugin.resuming import EarlierRuns
 from peftbench.records import Record, RecordError, read_record
 from peftbench.report import render_duration
 from peftbench.store import Store, make_run_id
@@ -60,9 +61,8 @@ class Session:
         self.changes: list[str] = []
         self.judgement: Judgement | None = None
         self._due: set[Path] = set()
-        self._notes: list[tuple[str, str]] = []
         self._phases: dict[tuple[Path, str], Phase] = {}
-        self._history: dict[Path, list[Record]] = {}
+        self._earlier: dict[Path, EarlierRuns] = {}
 
     @cached_property
     def options(self) -> Options:
@@ -176,69 +176,22 @@ class Session:
                 f"phase_{phase.letter.lower()}_metrics.json; rename one"
             )
 
-    def find_passed(self, bench: Workbench, fingerprint: str, seed: int) -> Record | None:
-        """The newest passed record of the same case at the same commit and changes, with the same versions, on the same device."""
-        from peftbench.measure import describe_versions
-
-        store = bench.store
+    def find_passed(self, item: pytest.Item, bench: Workbench, fingerprint: str, seed: int) -> Record | None:
+        """The record of an earlier run that stands for a test's case; says why there is none of a case that has passed."""
         if self.settings.commit.get("problem"):
             return None  # as nobody knows what code it was
-        if store.runs not in self._history:
-            readable = self._history.setdefault(store.runs, [])
-            for record in store.records():
-                if isinstance(record, RecordError):
-                    self._note("unreadable", str(record))
-                else:
-                    readable.append(record)
-            readable.sort(key=lambda record: record.run_id)  # a run's folder may have another name
-        same = ("device", "accelerator") if bench.device.kind == "cuda" else ("device", "processor", "cores")
-        versions = describe_versions()
-        wanted = ("passed", fingerprint, seed, self.settings.commit, versions, [bench.machine[fact] for fact in same])
-        for record in reversed(self._history[store.runs]):
-            there = [record.machine.get(fact) for fact in same]
-            evaluations = min(self.options.evaluations, record.optimizer_steps or 0)
-            if (
-                (record.outcome, record.fingerprint, record.seed, record.commit, record.versions, there) == wanted
-                and len(record.dev_curve or ()) >= evaluations
-                and store.record_path(record).is_file()  # not so in a run's folder that was renamed
-            ):
-                return record
-        self._say_why_not(fingerprint, seed, store)
-        return None
-
-    def _say_why_not(self, fingerprint: str, seed: int, store: Store) -> None:
-        """Say why a case that has passed elsewhere is not resumed."""
-        history = self._history[store.runs]
-        passed = [r for r in history if (r.outcome, r.fingerprint, r.seed) == ("passed", fingerprint, seed)]
-        if not passed:
-            return
-        last = passed[-1]
-        where = f"in run {last.run_id}" + (f" at commit {commit[:12]}" if (commit := last.commit.get("id")) else "")
-        dirty = " with uncommitted changes" if last.commit.get("dirty") else ""
-        if not store.record_path(last).is_file():
-            same = "runs whose folders were not renamed"
-        elif last.commit == self.settings.commit:
-            same = "this machine, these versions and as many evaluations"
-        elif {**last.commit, "peftbench": None} == {**self.settings.commit, "peftbench": None}:
-            same = "this very code of peftbench"
-        else:
-            same = "this commit and these changes"
-        case = f"{last.phase_id} with seed {seed}"
-        self._note("news", f"{case} runs again: it passed {where}{dirty}, and only cases of {same} are resumed")
-
-    def _note(self, kind: str, text: str) -> None:
-        """Say a line, or have the main process say it; what is unreadable, at the end."""
-        if self.is_worker:
-            self._notes.append((f"peftbench_{kind}", text))
-        elif kind == "unreadable":
-            self.unreadable.add(text)
-        else:
-            self.progress.say(text)
-
-    def take_notes(self) -> list[tuple[str, str]]:
-        """What a worker of pytest-xdist has to say since it was last asked, as properties of a test."""
-        notes, self._notes = self._notes, []
-        return notes
+        runs = bench.store.runs
+        earlier = self._earlier[runs] = self._earlier.get(runs) or EarlierRuns(bench.store)
+        found = earlier.passed(bench, fingerprint, seed)
+        news = None if found else earlier.why_not(bench, fingerprint, seed)
+        if self.is_worker:  # whose main process says it
+            told = [("peftbench_unreadable", problem) for problem in earlier.problems]
+            item.user_properties.extend([*told, ("peftbench_news", news)] if news else told)
+            return found
+        self.unreadable.update(earlier.problems)
+        if news:
+            self.progress.say(news)
+        return found
 
     def publish(self, record: Record) -> None:
         """
