@@ -8,7 +8,9 @@ import json
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -363,15 +365,19 @@ def _load_phases(path: Path) -> list[Phase]:
         why = "is no Python file" if path.exists() else "does not exist here"
         raise ValueError(f"name the Python file that has your list PHASES with --phases FILE; {path} {why}")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where a dataclass looks its module up
-    sys.path.insert(0, str(path.resolve().parent))  # where pytest has such a file find its neighbours
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)  # where pytest has such a file find its neighbours
     try:
         spec.loader.exec_module(module)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # pytest's skip is no Exception
-        raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"{path}, line {lines[-1]}," if lines else str(path)
+        raise ValueError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
     finally:
-        sys.path.pop(0)
+        with suppress(ValueError):
+            sys.path.remove(folder)
     phases = getattr(module, "PHASES", None)
     if not isinstance(phases, Sequence) or not phases or not all(isinstance(phase, Phase) for phase in phases):
         raise ValueError(f"{path} must have a list PHASES of peftbench.phases.Phase, got {str(phases)[:60]}")

@@ -293,7 +293,7 @@ def _judge_outcome(phase: str, base: Sample, head: Sample) -> Row | None:
         failed = {record.seed for record in base.records if record.outcome == "failed"} - Sample(there).passed_seeds
         always = failing.keys() <= failed or not base.passed_seeds
         verdict, reason = ("not comparable", f"fails on both sides: {head.error}") if always else ("newly failing", head.error)
-        if base.error and not always:
+        if any(seed in base.latest and base.latest[seed].outcome == "failed" for seed in failing.keys() - failed):
             reason = f"passed in the base before it failed there, too: {reason}"
     elif base.error and not base.passed_seeds:
         verdict, reason = "fixed", f"failed in the base: {base.error}"

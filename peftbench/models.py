@@ -2,12 +2,12 @@
 
 import copy
 import dataclasses
+import functools
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +42,16 @@ CHECKPOINT_FILES = (
     "model.safetensors.index.json",
     "tokenizer*",
     "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "*.model",
     "special_tokens_map.json",
     "added_tokens.json",
 )
 """What makes a checkpoint; nothing else is fetched or loaded."""
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "merges.txt", "*.model")
+TOKENIZER_FILES = frozenset(("tokenizer.json", "vocab.txt"))
 """One of them must be there: without, transformers makes up a tokenizer to which every word is unknown."""
+
+OLDER_TOKENIZER_FILES = ("vocab.json", "merges.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model", "tokenizer.model")
+"""What older tokenizers consist of, asked for where there is none of those: the first two together, or any other."""
 
 NOT_BY_THE_LOSS_ALONE = {
     "ADALORA": "chooses its ranks while it trains and must be told of each step, which the loop does not do; it would train as "
@@ -108,8 +108,11 @@ def locate(source: Pretrained | Untrained, fetch: Fetch, notify: Callable[[str],
     elif Path(source.source).is_dir():
         folder = Path(source.source)
     else:
+        hub = functools.partial(snapshot, source.source, kind="model", revision=source.revision, notify=notify)
         try:
-            found = snapshot(source.source, kind="model", files=CHECKPOINT_FILES, revision=source.revision, notify=notify)
+            found = hub(files=CHECKPOINT_FILES)
+            if not _tokenizer_files(found.folder):
+                found = hub(files=(*CHECKPOINT_FILES, *OLDER_TOKENIZER_FILES))
         except HubError as error:
             raise HubError(f"{error}; nor is there a folder {source.source!r} in {Path().resolve().name or 'here'}") from None
         folder, commit = found.folder, found.commit
@@ -124,13 +127,22 @@ def locate(source: Pretrained | Untrained, fetch: Fetch, notify: Callable[[str],
             "has it (the Hub keeps its conversions as refs/pr/1 and so on), or save the checkpoint again as safetensors"
             + ("" if commit is None else f". If it does have it, the copy in {folder} is incomplete: run once online")
         )
-    if not any(fnmatch(file.name, pattern) for file in files for pattern in TOKENIZER_FILES):
+    of_tokenizer = _tokenizer_files(folder)
+    if not of_tokenizer:
         raise ModelError(
-            f"{source.source} has no tokenizer, wanted {' or '.join(TOKENIZER_FILES)}; "
+            f"{source.source} has no tokenizer, wanted {' or '.join(sorted(TOKENIZER_FILES))}; "
             "save the tokenizer that the weights were trained with beside them"
         )
-    content = {file.name: file_sha256(file) for file in files}
+    content = {file.name: file_sha256(file) for file in sorted({*files, *of_tokenizer})}
     return Weights(source=source, folder=str(folder), identity=fingerprint([content, list(source.layers)]), commit=commit)
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    """What the tokenizer in a folder is made of; nothing if there is none."""
+    if found := [path for name in TOKENIZER_FILES if (path := folder / name).is_file()]:
+        return found
+    older = {name: path for name in OLDER_TOKENIZER_FILES if (path := folder / name).is_file()}
+    return [] if older.keys() in ({"vocab.json"}, {"merges.txt"}) else list(older.values())
 
 
 def load_tokenizer(weights: Weights) -> Any:
@@ -143,7 +155,7 @@ def load_tokenizer(weights: Weights) -> Any:
         ModelError: If its files cannot be read.
     """
     if not isinstance(weights.source, Untrained):
-        with _refused(f"cannot load the tokenizer of {weights.source.source}"):
+        with _explained(f"cannot load the tokenizer of {weights.source.source}"):
             loaded = AutoTokenizer.from_pretrained(weights.folder, trust_remote_code=False)
             if loaded.pad_token_id is None and loaded.eos_token is not None:
                 loaded.pad_token = loaded.eos_token
@@ -188,13 +200,20 @@ def load_classifier(weights: Weights, *, tuned: bool = False, shapes_only: bool 
                     module.layer_idx = number  # type: ignore[assignment]
         _encoder(model).layer = kept
         model.config.num_hidden_layers = len(kept)
-    if getattr(model.config, "summary_type", None) == "last":
+    if hasattr(model, "sequence_summary") and model.config.summary_type == "last":
         raise ModelError(
             f"{source.source}: {type(model).__name__} reads a batch's last tokens, padding included; use another model"
         )
     tokenizer = load_tokenizer(weights)
-    if tokenizer.pad_token_id is not None:  # heads that read a text's last token find it before the padding
+    if _reads_last_token(model):  # which it finds before the padding
+        if tokenizer.pad_token_id is None:
+            raise ModelError(
+                f"{source.source}: {type(model).__name__} reads a text's last token, and its tokenizer has none to pad with behind "
+                "it; give the tokenizer a pad_token and save it again"
+            )
         model.config.pad_token_id = tokenizer.pad_token_id
+    has_pooler = any(".pooler." in name for name, _ in model.named_parameters())
+    model.pooler_is_new = has_pooler and not any("pooler." in name for name in _weight_shapes(weights))
     largest, rows = max(tokenizer.get_vocab().values(), default=-1), model.get_input_embeddings().num_embeddings
     if largest >= rows:
         raise ModelError(
@@ -204,20 +223,22 @@ def load_classifier(weights: Weights, *, tuned: bool = False, shapes_only: bool 
 
 
 def _from_config(weights: Weights, labels: dict[str, Any]) -> Any:
-    with _refused(f"cannot read the architecture in {weights.folder}"):
+    with _explained(f"cannot read the architecture in {weights.folder}"):
         config = AutoConfig.from_pretrained(weights.folder, trust_remote_code=False, **labels)
         return AutoModelForSequenceClassification.from_config(config)
 
 
 def _from_checkpoint(weights: Weights, labels: dict[str, Any], *, tuned: bool) -> Any:
-    _check_head(weights)
     source = weights.source
     assert isinstance(source, Pretrained)
+    heads = _weight_shapes(weights).get("classifier.weight", [2])
+    if heads[0] != 2:
+        raise ModelError(f"{source.source} classifies into {heads[0]} labels, wanted 2: negative and positive")
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # that the head is new is what we want, not news
     try:
-        with _refused(f"cannot load a two-label classifier from {source.source}"):
+        with _explained(f"cannot load a two-label classifier from {source.source}"):
             model, loaded = AutoModelForSequenceClassification.from_pretrained(
                 weights.folder,
                 dtype=torch.float32,
@@ -230,7 +251,6 @@ def _from_checkpoint(weights: Weights, labels: dict[str, Any], *, tuned: bool) -
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
     missing = sorted(loaded["missing_keys"])
-    model.pooler_is_new = any(".pooler." in name for name in missing)
     lost = [name for name in missing if name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name]
     if lost:
         raise ModelError(
@@ -246,7 +266,7 @@ def _from_checkpoint(weights: Weights, labels: dict[str, Any], *, tuned: bool) -
 
 
 @contextmanager
-def _refused(what: str) -> Iterator[None]:
+def _explained(what: str) -> Iterator[None]:
     """Say of whatever a library makes of files that it cannot read what could not be done, and why."""
     try:
         yield
@@ -340,11 +360,11 @@ def _head(model: nn.Module) -> list[str]:
 
 def _adapt(model: nn.Module, phase: Phase) -> nn.Module:
     assert phase.peft is not None
-    head = _head(model)
+    head, reads_last_token = _head(model), _reads_last_token(model)
     peft = copy.deepcopy(dict(phase.peft))  # peft extends lists in place
     if (task := peft.pop("task_type", TaskType.SEQ_CLS)) != TaskType.SEQ_CLS:
         raise ModelError(f"{phase.id}: peft's task_type must be SEQ_CLS or left out, got {task!r}")
-    kind = str(peft.get("peft_type")).upper()
+    kind = peft["peft_type"] = str(getattr(peft["peft_type"], "value", peft["peft_type"])).upper()
     if why := NOT_BY_THE_LOSS_ALONE.get(kind):
         raise ModelError(f"{phase.id}: {kind} {why}")
     if (start := peft.get("init_lora_weights")) in FROM_DATA:
@@ -352,7 +372,10 @@ def _adapt(model: nn.Module, phase: Phase) -> nn.Module:
     config_type = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
     saves_modules = config_type is not None and any(field.name == "modules_to_save" for field in dataclasses.fields(config_type))
     if saves_modules:
-        peft["modules_to_save"] = list(dict.fromkeys([*head, *(peft.get("modules_to_save") or ())]))
+        own = peft.get("modules_to_save") or []
+        if not isinstance(own, list):
+            raise ModelError(f"{phase.id}: peft's modules_to_save must be a list of names, got {own!r}")
+        peft["modules_to_save"] = list(dict.fromkeys([*head, *own]))
     try:
         with warnings.catch_warnings():  # peft asks transformers by an old name whether activations are checkpointed
             warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
@@ -360,11 +383,17 @@ def _adapt(model: nn.Module, phase: Phase) -> nn.Module:
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:  # as of an outdated torchao beside peft
         unknown = f"; peft_type must be one of {', '.join(sorted(PEFT_TYPE_TO_CONFIG_MAPPING))}"
         raise ModelError(
-            f"{phase.id}: peft cannot apply {peft}: {type(error).__name__}: {error}"
+            f"{phase.id}: peft cannot apply {dict(phase.peft)}: {type(error).__name__}: {error}"
             + (unknown if kind not in PEFT_TYPE_TO_CONFIG_MAPPING else "")
         ) from error
-    if getattr(adapted.active_peft_config, "use_asa", False):
+    config: Any = adapted.active_peft_config
+    if getattr(config, "use_asa", False):
         raise ModelError(f"{phase.id}: with use_asa {kind} {NOT_BY_THE_LOSS_ALONE['ADALORA']}")
+    if config.is_prompt_learning and kind != "PREFIX_TUNING" and reads_last_token:
+        raise ModelError(
+            f"{phase.id}: {type(model).__name__} reads a text's last token, which it cannot find behind {kind}'s virtual tokens; "
+            "use PREFIX_TUNING or another method"
+        )
     if not saves_modules:
         for name, module in model.named_modules():
             if name.rpartition(".")[2] in head:
@@ -425,20 +454,23 @@ def tokenizer_identity(tokenizer: Any) -> str:
         return fingerprint({file.name: file_sha256(file) for file in sorted(Path(scratch).iterdir())})
 
 
-def _check_head(weights: Weights) -> None:
-    assert isinstance(weights.source, Pretrained)
-    try:
-        with safe_open(Path(weights.folder) / "model.safetensors", framework="pt") as file:
-            heads = [file.get_slice(name).get_shape()[0] for name in file.keys() if name == "classifier.weight"]  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return  # sharded, or not readable, which loading will say
-    if heads not in ([], [2]):
-        raise ModelError(f"{weights.source.source} classifies into {heads[0]} labels, wanted 2: negative and positive")
+def _weight_shapes(weights: Weights) -> dict[str, list[int]]:
+    """The checkpoint's tensors by their names there, of what can be read; loading says what cannot."""
+    shapes: dict[str, list[int]] = {}
+    for path in Path(weights.folder).glob("model*.safetensors"):
+        with suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _reads_last_token(model: nn.Module) -> bool:
+    """Whether it is one of transformers' classifiers on decoders, which all call their head so."""
+    return isinstance(getattr(model, "score", None), nn.Linear)
 
 
 def _check_label_order(weights: Weights) -> None:
     """See that a head that is to be used as it is does not call its first label positive."""
-    with _refused(f"cannot read the architecture in {weights.folder}"):
+    with _explained(f"cannot read the architecture in {weights.folder}"):
         names = dict(AutoConfig.from_pretrained(weights.folder, trust_remote_code=False).id2label or {})
     first, second = (str(names.get(label, "")).lower() for label in (0, 1))
     if first.startswith("pos") and second.startswith("neg"):

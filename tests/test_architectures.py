@@ -83,6 +83,41 @@ def test_a_head_that_reads_the_last_token_finds_it_before_the_padding(tmp_path, 
     torch.testing.assert_close(together, alone)
 
 
+def test_a_head_that_reads_the_last_token_needs_something_to_pad_with(tmp_path):
+    """A tokenizer without padding and end leaves nothing that a text may not hold."""
+    tokenizer = load_tokenizer(WORDS)
+    tokenizer.pad_token = None
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64, pad_token_id=7)
+    save_classifier(classifier(config), tokenizer, tmp_path)
+    with pytest.raises(ModelError, match="GPT2ForSequenceClassification reads a text's last token, and its tokenizer has none"):
+        load_classifier(locate(Pretrained(source=str(tmp_path)), fetch=None))
+
+
+@pytest.mark.parametrize("method", ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"])
+def test_virtual_tokens_hide_a_texts_last_token(method):
+    """peft gives the model embeddings in place of ids then, and GPT-2 takes the batch's last position, but for a prefix."""
+    config, _ = CONFIGS["gpt2"]
+    peft = {"peft_type": method, "num_virtual_tokens": 3, "token_dim": 16, "num_layers": 2, "num_attention_heads": 2}
+    phase = Phase(id="X-test", role="backbone", max_length=16, peft=peft)
+    if method == "PREFIX_TUNING":
+        prepare(classifier(config), phase)
+    else:
+        with pytest.raises(ModelError, match=f"X-test: GPT2.* reads a text's last token, which it cannot find behind {method}"):
+            prepare(classifier(config), phase)
+
+
+def test_the_padding_of_a_model_whose_positions_depend_on_it_stays(tmp_path):
+    """RoBERTa counts from it; saved with the tokenizer's, a teacher would come back as another model."""
+    config = RobertaConfig(vocab_size=VOCABULARY, pad_token_id=1, **SIZES)
+    model = classifier(config)
+    save_classifier(model, load_tokenizer(WORDS), tmp_path)
+    loaded = load_classifier(locate(Pretrained(source=str(tmp_path)), fetch=None))
+    assert 1 == loaded.config.pad_token_id
+    ids = torch.tensor([[2, 5, 6, 3]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
 def test_a_head_that_reads_the_padding_is_refused(tmp_path):
     """XLNet's reads the last position of a batch, and would read another one on the left."""
     config = XLNetConfig(vocab_size=VOCABULARY, d_model=16, n_layer=2, n_head=2, d_inner=32)

@@ -170,8 +170,14 @@ def test_plan_measures_with_the_threads_of_a_run(tmp_path, monkeypatch):
         (None, "name the Python file that has your list PHASES with --phases FILE"),
         ("PHASES = []", "must have a list PHASES"),
         ("PHASES = ['B']", "must have a list PHASES"),
-        ("import nowhere_to_be_found", "phases.py cannot be imported: ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
-        ("import pytest\npytest.importorskip('nowhere_to_be_found')", "phases.py cannot be imported: Skipped: could not import"),
+        (
+            "import nowhere_to_be_found",
+            "phases.py, line 1, cannot be imported: ModuleNotFoundError: No module named 'nowhere_to_be_found'",
+        ),
+        (
+            "import pytest\npytest.importorskip('nowhere_to_be_found')",
+            "phases.py, line 2, cannot be imported: Skipped: could not import",
+        ),
     ],
 )
 def test_plan_without_phases_is_explained(tmp_path, capsys, content, message):
@@ -186,12 +192,13 @@ def test_plan_without_phases_is_explained(tmp_path, capsys, content, message):
 def test_a_file_of_phases_finds_its_neighbours(tmp_path, monkeypatch):
     """As it does under pytest; the search path is left as it was."""
     (tmp_path / "beside.py").write_text(PHASES_FILE, "utf-8")
-    (tmp_path / "phases.py").write_text("from beside import PHASES", "utf-8")
+    (tmp_path / "phases.py").write_text("import sys\nfrom beside import PHASES\nsys.path.insert(0, 'mine')", "utf-8")
     monkeypatch.setattr("peftbench.plan.measure_matrix_rate", lambda _: 1e9)
     before = [*sys.path]
     command = ["plan", "--scale", "tiny", "--phases", str(tmp_path / "phases.py"), "--outputs", str(tmp_path), "--device", "cpu"]
     assert 0 == cli.main(command)
-    assert before == sys.path
+    assert ["mine", *before] == sys.path
+    sys.path.remove("mine")
     sys.modules.pop("beside")
 
 

@@ -544,6 +544,14 @@ def test_a_failure_of_what_the_base_once_passed_says_so():
     assert row.reason.startswith("passed in the base before it failed there, too: ")
 
 
+def test_a_failure_of_another_seed_is_not_said_to_be_the_same():
+    """Each seed that newly fails is asked for by itself."""
+    data = passed().data
+    base = [failed(data=data), passed(seed=43)]
+    [row] = [row for row in compare(base, [passed(), failed(seed=43, data=data)]) if row.metric == "outcome"]
+    assert ("newly failing", "seed 43: RuntimeError: no") == (row.verdict, row.reason)
+
+
 def test_an_outcome_is_the_share_of_seeds_that_passed():
     """Of the last run of each; none where a side has no record."""
     seeds = [passed(seed=seed) for seed in (42, 43, 44)]

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from encoders import VIRTUAL_TOKENS, adapter
-from peft import get_peft_model_state_dict
+from peft import PeftType, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -209,8 +209,10 @@ def test_a_pooler_that_the_checkpoint_lacks_trains_under_peft(saved):
     for kept in (False, True):
         if kept:
             model.save_pretrained(folder)
-        adapted, _ = prepare(load(folder), phase_with(lora("bert")))
-        assert kept != any(".pooler." in name for name in trainable_names(adapted))
+        weights = locate(Pretrained(source=str(folder)), fetch=None)
+        for shapes_only in (False, True):  # as a run and a plan have it
+            adapted, _ = prepare(load_classifier(weights, shapes_only=shapes_only), phase_with(lora("bert")))
+            assert kept != any(".pooler." in name for name in trainable_names(adapted))
 
 
 @pytest.mark.parametrize("change", [{"hidden_act": "nope"}, {"id2label": ["a", "b"]}, {"hidden_dropout_prob": "0.1"}])
@@ -278,8 +280,27 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(saved):
     """Else transformers would make one up to which every word is unknown, and the case would pass at the level of chance."""
     _, folder = saved()
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(ModelError, match=r"checkpoint has no tokenizer, wanted tokenizer.json or vocab.txt or"):
+    with pytest.raises(ModelError, match=r"checkpoint has no tokenizer, wanted tokenizer.json or vocab.txt;"):
         locate(Pretrained(source=str(folder)), fetch=None)
+
+
+@pytest.mark.parametrize("beside", ["word2vec.model", "vocab.json", "merges.txt"])
+def test_what_makes_no_tokenizer_is_none(saved, beside):
+    """Other files of that ending, or half of one."""
+    _, folder = saved()
+    (folder / "tokenizer.json").unlink()
+    (folder / beside).write_text("{}")
+    with pytest.raises(ModelError, match="checkpoint has no tokenizer"):
+        locate(Pretrained(source=str(folder)), fetch=None)
+
+
+@pytest.mark.parametrize("beside", ["vocab.json", "merges.txt", "spiece.model"])
+def test_what_an_older_tokenizer_has_left_beside_a_newer_is_no_part_of_the_identity(saved, beside):
+    """Nobody reads it; on the Hub it is not even fetched."""
+    _, folder = saved()
+    before = locate(Pretrained(source=str(folder)), fetch=None).identity
+    (folder / beside).write_text("{}")
+    assert before == locate(Pretrained(source=str(folder)), fetch=None).identity
 
 
 def test_a_tokenizer_may_be_a_vocabulary_and_merges(saved):
@@ -464,6 +485,19 @@ def test_a_method_that_does_not_train_by_the_loss_alone_is_refused(architecture,
         prepare(classifier(architecture), phase_with({"peft_type": method, "target_modules": [QUERY[architecture]]}))
 
 
+@pytest.mark.parametrize("spelled", ["lora", PeftType.LORA])
+def test_a_method_may_be_spelled_as_peft_does(spelled):
+    """As its enumeration or in small letters; of the head one copy trains, the other stays as it was."""
+    model, _ = prepare(classifier("bert"), phase_with(lora("bert", peft_type=spelled)))
+    assert LORA_SIZE + HEAD_SIZE["bert"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_modules_to_save_are_a_list():
+    """A word would be taken for its letters."""
+    with pytest.raises(ModelError, match="X-test: peft's modules_to_save must be a list of names, got 'classifier'"):
+        prepare(classifier("bert"), phase_with(lora("bert", modules_to_save="classifier")))
+
+
 @pytest.mark.parametrize("start", ["eva", "corda", "lora_ga"])
 def test_a_start_from_data_is_refused(start):
     """Else peft begins with other weights, and the record would name a method that did not run."""
@@ -477,7 +511,7 @@ def test_modules_to_save_of_the_user_do_not_freeze_the_head(architecture, extra)
     """Naming further modules to train does not take the head away."""
     model, _ = prepare(classifier(architecture), phase_with(lora(architecture, modules_to_save=extra)))
     for part in [*HEAD[architecture], *extra]:
-        assert any(f"{part}.modules_to_save" in name for name in trainable_names(model))
+        assert any(f".{part}.modules_to_save" in name for name in trainable_names(model))
 
 
 @architectures
@@ -549,9 +583,8 @@ def test_unfreezing_more_layers_than_there_are_is_refused():
         lora("bert", bogus=3),
         lora("bert", r=0),
         {"peft_type": "NOPE"},
-        {"peft_type": "lora", "target_modules": ["query"]},
     ],
-    ids=["matches no module", "unknown option", "rank 0", "unknown method", "lower case"],
+    ids=["matches no module", "unknown option", "rank 0", "unknown method"],
 )
 def test_peft_configuration_that_does_not_apply_names_the_phase(peft):
     """The error has the phase and the configuration, whatever peft raised inside."""

@@ -13,7 +13,7 @@ import pytest
 
 from peftbench.plugin import fixtures, recording
 from peftbench.plugin.options import add_options
-from peftbench.plugin.session import SESSION, Session
+from peftbench.plugin.session import SESSION, Session, asked_scale
 from peftbench.report import printable, render_comparison, render_summary, seen_from
 
 
@@ -28,7 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(session, "peftbench-session")
     config.pluginmanager.register(recording, "peftbench-recording")
     config.pluginmanager.register(fixtures, "peftbench-fixtures")
-    if not any(hasattr(plugin, "benchmark") for plugin in config.pluginmanager.get_plugins()):  # pytest-benchmark or another
+    made = [getattr(plugin, "benchmark", None) for plugin in config.pluginmanager.get_plugins()]
+    if not any(isinstance(one, type(fixtures.run_phase)) for one in made):  # a fixture of pytest-benchmark or of another
         config.pluginmanager.register(fixtures.NoBenchmark(), "peftbench-no-benchmark")
 
 
@@ -36,6 +37,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_configure_node(node: Any) -> None:
     """All workers of pytest-xdist write into one run."""
     node.workerinput["peftbench_run_id"] = node.config.stash[SESSION].run_id
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Learn from a worker of pytest-xdist of which scales it has left cases out."""
+    node.config.stash[SESSION].deselected.update(getattr(node, "workeroutput", {}).get("peftbench_deselected", ()))
 
 
 @pytest.hookimpl(trylast=True)
@@ -60,7 +67,9 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Note which are cases; have pytest-benchmark read the clock of their loops, whatever else the test's own marker says."""
     names = getattr(item, "fixturenames", ())
     if "peft_scale" in names:
-        item.user_properties.append(("peftbench_case", "run_phase" in names))  # which a worker of pytest-xdist passes on
+        item.user_properties.append(("peftbench_case", True))  # which a worker of pytest-xdist passes on
+        if "run_phase" in names:
+            item.user_properties.append(("peftbench_to_record", True))
     if "run_phase" in names and any(map(item.config.pluginmanager.hasplugin, ("benchmark", "pytest_benchmark.plugin"))):
         own = item.get_closest_marker("benchmark")
         settings = {"group": "training", **(own.kwargs if own else {}), "timer": item.config.stash[SESSION].train_runtime_seconds}
@@ -79,6 +88,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     asked_again = [item for item in cases if item.nodeid in failed_last]
     left_out = [item for item in cases if item not in asked_again and any(item.get_closest_marker(marker) for marker in unnamed)]
     if left_out:
+        own.set_aside.update(item.nodeid for item in left_out)
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
 
@@ -136,13 +146,7 @@ def _scales(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
     cases = [item for item in items if "peft_scale" in getattr(item, "fixturenames", ())]
     if config.option.collectonly or not cases:
         return []
-    return sorted({_scale_name(config, getattr(item, "callspec", None)) for item in cases})
-
-
-def _scale_name(config: pytest.Config, call: Any) -> str:
-    """By how the test is parametrized: ``main`` is what the options ask for, as is a test that says nothing."""
-    asked = call.params.get("peft_scale", "main") if call else "main"
-    return config.stash[SESSION].main_scale if asked == "main" else str(getattr(asked, "name", asked))
+    return sorted({config.stash[SESSION].scale_name(asked_scale(item)) for item in cases})
 
 
 @pytest.hookimpl(wrapper=True)
@@ -171,12 +175,15 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Let a gate that does not hold fail the session, and a report that could not be written."""
     own = session.config.stash.get(SESSION, None)
-    if own is None or own.is_worker:
+    if own is None:
+        return
+    if own.is_worker:
+        session.config.workeroutput["peftbench_deselected"] = sorted(own.deselected)  # type: ignore[attr-defined]
         return
     own.publish_all()
     status = 1 if own.unpublished else 0
     asked = own.saw_case or (own.saw_other_test and session.config.getoption("peft_fail"))
-    ran = not any(session.config.getoption(name) for name in ("setuponly", "setupplan"))
+    ran = not any(session.config.getoption(name, False) for name in ("setuponly", "setupplan"))
     if own.options.compare and ran and (own.records or (own.options.gates and asked)):
         from peftbench.gates import Judgement
 

@@ -93,7 +93,7 @@ class Options:
             root = config.inipath.parent if config.inipath else config.rootpath
             return (Path.cwd() if typed[name] else root) / os.path.expanduser(given[name])  # noqa: PTH111 - Path raises where no home is known
 
-        if given["compare"] and (base := folder("compare")).exists():
+        if given["compare"] not in ("", "latest") and (base := folder("compare")).exists():
             given["compare"] = str(seen_from(Path(), base))
         for name, allowed in (("scale", ("auto", *SCALES)), ("precision", PRECISIONS)):
             if given[name] not in allowed:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,13 @@ if TYPE_CHECKING:
     from peftbench.workbench import Settings, Workbench
 
 
+def asked_scale(item: pytest.Item) -> str:
+    """The name that a test's scale is parametrized by; ``main`` where it says nothing."""
+    call = getattr(item, "callspec", None)
+    asked = call.params.get("peft_scale", "main") if call else "main"
+    return str(getattr(asked, "name", asked))
+
+
 class Session:
     """
     One pytest session: its run id, its records, and the clock that pytest-benchmark reads.
@@ -41,6 +47,8 @@ class Session:
         saw_case: Whether there was a report of a case.
         saw_other_test: Whether there was one of any other test.
         unrecorded: Tests that take `run_phase` and have left no record, as if they were skipped.
+        set_aside: Tests that no option names, and that are left out because of that.
+        deselected: The scales of which cases that take `run_phase` are left out otherwise, as tests are parametrized over them.
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -56,6 +64,8 @@ class Session:
         self.unreadable: set[str] = set()
         self.saw_case = self.saw_other_test = False
         self.unrecorded: set[str] = set()
+        self.set_aside: set[str] = set()
+        self.deselected: set[str] = set()
         self.bases: list[Side] = []
         self.comparison: list[Row] = []
         self.changes: list[str] = []
@@ -78,17 +88,25 @@ class Session:
 
         return auto_scale(self.options.device)
 
+    def scale_name(self, asked: str) -> str:
+        """The scale that a test asks for; ``main`` is what the options ask for."""
+        return self.main_scale if asked == "main" else asked
+
     @property
     def asked_for(self) -> list[str]:
         """What selects cases by name, in small letters."""
         return [text.lower() for text in (self.config.option.keyword, *(a.partition("::")[2] for a in self.config.args))]
 
-    @property
-    def is_narrowed(self) -> bool:
-        """Whether the command line chooses among cases, other than by their scale, so that phases may be left out on purpose."""
-        option = self.config.getoption
-        own_markers = {*re.findall(r"\w+", option("markexpr"))} - {"tiny", "peer", "and", "or", "not"}
-        return any(self.asked_for) or bool(own_markers) or any(option(name, False) for name in ("lf", "stepwise", "deselect"))
+    def is_narrowed(self, scale: str) -> bool:
+        """Whether cases of a scale are left out on purpose, so that phases that were not measured are not missing."""
+        by_id = any("::" in argument for argument in self.config.args)
+        return by_id or bool(self.config.getoption("lf", False)) or scale in map(self.scale_name, self.deselected)
+
+    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
+        """Note of which scales cases are left out, by whatever option."""
+        for item in items:
+            if "run_phase" in getattr(item, "fixturenames", ()) and item.nodeid not in self.set_aside:
+                self.deselected.add(asked_scale(item))
 
     @property
     def is_worker(self) -> bool:
@@ -143,7 +161,8 @@ class Session:
 
         Raises:
             pytest.UsageError: If the folder of the data lacks files.
-            ValueError: If the device cannot be had, the data cannot be read, or there is nothing to compare with.
+            ValueError: If the device cannot be had, the data cannot be read, there is nothing to compare with, or pytest-benchmark
+                is asked for a profile.
             OSError: If the outputs cannot be written.
         """
         if not scales:
@@ -250,18 +269,17 @@ class Session:
         self.bases = [side for side in self.bases if side.records[0].scale in scales]
         self.choose_bases(scales - {record.scale for side in self.bases for record in side.records})
         base = [record for side in self.bases for record in side.records]
-        whole = len(base)
-        if self.is_narrowed:  # the other phases are not missing then
-            measured = {(record.scale, record.phase_id) for record in records}
-            base = [record for record in base if (record.scale, record.phase_id) in measured]
+        measured = {(record.scale, record.phase_id) for record in records}
+        left = {(r.scale, r.phase_id) for r in base if self.is_narrowed(r.scale)} - measured  # which are not missing
+        base = [record for record in base if (record.scale, record.phase_id) not in left]
         self.comparison, self.changes = compare(base, records), set_up_changes(base, records)
         problems = list(dict.fromkeys(problem for side in self.bases for problem in side.problems))
         self.unreadable.update(problems)
         doubtful = doubts(
             Side(label="this run", records=records), Side(label=self.options.compare, records=base, problems=problems)
         )
-        if self.unrecorded and len(base) < whole:  # of phases that may be in the base
-            doubtful.append(f"{len(self.unrecorded)} of the tests asked for left no record, such as {min(self.unrecorded)}")
+        if silent := sorted(test for test in self.unrecorded if any(phase in test for _, phase in left)):
+            doubtful.append(f"{len(silent)} of the tests asked for left no record, such as {silent[0]}")
         self.judgement = judge(self.comparison, self.options.gates, doubts=doubtful)
         return self.judgement.status if self.options.gates else 0
 
@@ -272,7 +290,7 @@ class Session:
         self.saw_case, self.saw_other_test = self.saw_case or is_case, self.saw_other_test or not is_case
         if report.when == "teardown":
             self.unrecorded.discard(report.nodeid)  # of an earlier attempt
-            if told.get("peftbench_case") and "peftbench_record" not in told:
+            if "peftbench_to_record" in told and "peftbench_record" not in told:
                 self.unrecorded.add(report.nodeid)
             for name, text in report.user_properties:
                 if name == "peftbench_unreadable":

@@ -2,11 +2,13 @@
 
 import io
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load, save
 
 from peftbench.data import GLUE, LABELLED_TEST, DataError, load_glue
@@ -130,6 +132,21 @@ def test_checkpoint_from_the_hub(hub, checkpoint):
     local = locate(Pretrained(source=weights.folder), fetch=None)
     assert (weights.identity, None) == (local.identity, local.commit)
     assert not any(name in request for request in hub.requests for name in ("pytorch_model", "onnx"))
+
+
+def test_an_older_tokenizer_is_fetched_where_there_is_no_newer(hub, checkpoint, monkeypatch):
+    """Its files are asked for only then: neither what lies beside another, nor what has such an ending, is worth a download."""
+    older = {"vocab.json": b'{"<s>": 0, "</s>": 1}', "merges.txt": b"#version: 0.2\n"}
+    others = {"runs/word2vec.model": b"never", "word2vec.model": b"never"}
+    hub.add("models/owner/newer", {**checkpoint, **older, **others})
+    hub.add("models/owner/older", {**{k: v for k, v in checkpoint.items() if k != "tokenizer.json"}, **older, **others})
+    locate(Pretrained(source="owner/newer"), fetch=None)
+    assert not any(name in request for request in hub.requests for name in ("vocab.json", "merges.txt", "word2vec"))
+    folder = Path(locate(Pretrained(source="owner/older"), fetch=None).folder)
+    assert older == {name: (folder / name).read_bytes() for name in older}
+    assert not any("word2vec" in request for request in hub.requests)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert str(folder) == locate(Pretrained(source="owner/older"), fetch=None).folder
 
 
 def test_revision_of_a_checkpoint(hub, checkpoint):

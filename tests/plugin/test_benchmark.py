@@ -45,6 +45,7 @@ BY_NAME = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}, ["-p", "pytest_benchmark.plug
 def test_fixtures_of_that_name_stay_what_they_are(pytester, monkeypatch, data_folder, records, environment, arguments):
     """Other tests keep theirs; a case takes pytest-benchmark's alone."""
     pytester.makepyfile(mine="import pytest\n@pytest.fixture\ndef benchmark():\n    return lambda function: function()")
+    pytester.makeconftest("def benchmark():\n    'Which is no fixture.'")
     pytester.makepyfile(
         test_both="""
         import pytest

@@ -4,6 +4,7 @@ import base64
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -59,11 +60,12 @@ SMALL = "test_study.py::test_phase[S-small-tiny]"
         ["-k", "small"],
         [SMALL],
         ["-m", "tiny and mine"],
+        ["-k", "small", "-n", "1"],
         [f"--deselect=test_study.py::test_phase[{phase}-tiny]" for phase in ("A-teacher", "K-kd")],
     ],
-    ids=["expression", "id", "marker", "deselected"],
+    ids=["expression", "id", "marker", "worker", "deselected"],
 )
-def test_phases_that_were_not_asked_for_are_not_missing(study, pytester, choice):
+def test_phases_that_were_not_asked_for_are_not_missing(study, pytester, data_folder, choice):
     """However the command line leaves them out."""
     study("-k", "small or teacher")
     pytester.makeini("[pytest]\nmarkers = mine")
@@ -71,25 +73,39 @@ def test_phases_that_were_not_asked_for_are_not_missing(study, pytester, choice)
     mine = 'pytest.param(Phase(id="S-small", role="student", subset=64, epochs=1, learning_rate=1e-3), marks=pytest.mark.mine)'
     of_small = 'Phase(id="S-small", role="student", subset=64, epochs=1, learning_rate=1e-3)'
     suite.write_text(suite.read_text().replace(of_small, mine).replace("phase: phase.id", "phase: getattr(phase, 'id', None)"))
-    result = study(*choice, *LIMITS)
-    assert 0 == result.ret, result.stdout.str()
-    assert "accuracy:0.5pt" in result.stdout.str()
+    command = [sys.executable, "-m", "pytest", "-m", "tiny", f"--peft-data={data_folder}", *choice, *LIMITS]
+    done = subprocess.run(command, cwd=pytester.path, capture_output=True, text=True, check=False)
+    assert 0 == done.returncode, done.stdout + done.stderr
+    assert "accuracy:0.5pt" in done.stdout
 
 
-def test_a_phase_that_is_gone_leaves_the_gate_open(study, pytester):
-    """Whoever asks for all of them is told of it."""
+@pytest.mark.parametrize("choice", [[], ["-m", "tiny and not other"], ["--deselect=test_other.py::test_other"], ["-n", "1"]])
+def test_a_phase_that_is_gone_leaves_the_gate_open(study, pytester, data_folder, choice):
+    """Where no option left out a case, all of them were asked for."""
     study("-k", "small or teacher")
+    pytester.makeini("[pytest]\nmarkers = other")
+    pytester.makepyfile(test_other="import pytest\n@pytest.mark.tiny\ndef test_other(): pass\n")
     suite = pytester.path / "test_study.py"
     lines = suite.read_text().splitlines(keepends=True)
     suite.write_text("".join(line for line in lines if "A-teacher" not in line and "K-kd" not in line))
-    result = study(*LIMITS)
-    assert 2 == result.ret
-    result.stdout.fnmatch_lines(["*A-teacher: outcome: missing: no finished record in the head*"])
+    command = [sys.executable, "-m", "pytest", "-m", "tiny", f"--peft-data={data_folder}", *choice, *LIMITS]
+    done = subprocess.run(command, cwd=pytester.path, capture_output=True, text=True, check=False)
+    assert 2 == done.returncode, done.stdout + done.stderr
+    assert "A-teacher: outcome: missing: no finished record in the head" in done.stdout
 
 
-@pytest.mark.parametrize("choice", [["-k", "phase"], ["test_study.py::test_phase"], ["-n", "2", "-k", "phase"]])
+def test_a_test_that_is_skipped_for_good_is_no_concern_of_a_choice_of_others(study, pytester):
+    """It has no phase that the base knows."""
+    study("-k", "small or teacher")
+    (pytester.path / "test_gpu.py").write_text("import pytest\n@pytest.mark.skip\ndef test_small_gpu(run_phase): pass\n")
+    result = study("-k", "small", *LIMITS)
+    result.assert_outcomes(passed=1, skipped=1, deselected=6)
+    assert 0 == result.ret
+
+
+@pytest.mark.parametrize("choice", [["-k", "phase"], ["test_study.py::test_phase"], ["-n", "2", "-k", "small or teacher"]])
 def test_a_case_asked_for_that_was_skipped_leaves_the_gate_open(study, pytester, data_folder, choice):
-    """Its phase is not among those that were left out."""
+    """Its phase is not among those that were left out, where any were."""
     study("-k", "small or teacher")
     pytester.makeconftest("""
         import pytest
@@ -101,7 +117,8 @@ def test_a_case_asked_for_that_was_skipped_leaves_the_gate_open(study, pytester,
     command = [sys.executable, "-m", "pytest", "-m", "tiny", f"--peft-data={data_folder}", *choice, *LIMITS]
     done = subprocess.run(command, cwd=pytester.path, capture_output=True, text=True, check=False)
     assert 2 == done.returncode, done.stdout + done.stderr
-    assert "1 of the tests asked for left no record, such as test_study.py::test_phase[A-teacher-tiny]" in done.stdout
+    left_out = "1 of the tests asked for left no record, such as test_study.py::test_phase[A-teacher-tiny]"
+    assert ("A-teacher: outcome: missing" if "phase" in choice else left_out) in done.stdout
 
 
 def test_the_base_of_an_ini_file_is_seen_from_there(study, pytester, monkeypatch):
@@ -162,15 +179,18 @@ def test_what_cannot_be_told_is_neither(study, pytester):
 @pytest.mark.parametrize("workers", [[], ["-n", "1"]])
 def test_a_history_that_cannot_be_read_is_said_before_anything_runs(study, monkeypatch, workers):
     """As where a container has left folders of another user."""
+    iterdir = Path.iterdir
 
-    def refuse(*_, **__):
-        raise PermissionError(13, "Permission denied", "outputs/tiny/runs/x")
+    def refuse(folder):
+        if folder.parent.name == "runs":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return iterdir(folder)
 
     study("-k", "small")
-    monkeypatch.setattr("peftbench.history.History.from_outputs", refuse)
+    monkeypatch.setattr(Path, "iterdir", refuse)
     result = study("-k", "small", *workers, "--peft-compare", "latest")
     assert pytest.ExitCode.USAGE_ERROR == result.ret
-    result.stderr.fnmatch_lines(["*peftbench: *Permission denied: 'outputs/tiny/runs/x'"])
+    result.stderr.fnmatch_lines(["*peftbench: *Permission denied: '*outputs/tiny/runs/*"])
 
 
 def test_a_base_of_another_scale_is_said_before_anything_runs(study, pytester):
