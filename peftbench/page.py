@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import math
+import re
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -31,12 +32,16 @@ from peftbench.report import (
     render_name,
     render_teachers,
     render_value,
+    render_wanting,
     render_warnings,
     seen_from,
     short,
 )
 from peftbench.summary import Summary, by_scale, pareto_front
 from peftbench.verdicts import Point
+
+POINTS_WITH_TIPS = 60
+"""Points of a line that can be pointed at one by one; of a longer one only shifts can."""
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 """A phase is told by its marker and its name, not by its colour alone."""
@@ -61,6 +66,8 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--faint); text-align: right; white-space: nowrap; }
 .scroll th:first-child, .scroll td:first-child { position: sticky; left: 0; background: var(--paper); }
+@media (max-width: 40rem) {
+  .scroll th:first-child, .scroll td:first-child { white-space: normal; min-width: 6.5rem; max-width: 8rem; } }
 th:first-child, td:first-child, .facts th, .facts td { text-align: left; } .facts td { white-space: normal; }
 th button { all: unset; cursor: pointer; font-weight: 600; }
 th button::after { content: " \\2195"; color: var(--front); }
@@ -135,7 +142,8 @@ def render_page(
         body.append("; ±: standard deviation over seeds.</p>" if seeds > 1 else ".</p>")
         failures = render_failures([record for summary in summaries for record in summary.records])
         body += [f"<p>{escape(line)}</p>" for line in failures]
-        body += [f"<p>{escape(line)}</p>" for line in (*render_warnings(measured), *render_teachers(measured))]
+        wanting = render_wanting(summaries)
+        body += [f"<p>{escape(line)}</p>" for line in (*wanting, *render_warnings(measured), *render_teachers(measured))]
         if measured:
             body.append(f"<p>{escape(render_data(measured[0].measured[0]))}</p>")
             charts = [_trade_off(measured, cost, place, looks) for cost in ("parameters", "minutes")]
@@ -188,8 +196,9 @@ def _trade_off(summaries: Sequence[Summary], cost: str, place: int, looks: "_Loo
         low, high = summary.interval("dev") or (math.nan, math.nan)
         number, colour, marker = looks.of(name)
         ends = [[100 * max(0.0, accuracy - low)], [100 * max(0.0, high - accuracy)]]
-        axes.errorbar([x], [100 * accuracy], yerr=ends, color=colour, linewidth=1)
         gid = f"point-{place}-{cost}-{number}"
+        _, _, [bar] = axes.errorbar([x], [100 * accuracy], yerr=ends, color=colour, linewidth=1)
+        bar.set_gid(f"bar-of-{gid}")
         axes.plot([x], [100 * accuracy], marker, color=colour, markersize=9, gid=gid)
         tips[gid] = (
             f"{name}\ndev accuracy {render_accuracy(summary, 'dev')} %\n{render_count(counts.trainable)} trained parameters\n"
@@ -197,18 +206,21 @@ def _trade_off(summaries: Sequence[Summary], cost: str, place: int, looks: "_Loo
         )
         points[name] = x, 100 * accuracy
         bars.append([(x, 100 * accuracy - ends[0][0]), (x, 100 * accuracy + ends[1][0])])
+    if not points:
+        return ""
     whole = {summary.first.phase_id for summary in summaries if not summary.failed}
     places = sorted(point for name, point in points.items() if name in whole)
     edge = [(x, y) for x, y in places if not any(other <= x and best >= y for other, best in places if (other, best) != (x, y))]
     if len(edge) > 1:
         axes.step(*zip(*edge, strict=True), "--", where="post", color=_FRONT, linewidth=1, zorder=0)
-    _scale_logarithmically(axes.xaxis, render_count if cost == "parameters" else "{:g}".format)
     axes.margins(x=0.25)
+    _scale_logarithmically(axes.xaxis, render_count if cost == "parameters" else "{:g}".format)
     _label(axes, points, bars)
     axes.set_xlabel("trained parameters" if cost == "parameters" else "training, minutes")
     axes.set_ylabel("dev accuracy, %")
     title = f"Accuracy against {'trained parameters' if cost == 'parameters' else 'training time'}"
-    dashed = "; dashed: what no other phase beats on these two" if len(edge) > 1 else ""
+    others = "phase without a failed seed" if len(whole) < len(summaries) else "phase"
+    dashed = f"; dashed: what no other {others} beats on these two" if len(edge) > 1 else ""
     return _embed(figure, f"{title}; bars: 95% interval{dashed}", tips)
 
 
@@ -244,7 +256,7 @@ def _curves(summaries: Sequence[Summary], place: int, looks: "_Looks") -> str:
             tip = f"loss {losses[0]:.3f} → {losses[-1]:.3f} in {steps[-1]} steps"
             lines[summary.first.phase_id] = [step / steps[-1] for step in steps], losses, tip
     caption = "Learning curves: mean training loss, each phase over its own steps; under distillation it is another loss"
-    return _lines(lines, looks, f"curve-{place}", "share of training", "training loss", caption)
+    return _lines(lines, looks, f"curve-{place}", "share of training", "training loss", caption + _of_seeds(summaries))
 
 
 def _dev_curves(summaries: Sequence[Summary], place: int, looks: "_Looks") -> str:
@@ -256,7 +268,11 @@ def _dev_curves(summaries: Sequence[Summary], place: int, looks: "_Looks") -> st
             tip = f"dev accuracy {100 * reached[-1]:.1f}% after {render_duration(seconds[-1])} and {steps[-1]} steps"
             lines[summary.first.phase_id] = seconds, [100 * share for share in reached], tip
     caption = "Dev accuracy against seconds of training, evaluation left out"
-    return _lines(lines, looks, f"dev-{place}", "training, seconds", "dev accuracy, %", caption)
+    return _lines(lines, looks, f"dev-{place}", "training, seconds", "dev accuracy, %", caption + _of_seeds(summaries))
+
+
+def _of_seeds(summaries: Sequence[Summary]) -> str:
+    return "; of several seeds the last" if any(len(summary.measured) > 1 for summary in summaries) else ""
 
 
 def _lines(
@@ -270,7 +286,7 @@ def _lines(
     """A line a phase, in the phase's colour and marker; nothing where there are no lines."""
     if not lines:
         return ""
-    figure, axes = _figure(legend=len(lines))
+    figure, axes = _figure(legend=[*lines])
     tips = {}
     for name, (xs, ys, tip) in lines.items():
         number, colour, marker = looks.of(name)
@@ -279,13 +295,13 @@ def _lines(
         tips[f"{gid}-{number}"] = f"{name}: {tip}"
     axes.set_xlabel(across)
     axes.set_ylabel(up)
-    figure.legend(loc="outside upper left", ncols=3, frameon=False, labelcolor=_INK)
+    figure.legend(loc="outside upper left", ncols=_legend_columns([*lines]), frameon=False, labelcolor=_INK)
     return _embed(figure, caption, tips)
 
 
 def _history(history: Mapping[str, Sequence[Point]], looks: "_Looks") -> str:
     """Accuracy over the commits that any phase was measured at, in their order."""
-    figure, axes = _figure(legend=len(history))
+    figure, axes = _figure(legend=[*history])
     tips = {}
     stops = {phase: _stops(points) for phase, points in history.items()}
     commits = _merged(list(stops.values()))
@@ -295,7 +311,9 @@ def _history(history: Mapping[str, Sequence[Point]], looks: "_Looks") -> str:
         known = [(place[stop], point) for stop, point in zip(stops[phase], points, strict=True) if point.value is not None]
         heights = [100 * (point.value or 0.0) for _, point in known]
         axes.plot([x for x, _ in known], heights, color=colour, linewidth=1, label=_text(phase), marker=marker, markersize=4)
-        for (x, point), value in zip(known, heights, strict=True) if len(known) <= 60 else ():
+        for (x, point), value in zip(known, heights, strict=True):
+            if len(known) > POINTS_WITH_TIPS and not point.shift:
+                continue
             gid = f"history-{i}-{x}"
             axes.plot([x], [value], marker, color=colour, markersize=9 if point.shift else 5, gid=gid)
             notes = [*point.marks, *([f"{point.shift} from here"] if point.shift else [])]
@@ -308,8 +326,11 @@ def _history(history: Mapping[str, Sequence[Point]], looks: "_Looks") -> str:
     axes.set_xticks(range(0, len(commits), every), [_text(short(commit, 7)) for commit, _ in commits[::every]], **ends)
     axes.set_xlabel("commits, oldest first")
     axes.set_ylabel("accuracy, dev and test, %")
-    figure.legend(loc="outside upper left", ncols=3, frameon=False, labelcolor=_INK)
-    return _embed(figure, "Accuracy over commits; a larger mark is a shift of the level, a commit without one failed", tips)
+    figure.legend(loc="outside upper left", ncols=_legend_columns([*history]), frameon=False, labelcolor=_INK)
+    caption = (
+        "Accuracy over commits; a larger mark is a shift of the level; at a commit without a mark it failed or was not measured"
+    )
+    return _embed(figure, caption, tips)
 
 
 def _stops(points: Sequence[Point]) -> list[tuple[str, int]]:
@@ -347,7 +368,7 @@ class _Looks:
     def of(self, phase: str) -> tuple[int, str, str]:
         """The phase's number, its colour, and its marker."""
         number = self.phases.index(phase)
-        return number, _COLOURS[number % len(_COLOURS)], MARKERS[number % len(MARKERS)]
+        return number, _COLOURS[number % len(_COLOURS)], MARKERS[(number + number // len(MARKERS)) % len(MARKERS)]
 
 
 def _phase_id(label: str) -> str:
@@ -356,8 +377,13 @@ def _phase_id(label: str) -> str:
     return name if scale in SCALE_NAMES else label
 
 
-def _figure(*, legend: int = 0) -> tuple[Any, Any]:
-    """Room for a picture, and for a legend of so many names, three in a row."""
+def _legend_columns(names: Sequence[str]) -> int:
+    """How many of these names stand side by side in a picture's width."""
+    return max(1, min(3, 50 // (6 + max(len(_text(name)) for name in names))))
+
+
+def _figure(*, legend: Sequence[str] = ()) -> tuple[Any, Any]:
+    """Room for a picture, and for a legend of these names."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -365,7 +391,8 @@ def _figure(*, legend: int = 0) -> tuple[Any, Any]:
         raise ValueError("the HTML report draws with matplotlib, which is missing; pip install matplotlib") from error
 
     with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 10, "font.family": "sans-serif"}):
-        figure = Figure(figsize=(5.0, 3.6 + 0.2 * max(0, math.ceil(legend / 3) - 2)), layout="constrained")
+        rows = math.ceil(len(legend) / _legend_columns(legend)) if legend else 0
+        figure = Figure(figsize=(5.0, 3.6 + 0.2 * max(0, rows - 2)), layout="constrained")
         axes: Any = figure.add_subplot()
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -376,12 +403,19 @@ def _figure(*, legend: int = 0) -> tuple[Any, Any]:
 
 
 def _scale_logarithmically(axis: Any, render: Callable[[float], str]) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    """Few enough numbers to be read: 1, 2 and 5 of each power of ten, or every so many of the powers alone."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
     axis.axes.set_xscale("log")
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    low, high = axis.get_view_interval()
+    powers = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+    ticks = [part * power for power in powers for part in (1, 2, 5) if low <= part * power <= high]
+    if len(ticks) > 6:
+        whole = [power for power in powers if low <= power <= high]
+        ticks = whole[:: math.ceil(len(whole) / 5)]
+    axis.set_major_locator(FixedLocator(ticks) if len(ticks) > 1 else MaxNLocator(4))
     axis.set_major_formatter(FuncFormatter(lambda value, _: render(value)))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def _embed(figure: Any, caption: str, tips: Mapping[str, str]) -> str:
@@ -390,7 +424,7 @@ def _embed(figure: Any, caption: str, tips: Mapping[str, str]) -> str:
 
     stream = io.StringIO()
     # Ids in a picture come from the salt; two pictures on a page must not share any.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": caption}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": caption + "".join(tips)}):
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
     ET.register_namespace("", _SVG)
@@ -400,7 +434,11 @@ def _embed(figure: Any, caption: str, tips: Mapping[str, str]) -> str:
         root.remove(metadata)
     root.set("role", "group")
     root.set("aria-label", caption)
+    targets = set(re.findall(r'(?:href="|url\()#([^")]+)', stream.getvalue()))
     for element in root.iter():
+        name = element.get("id", "")
+        if name not in {*tips, *targets} and not name.startswith("bar-of-"):  # another picture has the same
+            element.attrib.pop("id", None)
         if tip := tips.get(element.get("id", "")):
             for name, value in (("tabindex", "0"), ("role", "img"), ("aria-label", tip.replace("\n", ", ")), ("data-tip", tip)):
                 element.set(name, value)

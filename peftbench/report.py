@@ -52,7 +52,9 @@ LEGEND = (
 POOLED = "accuracy and f1 are over dev and test together"
 """Which the tables of results show apart."""
 
-_MARKDOWN = str.maketrans({mark: f"&#{ord(mark)};" for mark in "&<>|`\\"})
+_MARKDOWN = str.maketrans({mark: f"&#{ord(mark)};" for mark in "&<>|`\\*~$"})
+_AT_A_WORDS_EDGE = re.compile(r"(?<![^\W_])_+|_+(?![^\W_])")
+"""Where Markdown takes underscores for emphasis."""
 
 
 def render_summary(records: Sequence[Record]) -> str:
@@ -401,7 +403,8 @@ def _tabulate(
 def _escape(text: str, table: str) -> str:
     text = printable(text)
     if table == "github":
-        return text.translate(_MARKDOWN).replace("](", "]&#40;")
+        text = text.translate(_MARKDOWN).replace("](", "]&#40;")
+        return _AT_A_WORDS_EDGE.sub(lambda found: "&#95;" * len(found[0]), text)
     if table == "latex_booktabs":  # tabulate escapes what LaTeX does, but not what pdflatex's first font has not
         return text.replace("→", "to").replace("|", "/").encode("latin-1", "replace").decode("latin-1")
     return text
@@ -461,9 +464,17 @@ def _notes(summaries: Sequence[Summary]) -> list[str]:
     trained = [summary for summary in summaries if summary.measured and summary.trains]
     if trained and not pareto_front(summaries) and not differing(summaries):
         lines.append("front: empty, as each trained phase has a failed seed or an interval that reaches down to the majority")
-    if any(summary.failed and summary.measured for summary in summaries):
-        lines.append("failed: what a test that failed has measured counts, but a phase with a failed seed is not on the front")
-    return lines + render_failures(records)
+    return lines + render_wanting(summaries) + render_failures(records)
+
+
+def render_wanting(summaries: Sequence[Summary]) -> list[str]:
+    """A line on what phases with a failed seed and figures count for; nothing where there are none."""
+    if not any(summary.failed and summary.measured for summary in summaries):
+        return []
+    return [
+        "failed: what a test that failed has measured counts in its phase's figures, but a phase with a failed seed is not on the "
+        "front, nor does it keep another from it"
+    ]
 
 
 def _answers_alike(record: Record) -> bool:

@@ -172,7 +172,7 @@ def pareto_front(summaries: Sequence[Summary]) -> set[str]:
         accuracy, seconds = summary.mean("dev.accuracy") or 0.0, summary.mean("train_runtime_seconds") or 0.0
         one = summary.first
         trainable = one.parameter_counts.trainable if one.parameter_counts else 0
-        low, _ = summary.accuracy_ci95("dev") or (accuracy, accuracy)
+        low, _ = summary.interval("dev") or (accuracy, accuracy)
         if trainable and (one.majority_accuracy is None or low > one.majority_accuracy):
             points[one.phase_id] = (-accuracy, trainable, seconds)
     return {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import ntpath
 import os
@@ -14,7 +15,7 @@ from samples import failed, passed
 
 from peftbench.levels import trace
 from peftbench.metrics import METRICS
-from peftbench.page import link_from, render_page
+from peftbench.page import POINTS_WITH_TIPS, _Looks, link_from, render_page
 from peftbench.records import MemoryUse, RecordError, SplitMetrics, TeacherCost, decode_record
 from peftbench.report import COST, QUALITY, render_csv, render_results, render_summary
 from peftbench.store import Store
@@ -162,6 +163,78 @@ def test_what_a_phase_costs_besides_is_on_the_page():
     assert "dashed: what no other phase beats" not in page_of([*good, failed("B-lora", seed=2)])
 
 
+def test_pictures_share_no_ids():
+    """Of several scales, too, so that a mark and what it refers to are its own picture's."""
+    records = [*study(), *(dataclasses.replace(record, scale="thesis") for record in study())]
+    ids = re.findall(r'\bid="([^"]*)"', page_of(records, latest=24))
+    assert len(ids) == len({*ids}) > 20
+
+
+@pytest.mark.parametrize(("low", "high"), [(590_000, 1_000_000), (162_000, 22_700_000), (2_050, 335_000_000), (1, 10**12)])
+def test_the_axis_of_costs_can_be_read(open_page, low, high):
+    """Over any range there are a few numbers, and none is written over another."""
+    page, _, _ = open_page(page_of([passed("B-lora", trainable=low), passed("C1-full", trainable=high, wrong=range(9))]))
+    texts = page.locator("figure", has_text="trained parameters").first.locator("text")
+    boxes = [text.bounding_box() for text in texts.all() if re.fullmatch(r"[\d.]+[kM]?", text.text_content().strip())]
+    level = max(box["y"] for box in boxes)
+    boxes = sorted((box["x"], box["x"] + box["width"]) for box in boxes if abs(box["y"] - level) < 2)
+    assert 2 <= len(boxes) <= 7
+    assert all(end < begin for (_, end), (begin, _) in itertools.pairwise(boxes))
+
+
+def test_where_nothing_was_trained_there_is_no_trade_off():
+    """A teacher alone: no axes without a point on them."""
+    page = page_of([passed("A-teacher", seconds=0.0, trainable=0, learning_curve=())])
+    assert "Accuracy against" not in page
+    assert "<figure>" not in page
+
+
+def test_curves_say_of_which_seed_they_are():
+    """Beside figures that are means."""
+    assert "; of several seeds the last" not in page_of(study())
+    assert "; of several seeds the last" in page_of([passed(seed=1), passed(seed=2)])
+
+
+def test_many_phases_have_looks_of_their_own():
+    """Sixty-four pairs of colour and marker."""
+    looks = _Looks([f"P{number}-x" for number in range(64)])
+    assert 64 == len({looks.of(phase)[1:] for phase in looks.phases})
+
+
+@pytest.mark.parametrize("name", ["E-ia3_keys_and_values", "F-" + "long_" * 18])
+def test_the_names_of_lines_are_within_the_picture(open_page, name):
+    """In as many columns as there is room for."""
+    letters = "BCDF"
+    page, _, _ = open_page(page_of([passed(letter + name[1:]) for letter in letters]))
+    figure = page.locator("figure", has_text="Learning curves")
+    right = figure.locator("svg").bounding_box()
+    for letter in letters:
+        box = figure.locator("text", has_text=letter + name[1:40]).bounding_box()
+        assert box["x"] + box["width"] <= right["x"] + right["width"]
+
+
+def test_on_a_phone_names_leave_room_for_figures(open_page):
+    """A long one is broken, as it stays where it is while the rest scrolls."""
+    page, _, _ = open_page(page_of([passed("E-" + "long_" * 19)]))
+    page.set_viewport_size({"width": 360, "height": 800})
+    assert page.locator("tbody td").first.bounding_box()["width"] < 180
+
+
+def test_a_shift_is_marked_in_a_long_history():
+    """Where single commits cannot be pointed at any more."""
+    records = [
+        passed(
+            run=f"2026{1 + day // 28:02d}{1 + day % 28:02d}T000000Z-aaaaaa",
+            wrong=range(90 if day < 40 else 190),
+            commit={"id": f"{day + 1:02x}" * 20, "dirty": False, "changes": None},
+        )
+        for day in range(POINTS_WITH_TIPS + 1)
+    ]
+    marks = re.findall(r'data-tip="(B-lora at [^"]*)"', page_of(records, latest=1))
+    assert 1 == len(marks)
+    assert "worse from here" in marks[0]
+
+
 def test_history_marks_the_shift(open_page):
     """The commit that lost accuracy says so."""
     page, _, _ = open_page(page_of(study()))
@@ -207,7 +280,7 @@ def test_names_stand_clear_of_other_marks_and_bars(open_page):
     records = [passed(name, wrong=range(wrong), seconds=seconds) for name, (wrong, seconds) in costs.items()]
     page, _, _ = open_page(page_of(records))
     chart = page.locator("figure", has_text="training, minutes")
-    bars = [bar.bounding_box() for bar in chart.locator("[id^=LineCollection]").all()]
+    bars = [bar.bounding_box() for bar in chart.locator("[id^=bar-of-]").all()]
     names = [chart.locator("text", has_text=name).bounding_box() for name in costs]
     assert 4 == len(bars)
     assert [] == [(bar, name) for bar in bars for name in names if crosses(bar, name)]
@@ -296,7 +369,7 @@ def test_a_bar_spans_the_interval():
     """It reaches as far above its mark, and below it, as the ends of the interval are from the accuracy."""
     record = passed(wrong=range(90))
     text = page_of([record])
-    low, high = map(float, re.search(r'"LineCollection_1">\s*<path d="M \S+ (\S+)\s+L \S+ (\S+)', text).groups())
+    low, high = map(float, re.search(r'"bar-of-point-0-parameters-0">\s*<path d="M \S+ (\S+)\s+L \S+ (\S+)', text).groups())
     [mark] = map(float, re.findall(r'id="point-0-parameters-0".*?<use [^>]*y="(\S+?)"', text, re.DOTALL))
     lower, upper = record.dev.accuracy_ci95
     assert pytest.approx((upper - 0.9) / (0.9 - lower), rel=1e-3) == (mark - high) / (low - mark)

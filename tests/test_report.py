@@ -3,10 +3,12 @@
 import csv
 import dataclasses
 import io
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from samples import NOTHING
 from samples import passed as measured
 
@@ -230,7 +232,7 @@ def test_always_answering_the_same_is_not_over_the_majority():
     """It wins both ratios, and beside them stands what it is worth."""
     head = dataclasses.replace(
         LORA,
-        dev=dataclasses.replace(LORA.dev, accuracy=0.514),
+        dev=dataclasses.replace(LORA.dev, accuracy=0.514, accuracy_ci95=(0.481, 0.546)),
         parameter_counts=ParameterCounts(total=22_713_986, trainable=1),
         efficiency=Efficiency(accuracy_per_million_params=514_000.0, accuracy_per_minute=30.84),
     )
@@ -302,7 +304,8 @@ def test_what_a_failed_test_has_measured_is_shown(seeds):
     assert row["dev acc % [95%]"].startswith(mean)
     assert ("", "4:02 min") == (row["front"], row["train"])
     assert "B-lora seed 44 failed: AssertionError: 0.70 is too low" in text.splitlines()
-    assert "failed: what a test that failed has measured counts, but a phase with a failed seed is not on the front" in text
+    why = "a phase with a failed seed is not on the front, nor does it keep another from it"
+    assert f"failed: what a test that failed has measured counts in its phase's figures, but {why}" in text
 
 
 def test_a_failed_phase_has_a_row_and_a_line_that_says_why():
@@ -429,6 +432,14 @@ def test_hostile_text_is_only_text_in_markdown():
         assert not {"<", "`", "\\", "\x1b", "\ud800"} & set(text)
         assert "](" not in text
         assert "&#124;&#60;img src=x&#62;&#96;![a]&#40;http://x/y)&#96;&#92;&#124;" in text
+
+
+def test_what_is_quoted_in_markdown_has_no_emphasis():
+    """Names of Python, stars, tildes and dollars stay what they are; underscores within a word are none."""
+    reason = "TypeError: LoraConfig.__init__() got *2*, ~~x~~, $a_1$, max_length"
+    text = render_comparison([Row(phase="B-lora", metric="accuracy", verdict="worse", reason=reason)], table="github")
+    rendered = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(text)
+    assert f"<td>{reason}</td>" in re.sub(r"<td [^>]*>", "<td>", rendered)
 
 
 def test_hostile_text_is_only_text_in_latex():
