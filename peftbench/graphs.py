@@ -6,6 +6,7 @@ longer to launch than to do. A graph of them is launched at once.
 """
 
 import functools
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,6 +36,7 @@ class Graphs:
 
     def __init__(self, device: str) -> None:
         """For a device, as torch writes it, such as ``cuda:0``."""
+        gc.collect()  # a failed test keeps its graphs in a cycle, and one that dies while another is captured or at work breaks it
         self._device, self._pool, self._stream = device, torch.cuda.graph_pool_handle(), _capture_stream(device)
         self._met: set[tuple[int, int]] = set()
         self._captured: dict[tuple[int, int], _Captured] = {}

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     logging,
 )
+from transformers.pytorch_utils import Conv1D
 
 from peftbench.assets import ASSETS, Asset, say
 from peftbench.data import grammar_words
@@ -52,6 +53,9 @@ TOKENIZER_FILES = frozenset(("tokenizer.json", "vocab.txt"))
 
 OLDER_TOKENIZER_FILES = ("vocab.json", "merges.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model", "tokenizer.model")
 """What older tokenizers consist of, asked for where there is none of those: the first two together, or any other."""
+
+HEAD_WEIGHTS = ("classifier.weight", "classifier.out_proj.weight", "score.weight", "classification_head.out_proj.weight")
+"""Names of the weight that has a row for each label, by architecture."""
 
 NOT_BY_THE_LOSS_ALONE = {
     "ADALORA": "chooses its ranks while it trains and must be told of each step, which the loop does not do; it would train as "
@@ -231,9 +235,12 @@ def _from_config(weights: Weights, labels: dict[str, Any]) -> Any:
 def _from_checkpoint(weights: Weights, labels: dict[str, Any], *, tuned: bool) -> Any:
     source = weights.source
     assert isinstance(source, Pretrained)
-    heads = _weight_shapes(weights).get("classifier.weight", [2])
-    if heads[0] != 2:
-        raise ModelError(f"{source.source} classifies into {heads[0]} labels, wanted 2: negative and positive")
+    for name, shape in _weight_shapes(weights).items():
+        if name in HEAD_WEIGHTS and shape[0] != 2:
+            raise ModelError(
+                f"{source.source} classifies into {shape[0]} labels, wanted 2: negative and positive; the encoder alone, as "
+                "model.base_model.save_pretrained saves it, gets a new head"
+            )
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # that the head is new is what we want, not news
@@ -287,7 +294,10 @@ def encoder_layers(model: nn.Module) -> nn.ModuleList:
     """
     layers = getattr(_encoder(model), "layer", None)
     if not isinstance(layers, nn.ModuleList):
-        raise ModelError(f"{type(model).__name__} has no encoder layers where BERT or DistilBERT have them")
+        raise ModelError(
+            f"{type(model).__name__} has no encoder layers where BERT or DistilBERT have them; a checkpoint's layers, "
+            "unfreeze_top_layers and a layer_decay below 1 ask for these"
+        )
     return layers
 
 
@@ -381,11 +391,13 @@ def _adapt(model: nn.Module, phase: Phase) -> nn.Module:
             warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
             adapted: nn.Module = get_peft_model(model, get_peft_config({"task_type": TaskType.SEQ_CLS, **peft}))
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:  # as of an outdated torchao beside peft
-        unknown = f"; peft_type must be one of {', '.join(sorted(PEFT_TYPE_TO_CONFIG_MAPPING))}"
-        raise ModelError(
-            f"{phase.id}: peft cannot apply {dict(phase.peft)}: {type(error).__name__}: {error}"
-            + (unknown if kind not in PEFT_TYPE_TO_CONFIG_MAPPING else "")
-        ) from error
+        hint = ""
+        if config_type is None:
+            hint = f"; peft_type must be one of {', '.join(sorted(PEFT_TYPE_TO_CONFIG_MAPPING))}"
+        elif "target" in str(error):
+            inside = (name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
+            hint = f"; linear layers are {', '.join(dict.fromkeys(inside))}"
+        raise ModelError(f"{phase.id}: peft cannot apply {dict(phase.peft)}: {type(error).__name__}: {error}{hint}") from error
     config: Any = adapted.active_peft_config
     if getattr(config, "use_asa", False):
         raise ModelError(f"{phase.id}: with use_asa {kind} {NOT_BY_THE_LOSS_ALONE['ADALORA']}")

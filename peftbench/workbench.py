@@ -24,6 +24,7 @@ from peftbench.assets import REVIEWS, Asset, asset_path, say
 from peftbench.data import Split, Splits, draw, load_splits
 from peftbench.device import Device, DoesNotFit, is_out_of_memory
 from peftbench.distill import CODE_VERSION, LOGIT_BLOCK, TeacherKey, TeacherLogits, cached_logits, kd_loss, publish_subset
+from peftbench.intervals import wilson_interval
 from peftbench.kernels import can_be_captured, cast_frozen, economize, economize_words, only_words, retain_memory
 from peftbench.layers import make_packable
 from peftbench.measure import describe_machine, usable_processors
@@ -101,6 +102,10 @@ def silent(what: str, done: int, total: int) -> None:
     """Progress that is not shown."""
 
 
+MOST_UNKNOWN = 0.2
+"""Share of a split's tokens that may be unknown to a tokenizer before it is said."""
+
+
 class Workbench:
     """
     What the cases of one scale share: splits, tokens, the teacher and its logits; each made at first use.
@@ -139,7 +144,15 @@ class Workbench:
         """A split as token ids."""
         key = (split.fingerprint, weights.identity, max_length)
         if key not in self._encoded:
-            self._encoded[key] = Encoded.from_split(split, load_tokenizer(weights), max_length=max_length)
+            tokenizer = load_tokenizer(weights)
+            encoded = self._encoded[key] = Encoded.from_split(split, tokenizer, max_length=max_length)
+            unknown = (torch.cat([*encoded.tokens]) == tokenizer.unk_token_id).float().mean().item()
+            if unknown > MOST_UNKNOWN:
+                name = "the small random model" if isinstance(weights.source, Untrained) else weights.source.source
+                self.notify(
+                    f"{100 * unknown:.0f}% of the tokens of {split.name} are unknown to the tokenizer of {name}, to which their "
+                    "texts are much the same; take weights whose tokenizer knows them"
+                )
         return self._encoded[key]
 
     @cached_property
@@ -184,7 +197,13 @@ class Workbench:
                 whole_blocks, key, lambda entry: self.store.cache_path("logits", entry), self._teach(weights, max_length)
             )
             self.misses += not logits.hit
-            self._kd[size, max_length] = logits.take_first(len(examples))
+            logits = self._kd[size, max_length] = logits.take_first(len(examples))
+            right, n = int((logits.values.argmax(dim=1) == torch.tensor(examples.labels)).sum()), len(examples)
+            if wilson_interval(right, n)[0] <= examples.majority_accuracy:
+                self.notify(
+                    f"the teacher is right on {100 * right / n:.1f}% of the {n} examples that it is to teach, and always answering "
+                    f"the more frequent label on {100 * examples.majority_accuracy:.1f}%: there is little to learn from it"
+                )
         return self._kd[size, max_length]
 
     def kd_subset(self, size: int, max_length: int) -> Path:

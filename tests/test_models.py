@@ -148,6 +148,23 @@ def test_checkpoint_with_another_number_of_labels_is_refused(saved):
         load(folder)
 
 
+def test_a_head_of_another_architecture_with_three_labels_is_refused(tmp_path):
+    """RoBERTa's has two layers, and the message is ours; the encoder alone loads, with a new head."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = RobertaForSequenceClassification(RobertaConfig(vocab_size=400, num_labels=3, **sizes))
+    save_classifier(model, load_tokenizer(locate(TINY, fetch=None)), tmp_path)
+    with pytest.raises(ModelError, match=r"classifies into 3 labels, wanted 2.*as model.base_model.save_pretrained saves it"):
+        load(tmp_path)
+    model.base_model.save_pretrained(tmp_path)
+    assert 2 == load(tmp_path).num_labels
+
+
+def test_what_an_adapter_can_be_put_on_is_named():
+    """Where nothing has the name asked for."""
+    with pytest.raises(ModelError, match=r"linear layers are query, key, value, dense, classifier$"):
+        prepare(classifier("bert"), phase_with(lora("bert", target_modules=["nowhere"])))
+
+
 def test_pickled_checkpoint_is_refused(saved):
     """Weights are data: a checkpoint that only exists as a pickle is never opened."""
     model, folder = saved()

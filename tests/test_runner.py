@@ -402,6 +402,40 @@ def test_progress_is_told_of_teacher_and_phase(tmp_path, data):
     assert [("tuning the teacher", i, 12) for i in range(1, 13)] + [("C2-kd", i, 4) for i in range(1, 5)] == told
 
 
+def test_texts_that_the_tokenizer_does_not_know_are_told_of(tmp_path, data, fresh):
+    """Once for each split: the tiny one knows the words of its own sentences."""
+    for name in ("train", "dev"):
+        rows = [
+            f"every word of sentence {i} is{' not' * (i % 2)} foreign\t{i % 2}\n" for i in range(1040 if name == "train" else 40)
+        ]
+        (tmp_path / f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(rows))
+    told = []
+    for folder, expected in ((data, 0), (tmp_path, 1)):
+        bench = Workbench(TINY, settings_in(tmp_path, folder), notify=told.append)
+        for _ in range(2):
+            bench.encoded(bench.splits.dev, bench.weights(TINY.student), 96)
+        assert expected == len(told)
+    assert re.fullmatch(r"\d\d% of the tokens of dev are unknown to the tokenizer of the small random model, .*", told[0])
+
+
+@pytest.mark.parametrize("knows", [False, True])
+def test_a_teacher_with_nothing_to_teach_is_told_of(fresh, tmp_path, data, monkeypatch, knows):
+    """What students reach then, they have from the labels."""
+    told = []
+    bench = Workbench(TINY, settings_in(tmp_path, data), notify=told.append)
+
+    def answers(model, encoded, *_, **__):
+        return torch.nn.functional.one_hot(encoded.labels if knows else torch.zeros_like(encoded.labels), 2).float()
+
+    monkeypatch.setattr(workbench, "predict", answers)
+    bench.teacher_logits(64, 96)
+    if knows:
+        assert [] == told
+    else:
+        [line] = told
+        assert re.match(r"the teacher is right on \d\d\.\d% of the 64 examples that it is to teach, and always answering", line)
+
+
 def test_a_teacher_that_cannot_be_stored_is_not_tuned(data, tmp_path, monkeypatch):
     """Space is looked at before, not after hours."""
     settings, told = settings_in(tmp_path, data), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,6 +152,7 @@ def explained() -> Iterator[None]:
     try:
         yield
     except PeftbenchError as error:
+        traceback.clear_frames(error.__traceback__)  # pytest keeps it, and with it what a failed training has on a GPU
         raise pytest.fail.Exception(f"{type(error).__name__}: {error}", pytrace=False) from None
 
 

@@ -20,11 +20,13 @@ class Progress:
     Attributes:
         first_step: When the session's first optimizer step was done, by `time.monotonic`; None before that.
         training_seconds: Between the first and the last step of each training run, the teacher's included.
+        unsaid: Lines of news in a worker of pytest-xdist, which has no terminal: its main process is to say them.
     """
 
     def __init__(self, config: pytest.Config) -> None:
         self.first_step: float | None = None
         self.training_seconds = 0.0
+        self.unsaid: list[str] = []
         self._config = config
         self._what, self._began, self._shown, self._last = "", 0.0, 0.0, 0.0
 
@@ -45,11 +47,13 @@ class Progress:
         line = f"{what}: step {done} of {total}, {left} left"
         if live:
             self._write(lambda reporter: reporter.rewrite(line if done < total else "", erase=True))
-        elif done < total:
+        elif done < total and reporter is not None:
             self.say(line)
 
     def say(self, line: str) -> None:
         """Show a line of news in its own right."""
+        if hasattr(self._config, "workerinput"):
+            self.unsaid.append(line)
         self._write(lambda reporter: reporter.write_line(f"peftbench: {line}"))
 
     def _write(self, write: Callable[[Any], None]) -> None:

@@ -44,8 +44,13 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
-    """Write the record of a case that a fixture of the test runs in the end."""
-    return (yield from _recording(item, "teardown"))
+    """Write the record of a case that a fixture of the test runs in the end; have a worker's news said."""
+    try:
+        return (yield from _recording(item, "teardown"))
+    finally:
+        progress = item.config.stash[SESSION].progress
+        item.user_properties.extend(("peftbench_news", line) for line in progress.unsaid)
+        progress.unsaid.clear()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

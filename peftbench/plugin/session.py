@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from peftbench.phases import Phase
-from peftbench.plugin.options import Options
+from peftbench.plugin.options import Options, root_of
 from peftbench.plugin.progress import Progress
 from peftbench.plugin.resuming import EarlierRuns
 from peftbench.records import Record, RecordError, read_record
@@ -130,7 +130,7 @@ class Session:
         return Settings(
             outputs=options.outputs,
             run_id=self.run_id,
-            commit=describe_code(self.config.rootpath),
+            commit=describe_code(root_of(self.config)),
             data=options.data,
             device=options.device,
             precision=options.precision,
@@ -201,14 +201,11 @@ class Session:
             return None  # as nobody knows what code it was
         runs = bench.store.runs
         earlier = self._earlier[runs] = self._earlier.get(runs) or EarlierRuns(bench.store)
-        found = earlier.passed(bench, fingerprint, seed)
-        news = None if found else earlier.why_not(bench, fingerprint, seed)
         if self.is_worker:  # whose main process says it
-            told = [("peftbench_unreadable", problem) for problem in earlier.problems]
-            item.user_properties.extend([*told, ("peftbench_news", news)] if news else told)
-            return found
+            item.user_properties.extend(("peftbench_unreadable", problem) for problem in earlier.problems)
         self.unreadable.update(earlier.problems)
-        if news:
+        found = earlier.passed(bench, fingerprint, seed)
+        if not found and (news := earlier.why_not(bench, fingerprint, seed)):
             self.progress.say(news)
         return found
 
@@ -242,7 +239,7 @@ class Session:
 
         for scale in scales:
             root = Store(self.options.outputs, scale).root
-            history = functools.cache(functools.partial(History.from_outputs, root, self.config.rootpath, without=self.run_id))
+            history = functools.cache(functools.partial(History.from_outputs, root, root_of(self.config), without=self.run_id))
             other = None
             if self.options.compare == "latest" and self.options.resume:  # a run of this very code is the one to be resumed
                 latest_first = reversed([*history().files])

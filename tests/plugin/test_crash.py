@@ -1,14 +1,19 @@
 """Nothing is lost when a session dies."""
 
 import functools
+import gc
 import json
 import os
 import pty
 import signal
 import subprocess
 import sys
+import weakref
 
 import pytest
+
+from peftbench.errors import PeftbenchError
+from peftbench.plugin.fixtures import explained
 
 STUDY = """
     import os, signal
@@ -115,6 +120,28 @@ def test_a_seed_that_was_interrupted_is_in_the_report(pytester, data_folder):
     assert "S-small ×2, 1 failed" in done.stdout
     report = json.loads((pytester.path / "outputs/tiny/reports/phase_s_metrics.json").read_text())
     assert ([7, 8], [8]) == (report["seeds"], report["failed_seeds"])
+
+
+def test_an_error_that_explains_itself_keeps_nothing_of_what_led_to_it():
+    """pytest keeps the error of a fixture for the session, and a model in its frames would stay on a GPU as long."""
+
+    class Model:
+        pass
+
+    def train(model):
+        raise PeftbenchError("diverged")
+
+    def fixture():
+        model = Model()
+        models.append(weakref.ref(model))
+        train(model)
+
+    models = []
+    with pytest.raises(pytest.fail.Exception, match="PeftbenchError: diverged") as kept, explained():
+        fixture()
+    assert kept.value.__context__ is not None
+    gc.collect()
+    assert [None] == [model() for model in models]
 
 
 def test_a_terminal_shows_progress(pytester, data_folder):

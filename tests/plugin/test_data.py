@@ -55,6 +55,13 @@ def test_sentences_of_dev_in_train_are_warned_of_and_counted(study, tmp_path, da
     assert 1 == record["data"]["dev_sentences_in_train"]
 
 
+def test_without_an_ini_file_outputs_are_where_pytest_was_started(study, data_folder, records):
+    """Wherever pytest puts its root, which is what its arguments have in common, the data's folder among them."""
+    result = study("-k", "small", "test_study.py", "--peft-data", str(data_folder), data=None)
+    result.assert_outcomes(passed=1, deselected=5)
+    assert ["S-small-tiny-s42.json"] == list(records())
+
+
 @pytest.mark.parametrize(
     ("words", "refused"),
     [
