@@ -401,11 +401,18 @@ def _adapt(model: nn.Module, phase: Phase) -> nn.Module:
     config: Any = adapted.active_peft_config
     if getattr(config, "use_asa", False):
         raise ModelError(f"{phase.id}: with use_asa {kind} {NOT_BY_THE_LOSS_ALONE['ADALORA']}")
-    if config.is_prompt_learning and kind != "PREFIX_TUNING" and reads_last_token:
-        raise ModelError(
-            f"{phase.id}: {type(model).__name__} reads a text's last token, which it cannot find behind {kind}'s virtual tokens; "
-            "use PREFIX_TUNING or another method"
-        )
+    if config.is_prompt_learning and kind != "PREFIX_TUNING":  # which alone leaves the text's ids to the model
+        name, width = type(model).__name__, model.get_input_embeddings().embedding_dim  # type: ignore[operator]
+        if reads_last_token:
+            raise ModelError(
+                f"{phase.id}: {name} reads a text's last token, which it cannot find behind {kind}'s virtual tokens; "
+                "use PREFIX_TUNING or another method"
+            )
+        if config.token_dim != width:
+            raise ModelError(
+                f"{phase.id}: {name} embeds tokens as {width} numbers and {kind}'s virtual tokens have {config.token_dim}; "
+                f"give peft token_dim {width}"
+            )
     if not saves_modules:
         for name, module in model.named_modules():
             if name.rpartition(".")[2] in head:

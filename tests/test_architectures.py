@@ -106,6 +106,19 @@ def test_virtual_tokens_hide_a_texts_last_token(method):
             prepare(classifier(config), phase)
 
 
+def test_virtual_tokens_are_as_wide_as_embeddings():
+    """ELECTRA's are narrower than its layers; peft would fail at the first text."""
+    config = ElectraConfig(vocab_size=VOCABULARY, embedding_size=8, **SIZES)
+    peft = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}
+    phases = [Phase(id="X-test", role="backbone", max_length=16, peft={**peft, **width}) for width in ({}, {"token_dim": 8})]
+    with pytest.raises(
+        ModelError, match=r"X-test: Electra.* embeds tokens as 8 numbers and PROMPT_TUNING's.* have 16; .* token_dim 8"
+    ):
+        prepare(classifier(config), phases[0])
+    model, _ = prepare(classifier(config), phases[1])
+    assert (1, 2) == model(input_ids=torch.full((1, 4), 5), attention_mask=torch.ones(1, 4)).logits.shape
+
+
 def test_the_padding_of_a_model_whose_positions_depend_on_it_stays(tmp_path):
     """RoBERTa counts from it; saved with the tokenizer's, a teacher would come back as another model."""
     config = RobertaConfig(vocab_size=VOCABULARY, pad_token_id=1, **SIZES)
