@@ -53,6 +53,10 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def share_of(self, token: int | None) -> float:
+        """Of all tokens, how many are this one, as a fraction; 0 for None."""
+        return 0.0 if token is None or not self.tokens else (torch.cat([*self.tokens]) == token).float().mean().item()
+
     @classmethod
     def from_split(cls, split: Split, tokenizer: Any, *, max_length: int) -> "Encoded":
         """Tokenize without padding, truncated to ``max_length`` tokens."""

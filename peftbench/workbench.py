@@ -146,7 +146,7 @@ class Workbench:
         if key not in self._encoded:
             tokenizer = load_tokenizer(weights)
             encoded = self._encoded[key] = Encoded.from_split(split, tokenizer, max_length=max_length)
-            unknown = (torch.cat([*encoded.tokens]) == tokenizer.unk_token_id).float().mean().item()
+            unknown = encoded.share_of(tokenizer.unk_token_id)
             if unknown > MOST_UNKNOWN:
                 name = "the small random model" if isinstance(weights.source, Untrained) else weights.source.source
                 self.notify(

@@ -1,6 +1,7 @@
 """Where sentences lie in a packed row, and predictions in the order of the examples."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -274,3 +275,11 @@ def test_predicting_halves_the_batch_where_memory_runs_out(monkeypatch):
     model.forward = cramped(0, RuntimeError("something else"))
     with pytest.raises(RuntimeError, match="something else"):
         predict(model, encoded, CPU, packed=False)
+
+
+def test_the_share_of_a_token():
+    """Over all texts; a tokenizer without one for unknown words knows them all."""
+    encoded = encoded_of([2, 3])
+    encoded = dataclasses.replace(encoded, tokens=[torch.tensor([7, 1]), torch.tensor([1, 1, 2])])
+    assert [0.6, 0.0, 0.0] == [pytest.approx(encoded.share_of(token)) for token in (1, 9, None)]
+    assert 0.0 == dataclasses.replace(encoded, tokens=[]).share_of(1)
