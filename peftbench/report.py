@@ -52,9 +52,9 @@ LEGEND = (
 POOLED = "accuracy and f1 are over dev and test together"
 """Which the tables of results show apart."""
 
-_MARKDOWN = str.maketrans({mark: f"&#{ord(mark)};" for mark in "&<>|`\\*~$"})
-_AT_A_WORDS_EDGE = re.compile(r"(?<![^\W_])_+|_+(?![^\W_])")
-"""Where Markdown takes underscores for emphasis."""
+_MARKDOWN = str.maketrans({mark: f"&#{ord(mark)};" for mark in "&<>|`\\~$"})
+_EMPHASIS = re.compile(r"(?<![^\W_])_+|_+(?![^\W_])|\*+(?=\S)|(?<=\S)\*+")
+"""What Markdown may take for it: underscores at a word's edge, and stars that do not stand alone."""
 
 
 def render_summary(records: Sequence[Record]) -> str:
@@ -404,7 +404,7 @@ def _escape(text: str, table: str) -> str:
     text = printable(text)
     if table == "github":
         text = text.translate(_MARKDOWN).replace("](", "]&#40;")
-        return _AT_A_WORDS_EDGE.sub(lambda found: "&#95;" * len(found[0]), text)
+        return _EMPHASIS.sub(lambda found: f"&#{ord(found[0][0])};" * len(found[0]), text)
     if table == "latex_booktabs":  # tabulate escapes what LaTeX does, but not what pdflatex's first font has not
         return text.replace("→", "to").replace("|", "/").encode("latin-1", "replace").decode("latin-1")
     return text

@@ -440,6 +440,7 @@ def test_what_is_quoted_in_markdown_has_no_emphasis():
     text = render_comparison([Row(phase="B-lora", metric="accuracy", verdict="worse", reason=reason)], table="github")
     rendered = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(text)
     assert f"<td>{reason}</td>" in re.sub(r"<td [^>]*>", "<td>", rendered)
+    assert " * |" in render_results([LORA], table="github")  # the front's mark, which stands alone
 
 
 def test_hostile_text_is_only_text_in_latex():
