@@ -285,7 +285,7 @@ class Session:
         told = dict(report.user_properties)
         is_case = "peftbench_case" in told
         self.saw_case, self.saw_other_test = self.saw_case or is_case, self.saw_other_test or not is_case
-        if report.when == "teardown":
+        if report.when == "teardown" and not self.is_worker:  # which would have the news said again with its next test
             self.unrecorded.discard(report.nodeid)  # of an earlier attempt
             if "peftbench_to_record" in told and "peftbench_record" not in told:
                 self.unrecorded.add(report.nodeid)

@@ -170,7 +170,7 @@ def test_workers_of_xdist_say_what_one_process_says(study, pytester, data_folder
     [path] = (pytester.path / "outputs/tiny/runs").glob("*/K-*.json")
     path.write_text("{")
     (pytester.path / "test_study.py").write_text((pytester.path / "test_study.py").read_text() + "\n# changed\n")
-    done = in_two_workers(pytester, data_folder, "-k", "small", "--peft-resume")
+    done = in_two_workers(pytester, data_folder, "-n", "1", "-k", "small or kd", "--peft-resume")
     assert 0 == done.returncode, done.stdout + done.stderr
     assert 1 == done.stdout.count("S-small with seed 42 runs again: it passed in run ")
     assert 1 == done.stdout.count("left out of the history: ")
