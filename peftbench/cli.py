@@ -372,7 +372,7 @@ def _load_phases(path: Path) -> list[Phase]:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # pytest's skip is no Exception
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
         where = f"{path}, line {lines[-1]}," if lines else str(path)
         raise ValueError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
     finally:

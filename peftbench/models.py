@@ -51,7 +51,15 @@ CHECKPOINT_FILES = (
 TOKENIZER_FILES = frozenset(("tokenizer.json", "vocab.txt"))
 """One of them must be there: without, transformers makes up a tokenizer to which every word is unknown."""
 
-OLDER_TOKENIZER_FILES = ("vocab.json", "merges.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model", "tokenizer.model")
+OLDER_TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "tokenizer.model",
+)
 """What older tokenizers consist of, asked for where there is none of those: the first two together, or any other."""
 
 HEAD_WEIGHTS = ("classifier.weight", "classifier.out_proj.weight", "score.weight", "classification_head.out_proj.weight")
@@ -209,12 +217,13 @@ def load_classifier(weights: Weights, *, tuned: bool = False, shapes_only: bool 
             f"{source.source}: {type(model).__name__} reads a batch's last tokens, padding included; use another model"
         )
     tokenizer = load_tokenizer(weights)
-    if _reads_last_token(model):  # which it finds before the padding
-        if tokenizer.pad_token_id is None:
-            raise ModelError(
-                f"{source.source}: {type(model).__name__} reads a text's last token, and its tokenizer has none to pad with behind "
-                "it; give the tokenizer a pad_token and save it again"
-            )
+    if _reads_last_token(model) and tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"{source.source}: {type(model).__name__} reads a text's last token, and its tokenizer has none to pad with behind it; "
+            "give the tokenizer a pad_token and save it again"
+        )
+    # Heads that read a text's last token find it before the padding.
+    if tokenizer.pad_token_id is not None and _padding_position(model) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     has_pooler = any(".pooler." in name for name, _ in model.named_parameters())
     model.pooler_is_new = has_pooler and not any("pooler." in name for name in _weight_shapes(weights))
@@ -314,12 +323,18 @@ def check_positions(model: nn.Module, max_length: int, what: str, *, virtual_tok
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is None or positions < 0:  # as of models whose positions are relative
         return
-    embeddings: Any = getattr(getattr(model, "base_model", None), "embeddings", None)
-    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+    padding = _padding_position(model)
     usable = positions - virtual_tokens - (0 if padding is None else padding + 1)  # RoBERTa counts from behind the padding's
     if max_length > usable:
         less = f" less {virtual_tokens} virtual tokens" if virtual_tokens else ""
         raise ModelError(f"{what}: max_length must be at most {usable}, the model's positions{less}, got {max_length}")
+
+
+def _padding_position(model: nn.Module) -> int | None:
+    """The position of padding where a model counts from behind it, as RoBERTa does."""
+    embeddings: Any = getattr(getattr(model, "base_model", None), "embeddings", None)
+    position: int | None = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+    return position
 
 
 def prepare(model: nn.Module, phase: Phase) -> tuple[nn.Module, list[dict[str, Any]]]:
@@ -383,7 +398,7 @@ def _adapt(model: nn.Module, phase: Phase) -> nn.Module:
     saves_modules = config_type is not None and any(field.name == "modules_to_save" for field in dataclasses.fields(config_type))
     if saves_modules:
         own = peft.get("modules_to_save") or []
-        if not isinstance(own, list):
+        if not isinstance(own, list | tuple):
             raise ModelError(f"{phase.id}: peft's modules_to_save must be a list of names, got {own!r}")
         peft["modules_to_save"] = list(dict.fromkeys([*head, *own]))
     try:

@@ -68,7 +68,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     names = getattr(item, "fixturenames", ())
     if "peft_scale" in names:
         item.user_properties.append(("peftbench_case", True))  # which a worker of pytest-xdist passes on
-        if "run_phase" in names:
+        if "run_phase" in names and not item.get_closest_marker("skip"):
             item.user_properties.append(("peftbench_to_record", True))
     if "run_phase" in names and any(map(item.config.pluginmanager.hasplugin, ("benchmark", "pytest_benchmark.plugin"))):
         own = item.get_closest_marker("benchmark")

@@ -152,7 +152,10 @@ def explained() -> Iterator[None]:
     try:
         yield
     except PeftbenchError as error:
-        traceback.clear_frames(error.__traceback__)  # pytest keeps it, and with it what a failed training has on a GPU
+        link: BaseException | None = error
+        while link is not None:  # pytest keeps all of them, and with them what a failed training has on a GPU
+            traceback.clear_frames(link.__traceback__)
+            link = link.__cause__ or link.__context__
         raise pytest.fail.Exception(f"{type(error).__name__}: {error}", pytrace=False) from None
 
 

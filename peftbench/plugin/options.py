@@ -59,8 +59,8 @@ def add_options(parser: pytest.Parser) -> None:
 
 
 def root_of(config: pytest.Config) -> Path:
-    """pytest's root; without an ini file where it was started, as pytest then takes what its arguments have in common."""
-    return config.rootpath if config.inipath else Path.cwd()
+    """pytest's root; where nothing says it, the folder of its start, as pytest then takes what its arguments have in common."""
+    return config.rootpath if config.inipath or config.getoption("rootdir") else Path.cwd()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

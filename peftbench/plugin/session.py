@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from peftbench.phases import Phase
-from peftbench.plugin.options import Options, root_of
+from peftbench.plugin.options import Options
 from peftbench.plugin.progress import Progress
 from peftbench.plugin.resuming import EarlierRuns
 from peftbench.records import Record, RecordError, read_record
@@ -46,7 +46,7 @@ class Session:
         unreadable: Files of the history that could not be read, and why.
         saw_case: Whether there was a report of a case.
         saw_other_test: Whether there was one of any other test.
-        unrecorded: Tests that take `run_phase` and have left no record, as if they were skipped.
+        unrecorded: Tests that take `run_phase`, are not marked to be skipped, and have left no record.
         set_aside: Tests that no option names, and that are left out because of that.
         deselected: The scales of which cases that take `run_phase` are left out otherwise, as tests are parametrized over them.
     """
@@ -130,7 +130,7 @@ class Session:
         return Settings(
             outputs=options.outputs,
             run_id=self.run_id,
-            commit=describe_code(root_of(self.config)),
+            commit=describe_code(self.config.rootpath),
             data=options.data,
             device=options.device,
             precision=options.precision,
@@ -239,7 +239,7 @@ class Session:
 
         for scale in scales:
             root = Store(self.options.outputs, scale).root
-            history = functools.cache(functools.partial(History.from_outputs, root, root_of(self.config), without=self.run_id))
+            history = functools.cache(functools.partial(History.from_outputs, root, self.config.rootpath, without=self.run_id))
             other = None
             if self.options.compare == "latest" and self.options.resume:  # a run of this very code is the one to be resumed
                 latest_first = reversed([*history().files])
@@ -275,8 +275,8 @@ class Session:
         doubtful = doubts(
             Side(label="this run", records=records), Side(label=self.options.compare, records=base, problems=problems)
         )
-        if silent := sorted(test for test in self.unrecorded if any(phase in test for _, phase in left)):
-            doubtful.append(f"{len(silent)} of the tests asked for left no record, such as {silent[0]}")
+        if self.unrecorded and left:  # whose phases may be among those
+            doubtful.append(f"{len(self.unrecorded)} of the tests asked for left no record, such as {min(self.unrecorded)}")
         self.judgement = judge(self.comparison, self.options.gates, doubts=doubtful)
         return self.judgement.status if self.options.gates else 0
 
