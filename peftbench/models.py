@@ -37,6 +37,7 @@ from peftbench.phases import Phase, Pretrained, Untrained
 from peftbench.sealed import file_sha256, fingerprint
 
 LABELS = {0: "negative", 1: "positive"}
+
 CHECKPOINT_FILES = (
     "config.json",
     "model*.safetensors",

@@ -58,11 +58,6 @@ def add_options(parser: pytest.Parser) -> None:
     parser.addini("peft_resume", text, type="bool", default=False)
 
 
-def root_of(config: pytest.Config) -> Path:
-    """pytest's root; where nothing says it, the folder of its start, as pytest then takes what its arguments have in common."""
-    return config.rootpath if config.inipath or config.getoption("rootdir") else Path.cwd()
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
     """The options as given, checked as far as that goes without torch and without the data."""
@@ -94,9 +89,9 @@ class Options:
         spelled = {name: f"the ini key peft_{name}" if value is None else f"--peft-{name}" for name, value in typed.items()}
 
         def folder(name: str) -> Path:
-            """On the command line, or without an ini file, seen from where pytest was started; else from the ini file."""
-            root = config.inipath.parent if config.inipath else root_of(config)
-            return (Path.cwd() if typed[name] else root) / os.path.expanduser(given[name])  # noqa: PTH111 - Path raises where no home is known
+            """Seen from the ini file or a --rootdir; on the command line, and without these, from where pytest was started."""
+            said = config.inipath.parent if config.inipath else config.rootpath if config.getoption("rootdir") else None
+            return (said if said and not typed[name] else Path.cwd()) / os.path.expanduser(given[name])  # noqa: PTH111 - Path raises where no home is known
 
         if given["compare"] not in ("", "latest") and (base := folder("compare")).exists():
             given["compare"] = str(seen_from(Path(), base))

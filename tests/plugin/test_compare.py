@@ -94,6 +94,18 @@ def test_a_phase_that_is_gone_leaves_the_gate_open(study, pytester, data_folder,
     assert "A-teacher: outcome: missing: no finished record in the head" in done.stdout
 
 
+def test_a_case_whose_name_does_not_say_its_phase_is_asked_for_too(study, pytester):
+    """It has run in the base; skipping itself now, it may be what is missing."""
+    own = pytester.path / "test_own.py"
+    text = "from peftbench.phases import Phase\ndef test_small_one(run_phase):\n    "
+    own.write_text(text + "run_phase(Phase(id='E-one', role='student', subset=16, epochs=1))\n")
+    assert 0 == study("-k", "small").ret
+    own.write_text("import pytest\n" + text + "pytest.skip('not today')\n")
+    result = study("-k", "small", *LIMITS)
+    assert 2 == result.ret
+    result.stdout.fnmatch_lines(["1 of the tests asked for left no record, such as test_own.py::test_small_one[[]tiny]"])
+
+
 def test_a_test_that_is_skipped_for_good_is_no_concern_of_a_choice_of_others(study, pytester):
     """It has no phase that the base knows."""
     study("-k", "small or teacher")
