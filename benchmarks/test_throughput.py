@@ -9,6 +9,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -48,11 +49,12 @@ class Contender:
     def __init__(self, **spec):
         self.name = spec["contender"]
         script = Path(__file__).with_name("throughput.py")
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed at the exit; a pipe that nobody reads would fill up
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", script, json.dumps(spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._said,
             text=True,
         )
 
@@ -62,6 +64,7 @@ class Contender:
     def __exit__(self, *_):
         self._process.kill()
         self._process.__exit__(None, None, None)
+        self._said.close()
 
     def ask(self, command):
         """What it answers; fails the test with the end of what it said if it has ended."""
@@ -72,7 +75,9 @@ class Contender:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            pytest.fail(f"{self.name} ended:\n{self._process.stderr.read()[-2000:]}", pytrace=False)
+            self._process.wait()
+            self._said.seek(0)
+            pytest.fail(f"{self.name} ended:\n{self._said.read()[-2000:]}", pytrace=False)
         return json.loads(answer)
 
 

@@ -118,14 +118,16 @@ class Contest:
             dict(tokenizer(sentence, truncation=True, max_length=length, padding=padding), label=label)
             for sentence, label in zip(self.examples.sentences, self.examples.labels, strict=True)
         ]
-        live = None
+        trainer, options = Trainer, {}
         if phase.distillation is not None:
+            live = None
             if self.spec.contender == "tuned":
                 assert self.teacher_logits is not None
                 for row, logits in zip(rows, self.teacher_logits.tolist(), strict=True):
                     row["teacher_logits"] = logits
             else:
                 live = self.load_teacher()
+            trainer, options = _DistillingTrainer, {"distillation": phase.distillation, "teacher": live}
         seed_everything(SEED)
         model, _ = prepare(load_classifier(self.weights), self.phase)
         clock = _LoopClock(self.device)
@@ -149,10 +151,6 @@ class Contest:
                 report_to="none",
                 disable_tqdm=True,
                 seed=SEED,
-            )
-            trainer = _DistillingTrainer if phase.distillation is not None else Trainer
-            options: dict[str, Any] = (
-                {"distillation": phase.distillation, "teacher": live} if phase.distillation is not None else {}
             )
             done = trainer(
                 model=model,

@@ -91,11 +91,9 @@ def _compare(options: argparse.Namespace) -> int:
     for line in changes:
         print(f"peftbench: changed: {printable(line)}", file=sys.stderr)
     judgement = judge(rows, gates, strict=options.strict, doubts=doubtful)
-    for line in judgement.lines if gates else doubtful:
+    for line in judgement.lines:
         print(f"peftbench: {printable(line)}", file=sys.stderr)
-    if not gates:
-        return 0 if rows else 2
-    return judgement.status
+    return judgement.status if gates or rows else 2
 
 
 @uncollected()
@@ -110,12 +108,12 @@ def _history(options: argparse.Namespace) -> int:
     found = History.from_outputs(options.outputs)
     side = found.everything()
     _tell(side)
-    wanted = [text.lower() for text in options.phase]
+    wanted = {text.lower() for text in options.phase}
     names = [{record.phase_id.lower(), record.phase.lower(), record.name.lower()} for record in side.records]
     if unknown := [text for text in options.phase if not any(text.lower() in of_record for of_record in names)]:
         known = ", ".join(sorted({record.phase_id for record in side.records}))
         raise ValueError(f"--phase must be one of {known}, by letter, name or id; got {', '.join(unknown)}")
-    records = [r for r, of_record in zip(side.records, names, strict=True) if not wanted or of_record & {*wanted}]
+    records = [r for r, of_record in zip(side.records, names, strict=True) if not wanted or of_record & wanted]
     traced = trace(records, METRICS[options.metric], commits_in_order(found.repository))
     if not traced:
         raise ValueError(f"no record of the phases asked for has {options.metric}")
@@ -191,7 +189,8 @@ def _export(options: argparse.Namespace) -> None:
     from peftbench.export import to_bencher, to_github_action, to_pytest_benchmark
 
     side = _select(options, options.side)
-    for record in side.latest:
+    latest = side.latest
+    for record in latest:
         if record.outcome == "failed":
             print(f"peftbench: left out: {printable(record.case)} of run {printable(record.run_id)} failed", file=sys.stderr)
     formats: dict[str, Callable[[Sequence[Record]], Any]] = {
@@ -200,9 +199,9 @@ def _export(options: argparse.Namespace) -> None:
         "customSmallerIsBetter": lambda records: to_github_action(records, "lower"),
         "pytest-benchmark": to_pytest_benchmark,
     }
-    if all(record.outcome == "failed" for record in side.latest):
+    if all(record.outcome == "failed" for record in latest):
         raise ValueError(f"nothing to export: {side.label} has no record that passed")
-    _write(options.to, json.dumps(formats[options.format](side.latest), indent=1, allow_nan=False) + "\n")
+    _write(options.to, json.dumps(formats[options.format](latest), indent=1, allow_nan=False) + "\n")
 
 
 def _accuracy_over_commits(options: argparse.Namespace, side: "Side") -> Mapping[str, Sequence[Point]]:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from peftbench.intervals import Estimate
 from peftbench.metrics import METRICS, Metric
@@ -187,7 +187,7 @@ def _by_phase(records: Iterable[Record]) -> dict[PhaseAtScale, Sample]:
     return {case: Sample([record for record in of_case if not record.interrupted]) for case, of_case in cases.items()}
 
 
-def _labels(cases: Iterable[PhaseAtScale]) -> dict[PhaseAtScale, str]:
+def _labels(cases: Collection[PhaseAtScale]) -> dict[PhaseAtScale, str]:
     """The phases' ids, with the scale behind them where there are several scales."""
     several = len({scale for scale, _, _ in cases}) > 1
     return {case: f"{case[1]}-{case[2]}" + (f"-{case[0]}" if several else "") for case in cases}

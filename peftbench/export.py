@@ -64,13 +64,13 @@ def to_pytest_benchmark(records: Sequence[Record]) -> dict[str, Any]:
     from pytest_benchmark.stats import Stats
 
     entries = []
-    for summary in _measured(records):
+    for summary in _passed(records):
         *others, last = (record.to_json() for record in summary.measured)
         name = summary.first.phase_id + ("-tiny" if summary.first.scale == "tiny" else "")  # as pytest names the case
         stats: Any = Stats()  # type: ignore[no-untyped-call]
         for record in summary.measured:
             stats.update(record.train_runtime_seconds or 0.0)
-        figures = {field: getattr(stats, field) for field in (*Stats.fields, "iterations") if hasattr(stats, field)}
+        figures = {field: getattr(stats, field) for field in Stats.fields if hasattr(stats, field)}
         entries.append(
             {
                 "group": "training" if any(record.train_runtime_seconds for record in summary.measured) else "no training",
@@ -100,12 +100,12 @@ def to_pytest_benchmark(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def _measured(records: Sequence[Record]) -> list[Summary]:
+def _passed(records: Sequence[Record]) -> list[Summary]:
     return summarize(record for record in records if record.outcome == "passed")
 
 
 def _named(records: Sequence[Record]) -> list[tuple[str, Summary]]:
-    return [(f"{summary.first.phase_id}-{summary.first.scale}", summary) for summary in _measured(records)]
+    return [(f"{summary.first.phase_id}-{summary.first.scale}", summary) for summary in _passed(records)]
 
 
 def _values(metric: Metric, summary: Summary) -> list[float]:

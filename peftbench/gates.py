@@ -116,7 +116,8 @@ def judge(rows: Sequence[Row], gates: Sequence[Gate], *, strict: bool = False, d
     Hold rows to gates.
 
     A phase that newly fails is worse whatever the gates. One that the base has and that is missing, fails on both sides, or cannot
-    be compared in a metric that has a gate, leaves it open, and so does a gate whose metric no row compares.
+    be compared in a metric that has a gate, leaves it open, and so does a gate whose metric no row compares. Without gates only the
+    doubts are told.
 
     Args:
         rows: Of a comparison.
@@ -124,6 +125,8 @@ def judge(rows: Sequence[Row], gates: Sequence[Gate], *, strict: bool = False, d
         strict: Whether differences that may be noise count.
         doubts: What else leaves all gates open.
     """
+    if not gates:
+        return Judgement(status=0, lines=list(doubts))
     worse, unclear, notes, kept = [], list(doubts), [], []
     for row in rows:
         of_metric = [gate for gate in gates if gate.metric.name == row.metric]

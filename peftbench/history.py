@@ -181,7 +181,7 @@ class History:
 def doubts(head: Side, base: Side | None = None) -> list[str]:
     """Why a comparison cannot clear a gate, whatever it finds: what could not be read, and records compared with themselves."""
     lines = []
-    for name, side in (("base", base), ("head", head)):
+    for name, side in (("base", base), ("head" if base else "base", head)):
         if side and (count := len(side.problems)):
             lines.append(f"{count} file{'s' if count > 1 else ''} of the {name} could not be read")
     known = {(record.run_id, record.case) for record in base.records} if base else set()

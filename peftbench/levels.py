@@ -73,7 +73,7 @@ def _mixed(parts: Mapping[Identity, Sample]) -> list[str]:
         return []
     first = next(iter(parts))
     names = {name: None for one in parts for (name, value), (_, other) in zip(one, first, strict=True) if value != other}
-    return [f"mixed {' and '.join(names)}"] if names else []
+    return [f"mixed {' and '.join(names)}"]
 
 
 def _latest(parts: Mapping[Identity, Sample]) -> Sample:

@@ -19,21 +19,16 @@ from peftbench.phases import SCALE_NAMES
 from peftbench.records import Record
 from peftbench.report import (
     COST,
-    LEGEND,
     QUALITY,
     Column,
+    explain,
     printable,
     render_accuracy,
     render_cells,
     render_count,
-    render_data,
     render_duration,
-    render_failures,
     render_name,
-    render_teachers,
     render_value,
-    render_wanting,
-    render_warnings,
     seen_from,
     short,
 )
@@ -137,15 +132,9 @@ def render_page(
         measured = [summary for summary in summaries if summary.measured]
         body.append(f"<h2>Scale {escape(scale)}</h2>")
         body += [_table(summaries, columns, link) for columns in (QUALITY, COST)]
-        body.append(f'<p class="note">A wide table scrolls sideways; a click on a heading sorts. {escape(" ".join(LEGEND))}')
-        seeds = max(len(summary.measured) for summary in summaries)
-        body.append("; ±: standard deviation over seeds.</p>" if seeds > 1 else ".</p>")
-        failures = render_failures([record for summary in summaries for record in summary.records])
-        body += [f"<p>{escape(line)}</p>" for line in failures]
-        wanting = render_wanting(summaries)
-        body += [f"<p>{escape(line)}</p>" for line in (*wanting, *render_warnings(measured), *render_teachers(measured))]
+        body.append('<p class="note">A wide table scrolls sideways; a click on a heading sorts.</p>')
+        body += [f"<p>{escape(text)}</p>" for text in explain(summaries)]
         if measured:
-            body.append(f"<p>{escape(render_data(measured[0].measured[0]))}</p>")
             charts = [_trade_off(measured, cost, place, looks) for cost in ("parameters", "minutes")]
             charts += [_curves(measured, place, looks), _dev_curves(measured, place, looks)]
             body.append(f'<div class="charts">{"".join(charts)}</div>')

@@ -22,7 +22,10 @@ from peftbench.phases import Phase
 SCHEMA_VERSION = 6
 
 _GROUPS = frozenset(
-    ("dev", "test", "parameter_counts", "efficiency", "memory_use", "teacher_cost", "config.peft", "config.distillation")
+    (
+        *("dev", "test", "parameter_counts", "efficiency", "memory_use", "teacher_cost"),
+        *("config.peft", "config.distillation", "config.teacher.peft", "config.teacher.distillation"),
+    )
 )
 """Keys that hold keys of their own, unless they are null."""
 

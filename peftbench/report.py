@@ -6,6 +6,7 @@ import json
 import os
 import re
 import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -43,11 +44,13 @@ COST: Mapping[str, Column] = {
 """What a phase is good for, and what it takes, by heading: two tables, as one would be too wide for a terminal or a page."""
 
 LEGEND = (
-    "over maj.: dev accuracy beyond that of always answering the more frequent label; acc/M, acc/min: dev accuracy per",
-    "million trained parameters, per minute of training; front *: the interval of dev acc is above the majority, and no",
-    "other trained phase is at least as good in all of dev acc, trained and train, and better in one; trained: parameters",
-    "that training may change; ships: bytes to store; latency: of one text alone; texts/s: in evaluation, dev and test",
+    "over maj.: dev accuracy beyond that of always answering the more frequent label; acc/M, acc/min: dev accuracy per million "
+    "trained parameters, per minute of training; front *: the interval of dev acc is above the majority, and no other trained "
+    "phase is at least as good in all of dev acc, trained and train, and better in one; trained: parameters that training may "
+    "change; ships: bytes to store; latency: of one text alone; texts/s: in evaluation, dev and test"
 )
+LEGEND_WIDTH = 118
+"""Characters to a line of it, where lines do not wrap by themselves."""
 
 POOLED = "accuracy and f1 are over dev and test together"
 """Which the tables of results show apart."""
@@ -66,7 +69,7 @@ def render_summary(records: Sequence[Record]) -> str:
     blocks = []
     for summaries in by_scale(records).values():
         tables = "\n\n".join(_tables(summaries, "simple"))
-        blocks.append("\n".join([tables, *map(printable, _notes(summaries))]))
+        blocks.append("\n".join([tables, *map(printable, _note_lines(summaries))]))
     return "\n\n".join(blocks)
 
 
@@ -126,10 +129,33 @@ def render_results(records: Sequence[Record], *, table: str, reach: float | None
     return "\n\n".join(blocks)
 
 
+def explain(summaries: Sequence[Summary]) -> list[str]:
+    """What the tables of a scale are of, what their columns mean, and what makes figures say less than they seem to."""
+    records = [record for summary in summaries for record in summary.records]
+    measured = [record for record in records if record.measured]
+    scale = f"scale {records[0].scale}"
+    lines = [f"{scale}: {data}" for data in dict.fromkeys(map(_render_data, measured))] or [f"{scale}: nothing was measured"]
+    if measured:
+        lines.append(LEGEND)
+        lines += _render_warnings(summaries)
+    lines += _render_teachers(summaries)
+    if any(len(summary.measured) > 1 and summary.trains for summary in summaries):
+        lines.append("×N: figures are means over N seeds; ±: their standard deviation")
+    trained = [summary for summary in summaries if summary.measured and summary.trains]
+    if trained and not pareto_front(summaries) and not differing(summaries):
+        lines.append("front: empty, as each trained phase has a failed seed or an interval that reaches down to the majority")
+    return lines + _render_wanting(summaries) + _render_failures(records)
+
+
 def render_notes(records: Sequence[Record], *, table: str) -> str:
     """What the tables are of and what their columns mean, as text of that format; in LaTeX as comments."""
-    lines = [line for summaries in by_scale(records).values() for line in _notes(summaries)]
+    lines = [line for summaries in by_scale(records).values() for line in _note_lines(summaries)]
     return "\n".join(f"% {printable(line)}" if table == "latex_booktabs" else _escape(line, table) for line in lines)
+
+
+def _note_lines(summaries: Sequence[Summary]) -> list[str]:
+    texts = explain(summaries)
+    return [line for text in texts for line in (textwrap.wrap(text, LEGEND_WIDTH) if text == LEGEND else [text])]
 
 
 def short(commit: str, digits: int = 12) -> str:
@@ -251,12 +277,12 @@ def render_cells(summary: Summary, columns: Mapping[str, Column], front: Collect
     return [column(summary, front) for column in columns.values()]
 
 
-def render_failures(records: Sequence[Record]) -> list[str]:
+def _render_failures(records: Sequence[Record]) -> list[str]:
     """A line for each case that failed, with the first line of its error."""
     return [f"{r.phase_id} seed {r.seed} failed: {r.reason[:300]}" for r in records if r.outcome == "failed"]
 
 
-def render_teachers(summaries: Sequence[Summary]) -> list[str]:
+def _render_teachers(summaries: Sequence[Summary]) -> list[str]:
     """A line for each phase that needs a teacher, whose cost is not among the phase's own."""
     lines = []
     teachers: dict[tuple[str, float, float], set[str]] = {}
@@ -270,7 +296,7 @@ def render_teachers(summaries: Sequence[Summary]) -> list[str]:
     return lines
 
 
-def render_warnings(summaries: Sequence[Summary]) -> list[str]:
+def _render_warnings(summaries: Sequence[Summary]) -> list[str]:
     """A line for each thing that makes figures say less than they seem to."""
     which = {"data": "which", "machines": "whose times"}
     lines = [f"warning: different {what} in one table, {which[what]} cannot be compared; no front" for what in differing(summaries)]
@@ -341,7 +367,7 @@ def render_difference(metric: Metric | None, value: float) -> str:
     return sign + (f"{100 * abs(value):.1f} pt" if not metric.unit else render_value(metric, abs(value)))
 
 
-def render_data(record: Record) -> str:
+def _render_data(record: Record) -> str:
     """What it was measured on, and what always answering the more frequent label scores."""
     n, gold, _ = record.labels(["test"])
     of_test = f", {100 * max(gold.bit_count(), n - gold.bit_count()) / n:.1f}% of test" if n else ""
@@ -450,24 +476,7 @@ def _cell(value: float | None, render: Callable[[float], str]) -> Cell:
     return (None, "-") if value is None else (value, render(value))
 
 
-def _notes(summaries: Sequence[Summary]) -> list[str]:
-    records = [record for summary in summaries for record in summary.records]
-    measured = [record for record in records if record.measured]
-    scale = f"scale {records[0].scale}"
-    lines = [f"{scale}: {data}" for data in dict.fromkeys(map(render_data, measured))] or [f"{scale}: nothing was measured"]
-    if measured:
-        lines += LEGEND
-        lines += render_warnings(summaries)
-    lines += render_teachers(summaries)
-    if any(len(summary.measured) > 1 and summary.trains for summary in summaries):
-        lines.append("×N: figures are means over N seeds; ±: their standard deviation")
-    trained = [summary for summary in summaries if summary.measured and summary.trains]
-    if trained and not pareto_front(summaries) and not differing(summaries):
-        lines.append("front: empty, as each trained phase has a failed seed or an interval that reaches down to the majority")
-    return lines + render_wanting(summaries) + render_failures(records)
-
-
-def render_wanting(summaries: Sequence[Summary]) -> list[str]:
+def _render_wanting(summaries: Sequence[Summary]) -> list[str]:
     """A line on what phases with a failed seed and figures count for; nothing where there are none."""
     if not any(summary.failed and summary.measured for summary in summaries):
         return []

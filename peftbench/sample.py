@@ -115,10 +115,6 @@ class Sample:
             self._examples = {(self.by_seed[seed].examples, one.n, one.gold) for seed, one in self.scores(metric).items()}
         return self._examples
 
-    def sources(self, metric: Metric) -> list[Record]:
-        """The records that a metric is taken from: of quality the last of each seed, of all else every one with figures."""
-        return list(self.by_seed.values()) if metric.kind == "quality" else self.measured
-
     def of_seeds(self, seeds: Collection[int]) -> "Sample":
         """The records of these seeds."""
         return Sample([record for record in self.records if record.seed in seeds])
@@ -134,7 +130,7 @@ class Sample:
 
     def facts(self, metric: Metric) -> dict[str, set[str]]:
         """Values that must match on both sides, by name."""
-        records = self.sources(metric)
+        records = list(self.by_seed.values()) if metric.kind == "quality" else self.measured  # what its values are taken from
         facts: dict[str, set[str]] = {"seed set": {str(record.seed) for record in records}} if metric.kind == "quality" else {}
         for name, value in (fact for record in records for fact in identity(metric, record)):
             facts.setdefault(name, set()).add(value)

@@ -41,7 +41,7 @@ def make_run_id() -> str:
 @dataclass(frozen=True, slots=True)
 class Store:
     """
-    The only place that spells a path under ``outputs/``.
+    Where results are written under ``outputs/``. What is read from elsewhere, too, is found by `peftbench.history`.
 
     Args:
         outputs: The folder that the user named.
@@ -107,7 +107,7 @@ class Store:
         """A case of a run."""
         return self.runs / record.run_id / f"{record.case}.json"
 
-    def check_case(self, run_id: str, case: str, *, attempted: Path | None = None) -> None:
+    def check_case(self, run_id: str, case: str, *, attempted: Path | None) -> None:
         """
         See that a run has not had a case yet, before it is trained and before it is written.
 

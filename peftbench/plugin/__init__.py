@@ -13,7 +13,7 @@ import pytest
 
 from peftbench.plugin import fixtures, recording
 from peftbench.plugin.options import add_options
-from peftbench.plugin.session import SESSION, Session, asked_scale
+from peftbench.plugin.session import SESSION, Session, asked_scale, takes
 from peftbench.report import printable, render_comparison, render_summary, seen_from
 
 
@@ -65,12 +65,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Note which are cases; have pytest-benchmark read the clock of their loops, whatever else the test's own marker says."""
-    names = getattr(item, "fixturenames", ())
-    if "peft_scale" in names:
+    if takes(item, "peft_scale"):
         item.user_properties.append(("peftbench_case", True))  # which a worker of pytest-xdist passes on
-        if "run_phase" in names and not item.get_closest_marker("skip"):
+        if takes(item, "run_phase") and not item.get_closest_marker("skip"):
             item.user_properties.append(("peftbench_to_record", True))
-    if "run_phase" in names and any(map(item.config.pluginmanager.hasplugin, ("benchmark", "pytest_benchmark.plugin"))):
+    if takes(item, "run_phase") and any(map(item.config.pluginmanager.hasplugin, ("benchmark", "pytest_benchmark.plugin"))):
         own = item.get_closest_marker("benchmark")
         settings = {"group": "training", **(own.kwargs if own else {}), "timer": item.config.stash[SESSION].train_runtime_seconds}
         item.add_marker(pytest.mark.benchmark(**settings), append=False)
@@ -82,9 +81,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     own = config.stash[SESSION]
     cache = getattr(config, "cache", None) if config.getoption("lf", False) else None
     failed_last = cache.get("cache/lastfailed", {}) if cache else {}
-    named = [config.option.markexpr, own.options.scale, *own.asked_for]
+    named = [own.options.scale, *own.asked_for]
     unnamed = [marker for marker in ("tiny", "peer") if not any(marker in text for text in named)]
-    cases = [item for item in items if "peft_scale" in getattr(item, "fixturenames", ())]
+    cases = [item for item in items if takes(item, "peft_scale")]
     asked_again = [item for item in cases if item.nodeid in failed_last]
     left_out = [item for item in cases if item not in asked_again and any(item.get_closest_marker(marker) for marker in unnamed)]
     if left_out:
@@ -115,7 +114,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if "tiny" in (options.scale, config.option.markexpr):
         scales = ["tiny"]
     else:
-        named = any("tiny" in text for text in (config.option.markexpr, *own.asked_for))
+        named = any("tiny" in text for text in own.asked_for)
         scales = [own.main_scale, *(["tiny"] if named else [])]
     problems = []
     for scale in scales:
@@ -143,7 +142,7 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
 
 def _scales(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
     """The scales of the cases that will run; asks torch only if there are any."""
-    cases = [item for item in items if "peft_scale" in getattr(item, "fixturenames", ())]
+    cases = [item for item in items if takes(item, "peft_scale")]
     if config.option.collectonly or not cases:
         return []
     return sorted({config.stash[SESSION].scale_name(asked_scale(item)) for item in cases})
@@ -174,9 +173,7 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Let a gate that does not hold fail the session, and a report that could not be written."""
-    own = session.config.stash.get(SESSION, None)
-    if own is None:
-        return
+    own = session.config.stash[SESSION]
     if own.is_worker:
         session.config.workeroutput["peftbench_deselected"] = sorted(own.deselected)  # type: ignore[attr-defined]
         return
@@ -212,14 +209,14 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
             _write(terminalreporter, render_comparison(session.comparison))
             for line in session.changes:
                 _write(terminalreporter, f"changed: {printable(line)}")
-        for line in session.judgement.lines if session.options.gates or not session.comparison else ():
-            _write(terminalreporter, printable(line), red=True)
+        for line in session.judgement.lines:
+            _write(terminalreporter, printable(line), red=session.judgement.status > 0)
     for line in session.describe_times():
         _write(terminalreporter, line)
-    resumed = [record for record in records if record.run_id != session.run_id]
-    for record in resumed:
-        case = f"{record.phase}-{record.name} at {record.scale} scale, seed {record.seed}"
-        _write(terminalreporter, printable(f"resumed, not run again: {case}, passed in run {record.run_id}"))
+    for record in records:
+        if record.run_id != session.run_id:
+            case = f"{record.phase_id} at {record.scale} scale, seed {record.seed}"
+            _write(terminalreporter, printable(f"resumed, not run again: {case}, passed in run {record.run_id}"))
     for problem in session.unpublished.values():
         _write(terminalreporter, printable(problem), red=True)
     for problem in sorted(session.unreadable):

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def peft_scale(request: pytest.FixtureRequest) -> Scale:
     """The scale of this case: what the options ask for or, where a test is parametrized over it, the one of that name."""
-    asked = getattr(request, "param", "main")
-    name = request.config.stash[SESSION].main_scale if asked == "main" else asked
+    name = request.config.stash[SESSION].scale_name(getattr(request, "param", "main"))
     if name not in SCALES:
         pytest.fail(f"peft_scale must be parametrized with main or one of {', '.join(SCALES)}, got {name!r}", pytrace=False)
     return SCALES[name]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from peftbench.plugin.session import SESSION
+from peftbench.plugin.session import SESSION, takes
 from peftbench.records import Record, describe_error, read_record
 from peftbench.store import Store
 
@@ -57,7 +57,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     """Let a record say failed wherever its test has, as expected or not: after a subtest, a fixture's end, a strict xfail."""
     report = yield
-    is_case = RECORD in item.stash or ATTEMPTED in item.stash or "run_phase" in getattr(item, "fixturenames", ())
+    is_case = RECORD in item.stash or ATTEMPTED in item.stash or takes(item, "run_phase")
     if is_case and (report.failed or (report.skipped and hasattr(report, "wasxfail"))):
         error = describe_error(call.excinfo.value) if call.excinfo else str(report.longrepr or report.wasxfail).strip()
         item.stash[FAILURE] = item.stash.get(FAILURE, error)

@@ -36,6 +36,11 @@ def asked_scale(item: pytest.Item) -> str:
     return str(getattr(asked, "name", asked))
 
 
+def takes(item: pytest.Item, fixture: str) -> bool:
+    """Whether a test takes a fixture, itself or through another."""
+    return fixture in getattr(item, "fixturenames", ())
+
+
 class Session:
     """
     One pytest session: its run id, its records, and the clock that pytest-benchmark reads.
@@ -94,8 +99,9 @@ class Session:
 
     @property
     def asked_for(self) -> list[str]:
-        """What selects cases by name, in small letters."""
-        return [text.lower() for text in (self.config.option.keyword, *(a.partition("::")[2] for a in self.config.args))]
+        """What selects cases: the expression of markers and, in small letters, names."""
+        names = [self.config.option.keyword, *(argument.partition("::")[2] for argument in self.config.args)]
+        return [self.config.option.markexpr, *map(str.lower, names)]
 
     def is_narrowed(self, scale: str) -> bool:
         """Whether cases of a scale are left out on purpose, so that phases that were not measured are not missing."""
@@ -105,7 +111,7 @@ class Session:
     def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
         """Note of which scales cases are left out, by whatever option."""
         for item in items:
-            if "run_phase" in getattr(item, "fixturenames", ()) and item.nodeid not in self.set_aside:
+            if takes(item, "run_phase") and item.nodeid not in self.set_aside:
                 self.deselected.add(asked_scale(item))
 
     @property
@@ -187,12 +193,13 @@ class Session:
         Raises:
             RecordError: If another phase with that letter has run in this session, in the same folder of reports.
         """
-        known = self._phases.setdefault((Store(self.options.outputs, scale).root, phase.letter.lower()), phase)
+        store = Store(self.options.outputs, scale)
+        known = self._phases.setdefault((store.root, phase.letter.lower()), phase)
         if known != phase:
             field = next(f.name for f in dataclasses.fields(Phase) if getattr(known, f.name) != getattr(phase, f.name))
             raise RecordError(
                 f"phases {known.id} and {phase.id} differ in {field} but would share "
-                f"phase_{phase.letter.lower()}_metrics.json; rename one"
+                f"{store.report_path(phase.letter).name}; rename one"
             )
 
     def find_passed(self, item: pytest.Item, bench: Workbench, fingerprint: str, seed: int) -> Record | None:
@@ -209,7 +216,7 @@ class Session:
             self.progress.say(news)
         return found
 
-    def publish(self, record: Record) -> None:
+    def _write_report(self, record: Record) -> None:
         """
         Write the report of a phase over the seeds that this session has measured or resumed, if one has passed.
 
@@ -278,7 +285,7 @@ class Session:
         if self.unrecorded and left:  # whose phases may be among those
             doubtful.append(f"{len(self.unrecorded)} of the tests asked for left no record, such as {min(self.unrecorded)}")
         self.judgement = judge(self.comparison, self.options.gates, doubts=doubtful)
-        return self.judgement.status if self.options.gates else 0
+        return self.judgement.status
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Learn of records that others have written, workers of pytest-xdist and earlier runs; publish at the end of a test."""
@@ -327,7 +334,7 @@ class Session:
             return
         self._due.remove(path)
         try:
-            self.publish(self.records[path])
+            self._write_report(self.records[path])
         except (OSError, RecordError) as error:
             self.unpublished[path] = f"the report of {path.stem} was not written: {error}"
 
