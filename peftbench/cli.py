@@ -152,14 +152,13 @@ def _plan(options: argparse.Namespace) -> None:
     )
     scale = auto_scale(options.device) if options.scale == "auto" else options.scale
     bench = Workbench(SCALES[scale], settings)
-    memory = None if options.memory is None else int(options.memory * 2**30)
+    memory = bench.device.free_memory() if options.memory is None else int(options.memory * 2**30)
     plans = plan_phases(phases, bench, memory_bytes=memory)
     with bench.own_threads():
         rate = measure_matrix_rate(bench.device)
     seconds = [estimate_seconds(one, rate) for one in plans]
-    free = bench.device.free_memory() if memory is None else memory
     print(f"scale {scale}: {bench.splits.source}; device {bench.device.name}, precision {bench.device.precision}")
-    print(render_plans(plans, seconds, matrix_rate=rate, free_bytes=free))
+    print(render_plans(plans, seconds, matrix_rate=rate, free_bytes=memory))
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -240,8 +240,7 @@ def stratify(everything: Split, sizes: dict[str, int], *, rest: str) -> dict[str
             del rows[:share]
         splits[name] = sorted(taken)
     splits[rest] = sorted(row for rows in by_label.values() for row in rows)
-    named = {name: everything.take(rows) for name, rows in splits.items()}
-    return {name: Split(name=name, ids=s.ids, sentences=s.sentences, labels=s.labels) for name, s in named.items()}
+    return {name: replace(everything.take(rows), name=name) for name, rows in splits.items()}
 
 
 def read_glue_folder(folder: Path) -> Splits:
@@ -327,7 +326,7 @@ def _label(bare: Split, labelled: Sequence[tuple[str, int]]) -> Split:
         if len(found) > 1:
             raise DataError(f"{LABELLED_TEST}: test sentence {sentence!r} occurs with both labels")
         labels += found
-    return Split(name="test", ids=bare.ids, sentences=bare.sentences, labels=tuple(labels))
+    return replace(bare, labels=tuple(labels))
 
 
 def _split_of_table(folder: Path, stem: str, name: str) -> Split:
@@ -429,7 +428,7 @@ def _normal(text: str) -> str:
 
 
 def _tsv_header(path: Path) -> list[str]:
-    return next(iter(_lines(path)), "").split("\t")
+    return _lines(path)[0].split("\t")
 
 
 def _lines(path: Path) -> list[str]:
@@ -448,7 +447,7 @@ def _read_tsv(path: Path, name: str) -> Split:
     lines = _lines(path)
     if lines[0].split("\t") != ["sentence", "label"]:
         raise DataError(f"{path}, line 1: wanted the header sentence<TAB>label, got {lines[0][:60]!r}")
-    while lines and not lines[-1]:
+    while not lines[-1]:
         lines.pop()
     return _parse_rows(path, name, lines[1:])
 

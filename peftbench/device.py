@@ -124,12 +124,11 @@ class Device:
 
 
 def _native_precision(name: str) -> tuple[str, str]:
-    kind = torch.device(name).type
-    if kind == "cuda":
+    if torch.device(name).type == "cuda":
         if torch.cuda.get_device_capability(name)[0] >= 8:
             return "bf16", "the GPU has bf16 units"
         return "fp16", "the GPU has no bf16 units"
-    features = torch.cpu.get_capabilities() if kind == "cpu" else {}
+    features = torch.cpu.get_capabilities()
     if features.get("avx512_bf16") or features.get("amx_bf16"):
         return "bf16", "the processor has bf16 instructions"
     return "fp32", "no bf16 instructions here"

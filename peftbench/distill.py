@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,7 +20,7 @@ TEACHER_MODULES = (
     *("attention", "device", "distill", "dropout", "graphs", "kernels", "layers"),
     *("models", "packing", "memory", "parameters", "training", "workbench"),
 )
-_PACKAGES = ("torch", "transformers", "tokenizers")
+_PACKAGES = ("torch", "numpy", "transformers", "tokenizers")
 CODE_VERSION = fingerprint(
     [*(file_sha256(Path(__file__).with_name(f"{name}.py")) for name in TEACHER_MODULES), *(version(name) for name in _PACKAGES)]
 )
@@ -30,6 +31,11 @@ LOGIT_BLOCK = 500
 Examples to a cache entry. Subsets are beginnings of one draw, computed in whole blocks, so they share the entries, and the
 logits of an example do not depend on which subset it is in or which was asked for first.
 """
+
+
+def whole_blocks(size: int, there: int) -> int:
+    """How many examples are answered and cached where so many of those there are asked for."""
+    return min(there, -(-size // LOGIT_BLOCK) * LOGIT_BLOCK)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +59,7 @@ class TeacherKey:
 
     def for_examples(self, examples: Split) -> str:
         """The cache key of these examples' logits."""
-        facts = [self.weights, self.tokenizer, self.max_length, self.precision, self.device_kind, CODE_VERSION]
-        return fingerprint([*facts, list(examples.ids), list(examples.sentences)])
+        return fingerprint([*astuple(self), CODE_VERSION, list(examples.ids), list(examples.sentences)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +78,7 @@ class TeacherLogits:
     seconds: float
     hit: bool
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of examples and values."""
         return fingerprint([self.examples.fingerprint, self.values.tolist()])

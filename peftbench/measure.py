@@ -18,7 +18,18 @@ from peftbench.device import Device
 from peftbench.records import PEAK_SINCE_START
 from peftbench.sealed import fingerprint
 
-PACKAGES = ("peftbench", "torch", "transformers", "peft", "datasets", "evaluate", "tokenizers", "pytest", "pytest-benchmark")
+PACKAGES = (
+    "peftbench",
+    "torch",
+    "numpy",
+    "transformers",
+    "peft",
+    "datasets",
+    "evaluate",
+    "tokenizers",
+    "pytest",
+    "pytest-benchmark",
+)
 
 
 class Stopwatch:
@@ -123,6 +134,8 @@ class ProcessorWait:
         ran, waited = 0, 0
         for thread, (has_run, has_waited) in self._read().items():
             run_before, waited_before = self._began.get(thread, (0, 0))
+            if has_run < run_before or has_waited < waited_before:  # another thread, under the number of one that has ended
+                run_before, waited_before = 0, 0
             ran, waited = ran + has_run - run_before, waited + has_waited - waited_before
         return waited / (ran + waited) if ran + waited else None
 

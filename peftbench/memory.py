@@ -18,32 +18,33 @@ def examples_at_once(model: nn.Module, encoded: Encoded, batch_size: int, device
     """How many examples of a step fit the free memory together, the longest ones at that; halved from the batch size."""
     free = device.free_memory()
     _, trainable = count_parameters(model)
-    room = None if free is None else free - weight_bytes(model, trainable, device) + _held_bytes(model)  # which are there already
+    room = None if free is None else free - _added_bytes(model, trainable, device)  # the weights are there already
     return fitting(model, encoded, batch_size, device, room)
 
 
 def fitting(model: nn.Module, encoded: Encoded, batch_size: int, device: Device, room: int | None) -> int:
     """As `examples_at_once`, in that many bytes; None is as many as it takes."""
     size = batch_size
-    while room is not None and size > 1 and activation_bytes(model, longest(encoded, size), device) > USABLE * room:
+    while room is not None and size > 1 and activation_bytes(model, longest_lengths(encoded, size), device) > USABLE * room:
         size //= 2
     return size
 
 
-def longest(encoded: Encoded, n: int) -> list[int]:
+def longest_lengths(encoded: Encoded, n: int) -> list[int]:
     """Tokens of the n longest texts."""
     return sorted(map(len, encoded.tokens))[-n:]
 
 
 def weight_bytes(model: nn.Module, trainable: int, device: Device) -> int:
-    """Bytes of the weights, of the copies that autocast makes of those in fp32, and of gradient and two moments of what trains."""
+    """Bytes of the weights and of what training adds to them."""
+    held = sum(parameter.numel() * parameter.element_size() for _, parameter in shipped(model))
+    return held + _added_bytes(model, trainable, device)
+
+
+def _added_bytes(model: nn.Module, trainable: int, device: Device) -> int:
+    """Bytes of the copies that autocast makes of weights in fp32, and of gradient and two moments of what trains."""
     in_fp32 = sum(parameter.numel() for _, parameter in shipped(model) if parameter.dtype == torch.float32)
-    copies = 0 if device.precision == "fp32" else 2 * in_fp32
-    return _held_bytes(model) + copies + 12 * trainable
-
-
-def _held_bytes(model: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for _, parameter in shipped(model))
+    return (0 if device.precision == "fp32" else 2 * in_fp32) + 12 * trainable
 
 
 def activation_bytes(model: nn.Module, lengths: Sequence[int], device: Device) -> int:

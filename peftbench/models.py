@@ -47,10 +47,13 @@ CHECKPOINT_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-"""What makes a checkpoint; nothing else is fetched or loaded."""
+"""What makes a checkpoint; nothing else is fetched or loaded but the files of an older tokenizer."""
 
 TOKENIZER_FILES = frozenset(("tokenizer.json", "vocab.txt"))
 """One of them must be there: without, transformers makes up a tokenizer to which every word is unknown."""
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+"""Of the tokenizer at tiny scale, before its words."""
 
 OLDER_TOKENIZER_FILES = (
     "vocab.json",
@@ -175,10 +178,12 @@ def load_tokenizer(weights: Weights) -> Any:
             return loaded
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *grammar_words()]
+    words = [*SPECIAL_TOKENS, *grammar_words()]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(token, words.index(token)) for token in ("[CLS]", "[SEP]")]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
 
 
@@ -522,7 +527,7 @@ def _encoder(model: nn.Module) -> Any:
 
 
 def _untrained_config(source: Untrained, labels: dict[str, Any]) -> Any:
-    vocabulary = len(grammar_words()) + 4
+    vocabulary = len(SPECIAL_TOKENS) + len(grammar_words())
     if source.architecture == "bert":
         return BertConfig(
             vocab_size=vocabulary,

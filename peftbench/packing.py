@@ -219,13 +219,11 @@ class Batch:
         rows: Their positions in the `Encoded` they come from, shape (B,); on the device or the CPU.
         labels: Shape (B,).
         inputs: What the model's forward takes.
-        tokens: How many tokens of text go in, padding not counted.
     """
 
     rows: Tensor
     labels: Tensor
     inputs: dict[str, Any]
-    tokens: int
 
 
 class Row:
@@ -237,17 +235,16 @@ class Row:
     Attributes:
         shape: Tokens with the filling, and sentences.
         numbers: All that the device must be told, int64, on the CPU.
-        text: Tokens of text.
     """
 
     def __init__(self, encoded: Encoded, rows: Sequence[int]) -> None:
         tokens = [encoded.tokens[i] for i in rows]
         lengths = [len(t) for t in tokens]
-        self.text = sum(lengths)
-        filling = -self.text % LONG_ROW_STEP
-        self.shape = self.text + filling, len(rows)
+        text = sum(lengths)
+        filling = -text % LONG_ROW_STEP
+        self.shape = text + filling, len(rows)
         start, sentence, position = _end_to_end([*lengths, filling])
-        position[self.text :] = 0  # the filling may be longer than a model has positions
+        position[text:] = 0  # the filling may be longer than a model has positions
         index = torch.tensor(rows)
         ids = torch.cat([*tokens, tokens[0][:1].expand(filling)])
         self.numbers = torch.cat([ids, position, sentence, start[: len(rows)], encoded.labels[index], index])
@@ -257,7 +254,7 @@ class Row:
         tokens, sentences = self.shape
         ids, positions, sentence, starts, labels, rows = torch.split(numbers, [tokens] * 3 + [sentences] * 3)
         inputs = {"input_ids": ids[None], "position_ids": positions[None], "spans": RowSpans(sentence, starts)}
-        return Batch(rows=rows, labels=labels, inputs=inputs, tokens=self.text)
+        return Batch(rows=rows, labels=labels, inputs=inputs)
 
 
 def row_step_on(device: Device) -> int:
@@ -282,9 +279,7 @@ def make_batch(encoded: Encoded, rows: Sequence[int], device: str, *, packed: bo
         ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=encoded.padding)  # (B, longest)
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         inputs = {"input_ids": ids.to(device, non_blocking=True), "attention_mask": mask.to(device, non_blocking=True)}
-    return Batch(
-        rows=index, labels=encoded.labels[index].to(device, non_blocking=True), inputs=inputs, tokens=sum(len(t) for t in tokens)
-    )
+    return Batch(rows=index, labels=encoded.labels[index].to(device, non_blocking=True), inputs=inputs)
 
 
 def shuffled_rows(n: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
@@ -345,7 +340,7 @@ def predict(model: nn.Module, encoded: Encoded, device: Device, *, packed: bool,
     Raises:
         DoesNotFit: If one text at a time is too much for the device's memory.
     """
-    order = sorted(range(len(encoded)), key=lambda i: (len(encoded.tokens[i]), i))
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded.tokens[i]))
     logits: Tensor | None = None
     was_training = model.training
     model.eval()

@@ -13,7 +13,7 @@ from peftbench.device import Device
 from peftbench.kernels import can_be_captured, cast_frozen
 from peftbench.layers import make_packable
 from peftbench.measure import Stopwatch
-from peftbench.memory import activation_bytes, fitting, longest, weight_bytes
+from peftbench.memory import activation_bytes, fitting, longest_lengths, weight_bytes
 from peftbench.models import ModelError, Weights, count_parameters, load_classifier, prepare
 from peftbench.packing import Encoded, make_batch, row_step_on, shuffled_rows
 from peftbench.phases import DATA_SEED, Phase
@@ -73,7 +73,7 @@ def plan_phase(
         held_out: What it is evaluated on.
         teacher: Whose logits it asks for.
         taught: Token ids of the texts that it asks them for first.
-        memory_bytes: Free on the device; None asks the device.
+        memory_bytes: Free on the device; None is as much as it takes.
 
     Raises:
         ModelError: If the phase's adapter cannot be made, or run, without numbers.
@@ -90,11 +90,10 @@ def plan_phase(
     training = 0.0
     if phase.epochs:
         training = _flops_per_token(model, train, phase, device, packed=packed, training=True) * phase.epochs * tokens
-    free = device.free_memory() if memory_bytes is None else memory_bytes
     if device.casts_frozen:
         cast_frozen(model, device.dtype)
     held = weight_bytes(model, trainable, device)
-    at_once = fitting(model, train, phase.batch_size, device, None if free is None else free - held)
+    at_once = fitting(model, train, phase.batch_size, device, None if memory_bytes is None else memory_bytes - held)
     steps = phase.epochs * -(-len(train) // phase.batch_size)
     return Plan(
         phase=phase.id,
@@ -107,7 +106,7 @@ def plan_phase(
         other_flops=other,
         examples_at_once=at_once,
         weight_bytes=held,
-        activation_bytes=activation_bytes(model, longest(train, at_once), device) if phase.epochs else 0,
+        activation_bytes=activation_bytes(model, longest_lengths(train, at_once), device) if phase.epochs else 0,
         fixed_seconds=_fixed_seconds(
             model, steps, device, portions=-(-phase.batch_size // at_once), captured=packed and can_be_captured(model)
         ),
@@ -150,6 +149,7 @@ def _shapes(weights: Weights, phase: Phase) -> tuple[nn.Module, bool]:
 
 
 def _flops_per_token(model: nn.Module, encoded: Encoded, phase: Phase, device: Device, *, packed: bool, training: bool) -> float:
+    """Arithmetic of a pass forward, in training backward, too, for each token of text."""
     steps = SAMPLED_STEPS["packed" if packed else "padded"]
     generator = torch.Generator().manual_seed(DATA_SEED)
     computed = 0
@@ -167,10 +167,10 @@ def _flops_per_token(model: nn.Module, encoded: Encoded, phase: Phase, device: D
                     f"{phase.id} cannot be planned: its model reads the values of tensors, and planning has shapes only: {why}"
                 ) from error
             computed += batch.inputs["input_ids"].numel()
-    return float(counter.get_total_flops()) / computed * _computed_tokens(encoded, phase, device, packed=packed)
+    return float(counter.get_total_flops()) / computed * _computed_per_token(encoded, phase, device, packed=packed)
 
 
-def _computed_tokens(encoded: Encoded, phase: Phase, device: Device, *, packed: bool) -> float:
+def _computed_per_token(encoded: Encoded, phase: Phase, device: Device, *, packed: bool) -> float:
     """Tokens that go through the model in an epoch, filling or padding included, for each token of text."""
     lengths, step, computed = list(map(len, encoded.tokens)), row_step_on(device), 0
     for rows in shuffled_rows(len(encoded), phase.batch_size, torch.Generator().manual_seed(DATA_SEED)):

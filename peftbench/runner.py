@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from peftbench.data import Split, draw
-from peftbench.distill import LOGIT_BLOCK, TeacherLogits, read_subset
+from peftbench.distill import TeacherLogits, read_subset, whole_blocks
 from peftbench.evaluation import METRICS_VERSION, latency_ms, score
 from peftbench.measure import PeakMemory, ProcessorWait, Stopwatch, describe_versions
 from peftbench.models import ModelError, Weights, artifact_bytes, count_parameters
@@ -141,7 +141,7 @@ def plan_phases(phases: Sequence[Phase], bench: Workbench, *, memory_bytes: int 
         _check_epochs(phase)
         train = splits.train if phase.subset is None else draw(splits.train, phase.subset)
         asked = max([*phase.kd_subsets, len(train) if phase.distillation is not None else 0])
-        asked = min(len(splits.train), -(-asked // LOGIT_BLOCK) * LOGIT_BLOCK)  # whole blocks are answered and cached
+        asked = whole_blocks(asked, len(splits.train))
         there = known.get(phase.max_length, 0)
         known[phase.max_length] = max(asked, there)
         taught = bench.encoded(draw(splits.train, asked), teacher, phase.max_length) if asked > there else None

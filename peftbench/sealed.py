@@ -128,7 +128,7 @@ def building(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
         folder = aside / "new"
         folder.mkdir()
         yield folder
-        sums = {str(f.relative_to(folder).as_posix()): file_sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+        sums = {f.relative_to(folder).as_posix(): file_sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
         manifest = {"facts": dict(facts), "files": sums}
         write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         if target.exists():

@@ -135,7 +135,7 @@ class Store:
             RecordError: If it could not be read again, or the run has had that case.
         """
         path = self.record_path(record)
-        content = json.dumps(record.to_json(), indent=1) + "\n"
+        content = _text(record)
         decode_record(content.encode())
         self.check_case(record.run_id, record.case, attempted=attempted)
         if path.exists():
@@ -146,7 +146,7 @@ class Store:
 
     def replace(self, record: Record) -> None:
         """Write a record over itself, as where its test has failed after all."""
-        write_atomically(self.record_path(record), json.dumps(record.to_json(), indent=1) + "\n")
+        write_atomically(self.record_path(record), _text(record))
 
     def link(self, record: Record, run_id: str) -> None:
         """Let another run have a record, too, instead of measuring it again: a file there names the run that did."""
@@ -165,3 +165,7 @@ class Store:
                 yield read_record(path)
             except RecordError as error:
                 yield error
+
+
+def _text(record: Record) -> str:
+    return json.dumps(record.to_json(), indent=1) + "\n"

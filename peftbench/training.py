@@ -83,7 +83,7 @@ class Fit:
     skipped_steps: int
     replayed_steps: int
     memory: MemoryUse
-    dev_curve: tuple[tuple[int, float, float], ...] = ()
+    dev_curve: tuple[tuple[int, float, float], ...]
 
 
 def fit(
@@ -338,7 +338,7 @@ class _Curve:
 
     def __init__(self, total: int) -> None:
         self.points: list[tuple[int, float]] = []
-        self._marks = _evenly(total, min(CURVE_POINTS, total))
+        self._marks = _evenly(total, CURVE_POINTS)
         self._step, self._sum = 0, 0.0
 
     def add(self, loss: float) -> None:

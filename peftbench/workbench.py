@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from peftbench.assets import REVIEWS, Asset, asset_path, say
 from peftbench.data import Split, Splits, draw, load_splits
 from peftbench.device import Device, DoesNotFit, is_out_of_memory
-from peftbench.distill import CODE_VERSION, LOGIT_BLOCK, TeacherKey, TeacherLogits, cached_logits, kd_loss, publish_subset
+from peftbench.distill import CODE_VERSION, TeacherKey, TeacherLogits, cached_logits, kd_loss, publish_subset, whole_blocks
 from peftbench.intervals import wilson_interval
 from peftbench.kernels import can_be_captured, cast_frozen, economize, economize_words, only_words, retain_memory
 from peftbench.layers import make_packable
@@ -184,7 +184,7 @@ class Workbench:
         if (size, max_length) not in self._kd:
             train = self.splits.train
             examples = draw(train, size)
-            whole_blocks = draw(train, min(len(train), -(-size // LOGIT_BLOCK) * LOGIT_BLOCK))
+            blocks = draw(train, whole_blocks(size, len(train)))
             weights = self.teacher.weights
             key = TeacherKey(
                 weights=weights.identity,
@@ -194,7 +194,7 @@ class Workbench:
                 device_kind=self.device.kind,
             )
             logits = cached_logits(
-                whole_blocks, key, lambda entry: self.store.cache_path("logits", entry), self._teach(weights, max_length)
+                blocks, key, lambda entry: self.store.cache_path("logits", entry), self._teach(weights, max_length)
             )
             self.misses += not logits.hit
             logits = self._kd[size, max_length] = logits.take_first(len(examples))
@@ -326,14 +326,14 @@ class Workbench:
 
     def _teach(self, weights: Weights, max_length: int) -> Callable[[Split], Tensor]:
         @functools.cache
-        def load() -> tuple[nn.Module, bool]:
+        def load() -> tuple[nn.Module, bool, Any]:
             model = load_classifier(weights, tuned=True)
             check_positions(model, max_length, "the teacher")
-            return self.place(model)
+            return *self.place(model), load_tokenizer(weights)
 
         def compute(examples: Split) -> Tensor:
-            model, packed = load()
-            encoded = Encoded.from_split(examples, load_tokenizer(weights), max_length=max_length)
+            model, packed, tokenizer = load()
+            encoded = Encoded.from_split(examples, tokenizer, max_length=max_length)
             with self.own_threads():
                 logits = predict(model, encoded, self.device, packed=packed)
             if broken := int((~torch.isfinite(logits)).any(dim=1).sum()):

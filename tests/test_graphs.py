@@ -266,7 +266,6 @@ def test_row_holds_a_batch_in_one_tensor():
     encoded = encoded_of([3, 1, 2])
     row = Row(encoded, [2, 0])
     assert (LONG_ROW_STEP, 2) == row.shape
-    assert 5 == row.text
     batch = row.batch(row.numbers)
     ids = batch.inputs["input_ids"]
     assert (1, LONG_ROW_STEP) == ids.shape

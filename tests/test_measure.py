@@ -116,7 +116,7 @@ def test_peak_memory_knows_what_was_in_use_before():
 
 
 def test_waiting_is_that_of_the_threads_there_are(tmp_path):
-    """Thread 1 ran 50 and waited 150 since; 2, which had run most, has ended; 3 is new, and ran 50 of 100."""
+    """Thread 1 ran 50 and waited 150 since; 2, which had run most, has ended; 3 is new, and ran 50 of 100. Then 2 is another."""
 
     def write(**account):
         for thread, (ran, waited) in account.items():
@@ -129,6 +129,8 @@ def test_waiting_is_that_of_the_threads_there_are(tmp_path):
     (tmp_path / "two/schedstat").unlink()
     write(one=(1050, 160), three=(50, 50))
     assert 200 / 300 == wait.read_fraction()
+    write(two=(0, 100))  # another thread, which was given the number of one that has ended
+    assert 300 / 400 == wait.read_fraction()
     assert ProcessorWait(tmp_path / "nowhere").read_fraction() is None
 
 

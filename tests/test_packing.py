@@ -135,7 +135,7 @@ def test_padded_batch_holds_tokens_mask_and_labels():
     batch = make_batch(encoded, [1, 0], "cpu", packed=False)
     assert [[9, 0, 0], [4, 5, 6]] == batch.inputs["input_ids"].tolist()
     assert [[1, 0, 0], [1, 1, 1]] == batch.inputs["attention_mask"].tolist()
-    assert ([1, 0], [0, 1], 4) == (batch.rows.tolist(), batch.labels.tolist(), batch.tokens)
+    assert ([1, 0], [0, 1]) == (batch.rows.tolist(), batch.labels.tolist())
 
 
 def test_a_batch_is_filled_with_the_models_own_padding():
@@ -160,7 +160,7 @@ def test_packed_batch_lays_tokens_end_to_end():
     batch = make_batch(encoded, [1, 0], "cpu", packed=True)
     assert [[9, 4, 5, 6, *[9] * 4]] == batch.inputs["input_ids"].tolist()
     assert [[0, 0, 1, 2, *range(4)]] == batch.inputs["position_ids"].tolist()
-    assert ([1, 0], [0, 1], 4) == (batch.rows.tolist(), batch.labels.tolist(), batch.tokens)
+    assert ([1, 0], [0, 1]) == (batch.rows.tolist(), batch.labels.tolist())
 
 
 @settings(max_examples=50, deadline=None)

@@ -8,6 +8,7 @@ import ntpath
 import os
 import re
 import shutil
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ from peftbench.levels import trace
 from peftbench.metrics import METRICS
 from peftbench.page import POINTS_WITH_TIPS, _Looks, link_from, render_page
 from peftbench.records import MemoryUse, RecordError, SplitMetrics, TeacherCost, decode_record
-from peftbench.report import COST, QUALITY, render_csv, render_results, render_summary
+from peftbench.report import COST, QUALITY, explain, render_csv, render_results, render_summary
 from peftbench.store import Store
+from peftbench.summary import summarize
 
 BROWSER = os.environ.get("PEFTBENCH_BROWSER") or shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = "<img src=x onerror=window.hacked=1><script>window.hacked=1</script>\"'$x$"
@@ -161,6 +163,16 @@ def test_what_a_phase_costs_besides_is_on_the_page():
     good = [passed("B-lora", seed=1, trainable=10, wrong=range(90)), passed("C1-full", trainable=1000)]
     assert "dashed: what no other phase beats" in page_of(good)
     assert "dashed: what no other phase beats" not in page_of([*good, failed("B-lora", seed=2)])
+
+
+def test_tables_are_explained_as_in_a_terminal():
+    """Several seeds, data that differ and a failure are told of in the same words."""
+    records = [passed(seed=42), passed(seed=43, data={"fingerprint": "other", "source": "other sentences"}), failed("D-hybrid")]
+    page = page_of(records)
+    texts = explain(summarize(records))
+    assert all(f"<p>{escape(text)}</p>" in page for text in texts)
+    for told in ("×N: ", "warning: different data", "other sentences", "D-hybrid seed 42 failed: "):
+        assert any(told in text for text in texts), told
 
 
 def test_pictures_share_no_ids():

@@ -178,9 +178,8 @@ def test_seconds_by_hand():
     assert estimate_seconds(planned, 1e12) == pytest.approx(4 / planning.MATRIX_SHARE + 0.5)
 
 
-def test_a_gpu_s_steps_cost_by_the_layer(monkeypatch):
+def test_a_gpu_s_steps_cost_by_the_layer():
     """Two epochs of three steps of three layers; what is not known to be the same each time is launched by the host."""
-    monkeypatch.setattr(Device, "free_memory", lambda _: None)
     gpu = Device(name="cuda", precision="bf16", why="test")
 
     def planned(method, device, **options):

@@ -147,6 +147,8 @@ def test_a_record_survives_json(record):
 def test_a_row_has_single_values_alone(record):
     """No curves and predictions, nor a column for those of a case that has none."""
     assert not {"predictions", "learning_curve", "dev_curve"} & record.to_row().keys()
+    taught = dataclasses.replace(record, config={**record.config, "teacher": {"epochs": 1, "peft": None, "distillation": None}})
+    assert ["config.teacher.epochs"] == [name for name in taught.to_row() if name.startswith("config.teacher.")]
 
 
 @pytest.mark.parametrize("record", [PASSED, FAILED], ids=["passed", "failed"])
