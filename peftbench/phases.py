@@ -337,9 +337,7 @@ SCALES: Mapping[str, Scale] = {
         data="reviews",
         backbone=Pretrained(source="asset:encoder"),
         student=Pretrained(source="asset:encoder", layers=(2, 4, 6)),
-        teacher=Phase(
-            id="T-tune", role="backbone", epochs=1, learning_rate=1.5e-4, layer_decay=0.8, dropout=0.0, warmup_fraction=0.1
-        ),
+        teacher=Phase(id="T-tune", role="backbone", epochs=2, learning_rate=1e-4, layer_decay=0.8, warmup_fraction=0.1),
     ),
     "thesis": Scale(
         name="thesis",
