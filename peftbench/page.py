@@ -62,7 +62,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--faint); text-align: right; white-space: nowrap; }
 .scroll th:first-child, .scroll td:first-child { position: sticky; left: 0; background: var(--paper); }
 @media (max-width: 40rem) {
-  .scroll th:first-child, .scroll td:first-child { white-space: normal; min-width: 6.5rem; max-width: 8rem; } }
+  .scroll th:first-child, .scroll td:first-child { white-space: normal; min-width: 6.5rem; max-width: 8rem; }
+  .scroll .facts th:first-child { white-space: nowrap; max-width: none; } }
 th:first-child, td:first-child, .facts th, .facts td { text-align: left; } .facts td { white-space: normal; }
 th button { all: unset; cursor: pointer; font-weight: 600; }
 th button::after { content: " \\2195"; color: var(--front); }
@@ -71,7 +72,7 @@ th[aria-sort=descending] button::after { content: " \\2193"; color: var(--ink); 
 :focus-visible { outline: 2px solid var(--c0); outline-offset: 2px; }
 tbody tr:hover { background: var(--shade); } a { color: var(--c0); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
-.note { font-size: .85rem; color: var(--front); }
+.note { font-size: .85rem; color: var(--front); } .notes { margin-bottom: 1rem; } .notes p { font-size: .85rem; margin: .4rem 0; }
 figure { margin: 0; } figcaption { font-size: .85rem; } svg { width: 100%; height: auto; max-width: 38rem; }
 svg text { fill: var(--ink); } svg [data-tip]:focus { outline: 2px solid var(--c0); }
 #tip { position: fixed; z-index: 1; padding: .3rem .5rem; max-width: 20rem; border: 1px solid var(--faint); border-radius: .3rem;
@@ -133,7 +134,7 @@ def render_page(
         body.append(f"<h2>Scale {escape(scale)}</h2>")
         body += [_table(summaries, columns, link) for columns in (QUALITY, COST)]
         body.append('<p class="note">A wide table scrolls sideways; a click on a heading sorts.</p>')
-        body += [f"<p>{escape(text)}</p>" for text in explain(summaries)]
+        body.append(f'<div class="notes">{"".join(f"<p>{escape(text)}</p>" for text in explain(summaries))}</div>')
         if measured:
             charts = [_trade_off(measured, cost, place, looks) for cost in ("parameters", "minutes")]
             charts += [_curves(measured, place, looks), _dev_curves(measured, place, looks)]
