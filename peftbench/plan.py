@@ -15,7 +15,7 @@ from peftbench.layers import make_packable
 from peftbench.measure import Stopwatch
 from peftbench.memory import activation_bytes, fitting, longest_lengths, weight_bytes
 from peftbench.models import ModelError, Weights, count_parameters, load_classifier, prepare
-from peftbench.packing import Encoded, make_batch, row_step_on, shuffled_rows
+from peftbench.packing import LONG_ROW_STEP, Encoded, Row, make_batch, row_step_on, shuffled_rows
 from peftbench.phases import DATA_SEED, Phase
 from peftbench.records import Plan
 
@@ -81,6 +81,7 @@ def plan_phase(
     model, packed = _shapes(weights, phase)
     total, trainable = count_parameters(model)
     trainable = trainable if phase.epochs else 0
+    captured = packed and device.kind == "cuda" and can_be_captured(model)
     forward = _flops_per_token(model, train, phase, device, packed=packed, training=False)
     tokens = sum(map(len, train.tokens)) if phase.epochs else 0
     other = forward * sum(len(t) for encoded in held_out for t in encoded.tokens)
@@ -89,7 +90,8 @@ def plan_phase(
         other += _flops_per_token(teaching, train, phase, device, packed=teacher_packed, training=False) * sum(map(len, taught))
     training = 0.0
     if phase.epochs:
-        training = _flops_per_token(model, train, phase, device, packed=packed, training=True) * phase.epochs * tokens
+        per_token = _flops_per_token(model, train, phase, device, packed=packed, training=True, captured=captured)
+        training = per_token * phase.epochs * tokens
     if device.casts_frozen:
         cast_frozen(model, device.dtype)
     held = weight_bytes(model, trainable, device)
@@ -107,9 +109,7 @@ def plan_phase(
         examples_at_once=at_once,
         weight_bytes=held,
         activation_bytes=activation_bytes(model, longest_lengths(train, at_once), device) if phase.epochs else 0,
-        fixed_seconds=_fixed_seconds(
-            model, steps, device, portions=-(-phase.batch_size // at_once), captured=packed and can_be_captured(model)
-        ),
+        fixed_seconds=_fixed_seconds(model, steps, device, portions=-(-phase.batch_size // at_once), captured=captured),
     )
 
 
@@ -148,14 +148,20 @@ def _shapes(weights: Weights, phase: Phase) -> tuple[nn.Module, bool]:
     return model.train(), make_packable(model)
 
 
-def _flops_per_token(model: nn.Module, encoded: Encoded, phase: Phase, device: Device, *, packed: bool, training: bool) -> float:
-    """Arithmetic of a pass forward, in training backward, too, for each token of text."""
+def _flops_per_token(
+    model: nn.Module, encoded: Encoded, phase: Phase, device: Device, *, packed: bool, training: bool, captured: bool = False
+) -> float:
+    """Arithmetic of a pass forward, in training backward, too, for each token of text; captured steps go over a `Row` each."""
     steps = SAMPLED_STEPS["packed" if packed else "padded"]
     generator = torch.Generator().manual_seed(DATA_SEED)
     computed = 0
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
         for rows in itertools.islice(shuffled_rows(len(encoded), phase.batch_size, generator), steps):
-            batch = make_batch(encoded, rows, "meta", packed=packed, row_step=row_step_on(device))
+            row = Row(encoded, rows) if captured else None
+            if row is None:
+                batch = make_batch(encoded, rows, "meta", packed=packed, row_step=row_step_on(device))
+            else:
+                batch = row.batch(row.numbers.to("meta"))
             inputs = {name: value for name, value in batch.inputs.items() if name != "attention_mask"}  # its values are asked for
             try:
                 loss = F.cross_entropy(model(**inputs).logits, batch.labels)
@@ -167,15 +173,16 @@ def _flops_per_token(model: nn.Module, encoded: Encoded, phase: Phase, device: D
                     f"{phase.id} cannot be planned: its model reads the values of tensors, and planning has shapes only: {why}"
                 ) from error
             computed += batch.inputs["input_ids"].numel()
-    return float(counter.get_total_flops()) / computed * _computed_per_token(encoded, phase, device, packed=packed)
+    row_step = LONG_ROW_STEP if captured else row_step_on(device)
+    return float(counter.get_total_flops()) / computed * _computed_per_token(encoded, phase, packed=packed, row_step=row_step)
 
 
-def _computed_per_token(encoded: Encoded, phase: Phase, device: Device, *, packed: bool) -> float:
+def _computed_per_token(encoded: Encoded, phase: Phase, *, packed: bool, row_step: int) -> float:
     """Tokens that go through the model in an epoch, filling or padding included, for each token of text."""
-    lengths, step, computed = list(map(len, encoded.tokens)), row_step_on(device), 0
+    lengths, computed = list(map(len, encoded.tokens)), 0
     for rows in shuffled_rows(len(encoded), phase.batch_size, torch.Generator().manual_seed(DATA_SEED)):
         of_text = [lengths[i] for i in rows]
-        computed += -(-sum(of_text) // step) * step if packed else len(rows) * max(of_text)
+        computed += -(-sum(of_text) // row_step) * row_step if packed else len(rows) * max(of_text)
     return computed / sum(lengths)
 
 

@@ -1,5 +1,7 @@
 """A plan counts what the loop then does: arithmetic against torch's counter on real steps, memory by hand."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -12,7 +14,7 @@ from peftbench.device import Device
 from peftbench.layers import make_packable
 from peftbench.memory import USABLE, examples_at_once
 from peftbench.models import ModelError, Weights, load_classifier, locate, prepare
-from peftbench.packing import BF16_ROW_STEP, ROW_STEP, Encoded, make_batch, shuffled_rows
+from peftbench.packing import BF16_ROW_STEP, ROW_STEP, Encoded, Row, make_batch, shuffled_rows
 from peftbench.phases import LORA, Phase, Untrained
 from peftbench.plan import estimate_seconds, measure_matrix_rate, plan_phase
 from peftbench.records import Plan
@@ -45,14 +47,15 @@ def encoded_of(n, name="train", seed=0):
     )
 
 
-def counted(phase, weights, encoded, row_step=ROW_STEP):
+def counted(phase, weights, encoded, row_step=ROW_STEP, *, captured=False):
     """FLOPs of an epoch of real steps, by torch, which does not count its fused attention on CPU."""
     model, _ = prepare(load_classifier(weights), phase)
     packed = make_packable(model.train())
     generator = torch.Generator().manual_seed(1)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         for rows in shuffled_rows(len(encoded), phase.batch_size, generator):
-            batch = make_batch(encoded, rows, "cpu", packed=packed, row_step=row_step)
+            row = Row(encoded, rows)
+            batch = row.batch(row.numbers) if captured else make_batch(encoded, rows, "cpu", packed=packed, row_step=row_step)
             F.cross_entropy(model(**batch.inputs).logits, batch.labels).backward()
     return counter.get_total_flops()
 
@@ -73,6 +76,20 @@ def test_arithmetic_counts_what_fills_rows_in_bf16():
     weights, encoded = located(), encoded_of(160)
     planned = plan_phase(phase, weights, encoded, [], BF16)
     assert planned.training_flops == pytest.approx(counted(phase, weights, encoded, BF16_ROW_STEP), rel=0.1)
+
+
+def test_arithmetic_on_a_gpu_is_of_the_rows_that_its_graphs_take():
+    """Rows of a multiple of 64 tokens, over which attention goes as they are; other adapters are not captured."""
+    phase = Phase(id="X-test", role="backbone", epochs=1, batch_size=2, peft=PHASES["lora"]["peft"])
+    weights, encoded, gpu = located(), encoded_of(160), Device(name="cuda", precision="fp32", why="test")
+    planned = plan_phase(phase, weights, encoded, [], gpu)
+    assert planned.training_flops == pytest.approx(counted(phase, weights, encoded, captured=True), rel=0.05)
+    assert planned.training_flops > 1.3 * plan_phase(phase, weights, encoded, [], CPU).training_flops
+    launched = dataclasses.replace(phase, peft={"peft_type": "LOHA", "r": 2, "target_modules": ["query"]})
+    assert (
+        plan_phase(launched, weights, encoded, [], gpu).training_flops
+        == plan_phase(launched, weights, encoded, [], CPU).training_flops
+    )
 
 
 def test_arithmetic_of_distilbert():
