@@ -101,6 +101,8 @@ def set_up_changes(base: Iterable[Record], head: Iterable[Record]) -> list[str]:
         for key in keys:
             if key.startswith("config.teacher.") and not taught:
                 continue
+            if key.startswith("versions.") and not all(key in row for row in rows):  # nor of every package
+                continue
             before, after = (str(row.get(key)) for row in rows)
             if before != after:
                 phases.setdefault(f"{key} {_excerpts(before, after)}", []).append(labels[case])

@@ -88,14 +88,14 @@ def plan_phase(
     if teacher is not None and taught:
         teaching, teacher_packed = _shapes(teacher, Phase(id=phase.id, role="teacher", max_length=phase.max_length))
         other += _flops_per_token(teaching, train, phase, device, packed=teacher_packed, training=False) * sum(map(len, taught))
-    training = 0.0
-    if phase.epochs:
-        per_token = _flops_per_token(model, train, phase, device, packed=packed, training=True, captured=captured)
-        training = per_token * phase.epochs * tokens
+    training = {}  # per token of text, by whether steps are captured, which memory decides
+    for one in {False, captured} if phase.epochs else ():
+        training[one] = _flops_per_token(model, train, phase, device, packed=packed, training=True, captured=one)
     if device.casts_frozen:
         cast_frozen(model, device.dtype)
     held = weight_bytes(model, trainable, device)
     at_once = fitting(model, train, phase.batch_size, device, None if memory_bytes is None else memory_bytes - held)
+    captured = captured and at_once >= phase.batch_size
     steps = phase.epochs * -(-len(train) // phase.batch_size)
     return Plan(
         phase=phase.id,
@@ -104,7 +104,7 @@ def plan_phase(
         examples=len(train) if phase.epochs else 0,
         steps=steps,
         tokens=phase.epochs * tokens,
-        training_flops=training,
+        training_flops=training[captured] * phase.epochs * tokens if phase.epochs else 0.0,
         other_flops=other,
         examples_at_once=at_once,
         weight_bytes=held,
@@ -187,10 +187,10 @@ def _computed_per_token(encoded: Encoded, phase: Phase, *, packed: bool, row_ste
 
 
 def _fixed_seconds(model: nn.Module, steps: int, device: Device, *, portions: int, captured: bool) -> float:
-    """Seconds of all steps besides products; a batch that goes through in portions is never captured."""
+    """Seconds of all steps besides products."""
     layers = getattr(model.config, "num_hidden_layers", 0)
     if device.kind != "cuda" or not steps:
         return steps * STEP_SECONDS[device.kind]
     replayed = steps * REPLAYED_LAYER_SECONDS + CAPTURE_SECONDS
     launched = steps * portions * LAUNCHED_LAYER_SECONDS
-    return float(steps * STEP_SECONDS["cuda"] + layers * (replayed if captured and portions == 1 else launched))
+    return float(steps * STEP_SECONDS["cuda"] + layers * (replayed if captured else launched))

@@ -128,6 +128,9 @@ def plan_phases(phases: Sequence[Phase], bench: Workbench, *, memory_bytes: int 
 
     The teacher's logits are planned where they are asked for first, in the order of the phases.
 
+    Args:
+        memory_bytes: Free on the device; None is as much as it takes.
+
     Raises:
         ModelError: If a phase that is to train has no epochs.
     """

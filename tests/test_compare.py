@@ -447,6 +447,8 @@ def test_what_was_set_up_differently_is_told():
     head = [passed(i, config={"epochs": 3 if i == "B-lora" else 2}, versions={"torch": "3"}) for i in ids]
     assert ["B-lora: config.epochs 2 → 3", "all phases: versions.torch 2 → 3"] == set_up_changes(base, head)
     assert [] == set_up_changes(base, base)
+    older = [passed(i, config={"epochs": 2}, versions={}) for i in ids]  # which recorded fewer packages
+    assert [] == set_up_changes(older, base)
     assert [] == set_up_changes(base, [failed(i) for i in ids])
     broken = failed("B-lora", config={"epochs": 3}, versions=base[0].versions)
     assert ["B-lora: config.epochs 2 → 3"] == set_up_changes(base, [broken])

@@ -85,6 +85,8 @@ def test_arithmetic_on_a_gpu_is_of_the_rows_that_its_graphs_take():
     planned = plan_phase(phase, weights, encoded, [], gpu)
     assert planned.training_flops == pytest.approx(counted(phase, weights, encoded, captured=True), rel=0.05)
     assert planned.training_flops > 1.3 * plan_phase(phase, weights, encoded, [], CPU).training_flops
+    in_portions = plan_phase(phase, weights, encoded, [], gpu, memory_bytes=1)
+    assert in_portions.training_flops == plan_phase(phase, weights, encoded, [], CPU).training_flops
     launched = dataclasses.replace(phase, peft={"peft_type": "LOHA", "r": 2, "target_modules": ["query"]})
     assert (
         plan_phase(launched, weights, encoded, [], gpu).training_flops
