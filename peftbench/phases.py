@@ -72,7 +72,7 @@ class Phase:
         unfrozen_learning_rate: Peak rate for those layers; None gives them ``learning_rate``.
         layer_decay: Factor on the rate for each layer further down, embeddings last; 1 gives every layer the same.
         dropout: Share of the model's activations that are dropped in training, an adapter's own dropout aside; None takes the
-            checkpoint's. A pass or two over many examples need none, unless it is a teacher, which without would be too certain.
+            checkpoint's. One or two passes over many examples do as well without, but a teacher gets too certain.
         distillation: Learn from the teacher's logits, too; None learns from the labels alone.
         kd_subsets: Sizes of the KD subsets that the phase writes.
         batch_size: Examples to an optimizer step.

@@ -88,9 +88,9 @@ def plan_phase(
     if teacher is not None and taught:
         teaching, teacher_packed = _shapes(teacher, Phase(id=phase.id, role="teacher", max_length=phase.max_length))
         other += _flops_per_token(teaching, train, phase, device, packed=teacher_packed, training=False) * sum(map(len, taught))
-    training = {}  # per token of text, by whether steps are captured, which memory decides
-    for one in {False, captured} if phase.epochs else ():
-        training[one] = _flops_per_token(model, train, phase, device, packed=packed, training=True, captured=one)
+    training = {}  # per token of text, by whether steps are captured: memory decides, of which more is known below
+    for way in {False, captured} if phase.epochs else ():
+        training[way] = _flops_per_token(model, train, phase, device, packed=packed, training=True, captured=way)
     if device.casts_frozen:
         cast_frozen(model, device.dtype)
     held = weight_bytes(model, trainable, device)
@@ -157,11 +157,11 @@ def _flops_per_token(
     computed = 0
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
         for rows in itertools.islice(shuffled_rows(len(encoded), phase.batch_size, generator), steps):
-            row = Row(encoded, rows) if captured else None
-            if row is None:
-                batch = make_batch(encoded, rows, "meta", packed=packed, row_step=row_step_on(device))
-            else:
+            if captured:
+                row = Row(encoded, rows)
                 batch = row.batch(row.numbers.to("meta"))
+            else:
+                batch = make_batch(encoded, rows, "meta", packed=packed, row_step=row_step_on(device))
             inputs = {name: value for name, value in batch.inputs.items() if name != "attention_mask"}  # its values are asked for
             try:
                 loss = F.cross_entropy(model(**inputs).logits, batch.labels)

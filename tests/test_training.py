@@ -56,19 +56,16 @@ def batches_of(n, size=4, seed=0):
 
 
 class Ready:
-    """Batches that are made already, the same ones in the same order each epoch, by the rows of each."""
+    """Batches that are made already, the same ones in the same order each epoch, by the rows of each; tokens are as told."""
 
-    def __init__(self, rows, collate):
-        self.rows, self.collate = rows, collate
+    def __init__(self, rows, collate, tokens=len):
+        self.rows, self.collate, self.tokens = rows, collate, tokens
 
     def __len__(self):
         return len(self.rows)
 
     def epoch(self):
         return iter(self.rows)
-
-    def tokens(self, rows):
-        return 3 * len(rows)
 
 
 def fit_with(model, loss, batches, parameters, **arguments):
@@ -80,7 +77,8 @@ def fit_with(model, loss, batches, parameters, **arguments):
 def fit_batches(model, loss, batches, groups, **arguments):
     """`fit` over these batches."""
     rows = [[(i, row) for row in range(len(batch.rows))] for i, batch in enumerate(batches)]
-    return fit_with(model, loss, Ready(rows, lambda some: batches[some[0][0]]), SeparateParameters(groups), **arguments)
+    ready = Ready(rows, lambda some: batches[some[0][0]], lambda some: 10 + some[0][0])
+    return fit_with(model, loss, ready, SeparateParameters(groups), **arguments)
 
 
 def perceptron(seed=0):
@@ -229,7 +227,7 @@ def test_costs_are_counted_by_hand():
         [{"params": list(model.parameters()), "lr": 1e-3}],
         **{**DEFAULTS, "epochs": 2},
     )
-    assert (20, 80, 240) == (run.steps, run.examples, run.tokens)
+    assert (20, 80, 290) == (run.steps, run.examples, run.tokens)
     assert 0 < run.runtime_seconds < 60
 
 
@@ -411,7 +409,7 @@ def test_running_out_of_memory_changes_the_portions_and_not_the_mathematics(room
     run, sizes, weights = train_within(room, parameters=parameters)
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-7)
     assert [loss for _, loss in whole.learning_curve] == pytest.approx([loss for _, loss in run.learning_curve], rel=1e-5)
-    assert (6, 80, 240) == (run.steps, run.examples, run.tokens)
+    assert (6, 80, 80) == (run.steps, run.examples, run.tokens)
     assert MemoryUse(examples_at_once=at_once, times_out_of_memory=times) == run.memory
     assert times == sum(size > room for size in sizes)
 
