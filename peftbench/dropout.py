@@ -38,7 +38,7 @@ class Masks:
         numbers = self._generator.integers(-(2**63), 2**63 - 1, size=(n + 3) // 4, dtype=np.int64, endpoint=True)
         most = zeros - _VALUES // 2 - 1  # of a draw that gives 0
         with torch.inference_mode(False):  # what is left over may be used in training later
-            return torch.from_numpy(numbers).view(torch.int16)[:n].clamp_(most, most + 1).sub_(most).to(dtype)
+            return torch.from_numpy(numbers).view(torch.int16)[:n].gt_(most).to(dtype)
 
 
 class Dropout(nn.Dropout):

@@ -29,13 +29,34 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's mall
 
 
 class LayerNorm(nn.LayerNorm):
-    """`torch.nn.LayerNorm` that can make the addition and the dropout before it a part of it."""
+    """`torch.nn.LayerNorm` that can make the addition and the dropout before it a part of it; then it adds to its own gradients."""
 
     def after_adding(self, x: Tensor, added: Tensor, dropout: Dropout | None) -> Tensor:
-        """Normalize x + dropout(added), tensors of one shape; accumulates its own gradients."""
-        drawn = None if dropout is None else dropout.draw(added)
-        out: Tensor = _AddAndNormalize.apply(x, added, self, *drawn or (None, 1.0))  # type: ignore[no-untyped-call]
+        """Normalize x + dropout(added), tensors of one shape."""
+        out: Tensor = _AddAndNormalize.apply(x, added, self, dropout)  # type: ignore[no-untyped-call]
         return out
+
+    def forward_sum(self, x: Tensor, added: Tensor, dropout: Dropout | None) -> tuple[Tensor, list[Tensor | None], float]:
+        """`after_adding` without autograd; also gives what `backward_sum` takes."""
+        mask, scale = (None if dropout is None else dropout.draw(added)) or (None, 1.0)
+        total = x + added if mask is None else torch.addcmul(x, added, mask, value=scale)
+        out, mean, inverse = torch.native_layer_norm(total, self.normalized_shape, self.weight, self.bias, self.eps)
+        return out, [total, mean, inverse, mask], scale
+
+    def backward_sum(
+        self, gradient: Tensor, kept: Sequence[Tensor], scale: float, type_of_added: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """What flows back into the sum, in its type, and from there into ``added``; may be one tensor."""
+        total, mean, inverse, mask = kept
+        parameters = self.weight, self.bias
+        trained = [p is not None and p.requires_grad for p in parameters]
+        into, *gradients = torch.ops.aten.native_layer_norm_backward(
+            gradient.contiguous(), total, self.normalized_shape, mean, inverse, *parameters, [True, *trained]
+        )
+        for parameter, trains, of_parameter in zip(parameters, trained, gradients, strict=True):
+            if trains:
+                _accumulate(parameter, of_parameter)
+        return into, scaled(into.to(type_of_added), mask, scale)
 
 
 class RowEmbedding(nn.Embedding):
@@ -105,19 +126,21 @@ class Linear(nn.Linear):
 
     def add_gradient(self, x: Tensor, gradient: Tensor) -> None:
         """Accumulate what flows back from (N, out) for inputs of (N, in)."""
-        weight = self.weight
-        if weight.grad is not None and x.dtype == weight.dtype:
-            weight.grad.addmm_(gradient.t(), x, beta=0 if supersede(weight) else 1)
+        weight, bias = self.weight, self.bias
+        into = weight.grad
+        if into is not None and x.dtype == into.dtype:
+            into.addmm_(gradient.t(), x, beta=0 if supersede(weight) else 1)
         else:
             _accumulate(weight, torch.mm(gradient.t(), x))
-        if self.bias is not None:
-            _accumulate(self.bias, gradient.sum(0))
+        if bias is not None:
+            _accumulate(bias, gradient.sum(0))
 
     def parameters_for_use(self) -> list[Tensor]:
         """Weight and bias, if there is one, in the type that they are multiplied in."""
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype
-        parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
-        if self.weight.requires_grad:  # cannot be kept: the fused AdamW does not count its changes as new versions
+        weight, bias = self.weight, self.bias
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+        parameters = [weight] if bias is None else [weight, bias]
+        if weight.requires_grad:  # cannot be kept: the fused AdamW does not count its changes as new versions
             if self._cast is not None:
                 self._cast = None
             return [p if p.dtype == dtype else p.detach().to(dtype) for p in parameters]
@@ -140,10 +163,25 @@ def project(x: Tensor, layers: Sequence[Linear]) -> tuple[Tensor, ...]:
         reason = None if x.requires_grad else next(layer.weight for layer in layers if layer.weight.requires_grad)
         outs = _Projection.apply(rows, reason, layers, operands)  # type: ignore[no-untyped-call]
     else:
-        outs = tuple(_product(rows, *operand) for operand in operands)
+        outs = tuple(product(rows, *operand) for operand in operands)
     if x.dim() != 2:  # not in `_Projection`, to whose results an adapter may add in place
         outs = tuple(out.view(*x.shape[:-1], -1) for out in outs)
     return outs
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, in fp32 by the library that is quicker at it here."""
+    if x.dtype == torch.float32 and _asks_onednn():
+        out: Tensor = ONEDNN_LINEAR(x, weight, bias, "none", [], "")  # type: ignore[misc]
+        return out
+    return F.linear(x, weight, bias)
+
+
+def add_product(into: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """What x · weight gives, (N, in) and (in, out), added to ``into`` in place, whose type may have more digits."""
+    if into.dtype != x.dtype or (x.dtype == torch.float32 and _asks_onednn()):
+        return into.add_(product(x, weight.t()))
+    return into.addmm_(x, weight)
 
 
 @functools.cache
@@ -235,26 +273,16 @@ def _learns_row_by_row(module: nn.Module) -> bool:
 
 class _AddAndNormalize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, added: Tensor, norm: nn.LayerNorm, mask: Tensor | None, scale: float) -> Tensor:
-        total = x + added if mask is None else torch.addcmul(x, added, mask, value=scale)
-        out, mean, inverse = torch.native_layer_norm(total, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        ctx.save_for_backward(total, mean, inverse, mask)
-        ctx.norm, ctx.scale, ctx.type_of_x, ctx.type_of_added = norm, scale, x.dtype, added.dtype
+    def forward(ctx: Any, x: Tensor, added: Tensor, norm: LayerNorm, dropout: Dropout | None) -> Tensor:
+        out, kept, ctx.scale = norm.forward_sum(x, added, dropout)
+        ctx.save_for_backward(*kept)
+        ctx.norm, ctx.type_of_x, ctx.type_of_added = norm, x.dtype, added.dtype
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        total, mean, inverse, mask = ctx.saved_tensors
-        parameters = ctx.norm.weight, ctx.norm.bias
-        trained = [p is not None and p.requires_grad for p in parameters]
-        into, *gradients = torch.ops.aten.native_layer_norm_backward(
-            gradient.contiguous(), total, ctx.norm.normalized_shape, mean, inverse, *parameters, [True, *trained]
-        )
-        for parameter, trains, of_parameter in zip(parameters, trained, gradients, strict=True):
-            if trains:
-                _accumulate(parameter, of_parameter)
-        of_added = into.to(ctx.type_of_added)
-        return into.to(ctx.type_of_x), scaled(of_added, mask, ctx.scale), None, None, None
+        into, into_added = ctx.norm.backward_sum(gradient, ctx.saved_tensors, ctx.scale, ctx.type_of_added)
+        return into.to(ctx.type_of_x), into_added, None, None
 
 
 class _Projection(torch.autograd.Function):
@@ -265,7 +293,7 @@ class _Projection(torch.autograd.Function):
         ctx.layers = layers
         trains = any(layer.weight.requires_grad for layer in layers)
         ctx.save_for_backward(x if trains else None, *(weight for weight, *_ in operands))
-        return tuple(_product(x, *operand) for operand in operands)
+        return tuple(product(x, *operand) for operand in operands)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -275,25 +303,18 @@ class _Projection(torch.autograd.Function):
             if layer.weight.requires_grad:
                 layer.add_gradient(x, gradient)
             if ctx.needs_input_grad[0]:
-                into = _product(gradient, weight.t()) if into is None else into.addmm_(gradient, weight)
+                into = product(gradient, weight.t()) if into is None else into.addmm_(gradient, weight)
         return into, None, None, None
 
 
 def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
-    if parameter.grad is None:
+    into = parameter.grad
+    if into is None:
         parameter.grad = gradient.to(parameter.dtype)
     elif supersede(parameter):
-        parameter.grad.copy_(gradient)
+        into.copy_(gradient)
     else:
-        parameter.grad.add_(gradient)
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, in fp32 by the library that is quicker at it here."""
-    if x.dtype == torch.float32 and _asks_onednn():
-        product: Tensor = ONEDNN_LINEAR(x, weight, bias, "none", [], "")  # type: ignore[misc]
-        return product
-    return F.linear(x, weight, bias)
+        into.add_(gradient)
 
 
 @functools.cache

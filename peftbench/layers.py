@@ -1,17 +1,20 @@
 """The encoder layers of BERT and DistilBERT, over packed rows."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.activations import GELUActivation
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 
-from peftbench import kernels
-from peftbench.attention import attend
+from peftbench import attention, kernels
 from peftbench.dropout import Dropout
+from peftbench.kernels import add_product, product
 from peftbench.packing import RowSpans, Spans
 
 ACROSS_TOKENS = {"LILY"}
@@ -46,6 +49,45 @@ def make_packable(model: nn.Module) -> bool:
     return True
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """
+    The modules of a layer, by what they do in either architecture.
+
+    Attributes:
+        attention_dropout: Of attention's weights.
+        mix: Of what attention gives, whose result is added to the layer's input; its dropout is None where there is none.
+        widen: The feed-forward network's first half, ``narrow`` its second.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    heads: int
+    attention_dropout: Any
+    mix: Any
+    mix_dropout: Any
+    mix_norm: Any
+    widen: Any
+    activation: Any
+    narrow: Any
+    narrow_dropout: Any
+    narrow_norm: Any
+
+    @property
+    def linear(self) -> tuple[Any, ...]:
+        return self.query, self.key, self.value, self.mix, self.widen, self.narrow
+
+    def are_plain(self) -> bool:
+        """Whether an adapter has replaced none, all linear layers train, and the derivative of the activation is known here."""
+        return (
+            all(type(layer) is kernels.Linear and layer.weight.requires_grad for layer in self.linear)
+            and type(self.mix_norm) is type(self.narrow_norm) is kernels.LayerNorm
+            and type(self.activation) is GELUActivation
+            and self.activation.act is F.gelu
+        )
+
+
 class PackedBertLayer(BertLayer):  # type: ignore[misc]
     """
     transformers' layer that takes a packed row where ``spans`` say so.
@@ -60,14 +102,23 @@ class PackedBertLayer(BertLayer):  # type: ignore[misc]
         """(1, T, E) → (1, T, E) or, with the firsts alone, (1, B, E)."""
         if spans is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
-        within, mix = self.attention.self, self.attention.output
-        tokens = hidden_states.view(-1, hidden_states.shape[-1])  # (T, E)
-        x = tokens.index_select(0, spans.starts) if self.firsts_alone else tokens
-        query, key, value = _project(x, tokens, within.query, within.key, within.value)
-        attended = _attend(query, key, value, spans, self.firsts_alone, within.num_attention_heads, within.dropout)
-        mixed = _add_and_normalize(x, mix.dense(attended), mix.dropout, mix.LayerNorm)
-        out = _add_and_normalize(mixed, self.output.dense(self.intermediate(mixed)), self.output.dropout, self.output.LayerNorm)
-        return out[None]
+        within, mix, out = self.attention.self, self.attention.output, self.output
+        parts = Parts(
+            query=within.query,
+            key=within.key,
+            value=within.value,
+            heads=within.num_attention_heads,
+            attention_dropout=within.dropout,
+            mix=mix.dense,
+            mix_dropout=mix.dropout,
+            mix_norm=mix.LayerNorm,
+            widen=self.intermediate.dense,
+            activation=self.intermediate.intermediate_act_fn,
+            narrow=out.dense,
+            narrow_dropout=out.dropout,
+            narrow_norm=out.LayerNorm,
+        )
+        return _encode(hidden_states[0], parts, spans, self.firsts_alone)[None]
 
 
 class PackedDistilBertLayer(TransformerBlock):  # type: ignore[misc]
@@ -80,13 +131,22 @@ class PackedDistilBertLayer(TransformerBlock):  # type: ignore[misc]
         if spans is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
         within, feed = self.attention, self.ffn
-        tokens = hidden_states.view(-1, hidden_states.shape[-1])  # (T, E)
-        x = tokens.index_select(0, spans.starts) if self.firsts_alone else tokens
-        query, key, value = _project(x, tokens, within.q_lin, within.k_lin, within.v_lin)
-        attended = _attend(query, key, value, spans, self.firsts_alone, within.n_heads, within.dropout)
-        mixed = _add_and_normalize(x, within.out_lin(attended), None, self.sa_layer_norm)
-        out = _add_and_normalize(mixed, feed.lin2(feed.activation(feed.lin1(mixed))), feed.dropout, self.output_layer_norm)
-        return out[None]
+        parts = Parts(
+            query=within.q_lin,
+            key=within.k_lin,
+            value=within.v_lin,
+            heads=within.n_heads,
+            attention_dropout=within.dropout,
+            mix=within.out_lin,
+            mix_dropout=None,
+            mix_norm=self.sa_layer_norm,
+            widen=feed.lin1,
+            activation=feed.activation,
+            narrow=feed.lin2,
+            narrow_dropout=feed.dropout,
+            narrow_norm=self.output_layer_norm,
+        )
+        return _encode(hidden_states[0], parts, spans, self.firsts_alone)[None]
 
 
 LAYERS = {"bert": PackedBertLayer, "distilbert": PackedDistilBertLayer}
@@ -98,6 +158,89 @@ def _sentences_as_batch(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any
     if kwargs.get("spans") is not None:
         output["last_hidden_state"] = output.last_hidden_state.transpose(0, 1)
     return output
+
+
+def _encode(tokens: Tensor, parts: Parts, spans: Spans | RowSpans, firsts_alone: bool) -> Tensor:
+    """A layer over a packed row: (T, E) → (T, E) or, with the firsts alone, (B, E)."""
+    if tokens.requires_grad and isinstance(spans, Spans) and _drops(parts.attention_dropout) and parts.are_plain():
+        out: Tensor = _Layer.apply(tokens, parts, spans, firsts_alone)  # type: ignore[no-untyped-call]
+        return out
+    x = tokens.index_select(0, spans.starts) if firsts_alone else tokens
+    query, key, value = _project(x, tokens, parts.query, parts.key, parts.value)
+    attended = _attend(query, key, value, spans, firsts_alone, parts.heads, parts.attention_dropout)
+    mixed = _add_and_normalize(x, parts.mix(attended), parts.mix_dropout, parts.mix_norm)
+    fed = parts.narrow(parts.activation(parts.widen(mixed)))
+    return _add_and_normalize(mixed, fed, parts.narrow_dropout, parts.narrow_norm)
+
+
+class _Layer(torch.autograd.Function):
+    """
+    A plain layer in training as one operation for autograd.
+
+    Of some 200 tokens, what autograd does around an operation takes a CPU as long as many of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, parts: Parts, spans: Spans, firsts_alone: bool) -> Tensor:
+        operands = [layer.parameters_for_use() for layer in parts.linear]
+        query, key, value, mix, widen, narrow = operands
+        dtype = query[0].dtype
+        x = tokens.index_select(0, spans.starts) if firsts_alone else tokens
+        all_rows = tokens.to(dtype)
+        rows = x.to(dtype) if firsts_alone else all_rows
+        cells = spans.firsts if firsts_alone else spans.tokens
+        attended, kept_attention, scale_attention = attention.forward(
+            product(rows, *query),
+            product(all_rows, *key),
+            product(all_rows, *value),
+            cells.indices(parts.heads),
+            spans.tokens.indices(parts.heads),
+            cells.bias,
+            parts.attention_dropout,
+        )
+        mixed, kept_mix, scale_mix = parts.mix_norm.forward_sum(x, product(attended, *mix), parts.mix_dropout)
+        mixed_rows = mixed.to(dtype)
+        wide = product(mixed_rows, *widen)
+        active = F.gelu(wide)
+        out, kept_narrow, scale_narrow = parts.narrow_norm.forward_sum(mixed, product(active, *narrow), parts.narrow_dropout)
+        inputs, weights = [all_rows, rows, attended, mixed_rows, wide, active], [weight for weight, *_ in operands]
+        ctx.save_for_backward(*inputs, *weights, *kept_mix, *kept_narrow, *kept_attention)
+        ctx.parts, ctx.scales, ctx.dtype = parts, (scale_attention, scale_mix, scale_narrow), tokens.dtype
+        ctx.starts = spans.starts if firsts_alone else None
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        all_rows, rows, attended, mixed_rows, wide, active, *kept = ctx.saved_tensors
+        (query, key, value, mix, widen, narrow), kept = kept[:6], kept[6:]
+        kept_mix, kept_narrow, kept_attention = kept[:4], kept[4:8], kept[8:]
+        scale_attention, scale_mix, scale_narrow = ctx.scales
+        parts, dtype = ctx.parts, rows.dtype
+
+        # What flows into a sum and into what is added there can be one tensor: the first is written to once the other is used up.
+        into_mixed, gradient = parts.narrow_norm.backward_sum(gradient, kept_narrow, scale_narrow, dtype)
+        parts.narrow.add_gradient(active, gradient)
+        gradient = torch.ops.aten.gelu_backward(product(gradient, narrow.t()), wide)
+        parts.widen.add_gradient(mixed_rows, gradient)
+        add_product(into_mixed, gradient, widen)
+
+        into_x, gradient = parts.mix_norm.backward_sum(into_mixed, kept_mix, scale_mix, dtype)
+        parts.mix.add_gradient(attended, gradient)
+        of_query, of_key, of_value = attention.backward(product(gradient, mix.t()), kept_attention, scale_attention)
+        parts.query.add_gradient(rows, of_query)
+        parts.key.add_gradient(all_rows, of_key)
+        parts.value.add_gradient(all_rows, of_value)
+        add_product(into_x, of_query, query)
+        if ctx.starts is None:
+            into = add_product(into_x, of_key, key)
+        else:
+            into = product(of_key, key.t()).to(into_x.dtype).index_add_(0, ctx.starts, into_x)
+        return add_product(into, of_value, value).to(ctx.dtype), None, None, None
+
+
+def _drops(dropout: Any) -> TypeGuard[Dropout]:
+    """Whether some of attention's weights are dropped, on a CPU; torch's own attention is as fast or faster where none are."""
+    return isinstance(dropout, Dropout) and dropout.training and dropout.p > 0
 
 
 def _project(x: Tensor, tokens: Tensor, query: Any, key: Any, value: Any) -> Sequence[Tensor]:
@@ -113,13 +256,13 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, spans: Spans | RowSpans, firsts_alone: bool, heads: int, dropout: nn.Dropout
 ) -> Tensor:
     """Attention within sentences: (Q, E) over keys and values of (T, E) gives (Q, E); Q is T, or B for the firsts alone."""
-    rate = dropout.p if dropout.training else 0.0
-    if rate and isinstance(dropout, Dropout) and isinstance(spans, Spans):
+    if isinstance(spans, Spans) and _drops(dropout):
         cells = spans.firsts if firsts_alone else spans.tokens
-        return attend(query, key, value, cells.indices(heads), spans.tokens.indices(heads), cells.bias, dropout)
+        return attention.attend(query, key, value, cells.indices(heads), spans.tokens.indices(heads), cells.bias, dropout)
     queries, keys, size = spans.firsts if firsts_alone else spans.tokens, spans.tokens, query.shape[1] // heads
     q = queries.spread(query.view(-1, heads, size))
     k, v = (keys.spread(x.view(-1, heads, size)) for x in (key, value))
+    rate = dropout.p if dropout.training else 0.0
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=queries.bias_in(q.dtype), dropout_p=rate)
     return queries.collect(attended).reshape(query.shape)
 

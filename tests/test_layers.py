@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, BertConfig, RobertaConfig
+from transformers.activations import GELUActivation
 
 from peftbench.kernels import economize, only_words
-from peftbench.layers import make_packable
+from peftbench.layers import Parts, make_packable
 from peftbench.models import prepare
 from peftbench.packing import BF16_ROW_STEP, ROW_STEP, Row, make_batch
 from peftbench.phases import Phase
@@ -128,6 +129,65 @@ def test_attention_with_dropout_is_attention_where_nothing_is_dropped(architectu
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+@architectures
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_plain_layer_as_one_operation_is_its_parts_one_by_one(architecture, precision, monkeypatch):
+    """With dropout, over two passes that add up, from the same masks; under autocast to the digits that bf16 has."""
+    model = classifier(architecture, dropout=0.3).to(torch.float64 if precision == torch.float64 else torch.float32)
+    encoded, results = encoded_of([6, 2, 11, 3]), []
+    for whole in (True, False):
+        if not whole:
+            monkeypatch.setattr(Parts, "are_plain", lambda _: False)
+        copied = copy.deepcopy(model).train()
+        assert make_packable(copied)
+        torch.manual_seed(5)
+        economize(copied)
+        for rows in ([0, 1, 2], [3, 2]):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+                batch = make_batch(encoded, rows, "cpu", packed=True)
+                loss = F.cross_entropy(copied(**batch.inputs).logits, batch.labels)
+            operations = [name for name in operations_behind(loss) if name.startswith(("_Layer", "_Attention"))]
+            assert operations == 2 * (["_LayerBackward"] if whole else ["_AttentionBackward"])
+            loss.backward()
+        results.append([loss, *(p.grad for p in copied.parameters() if p.grad is not None)])
+    digits = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.005}[precision]
+    largest = max(x.abs().max().item() for x in results[1][1:])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=digits, atol=digits * largest)
+
+
+@architectures
+@pytest.mark.parametrize("change", ["frozen", "activation", "nothing dropped", "padded"])
+def test_a_layer_of_another_kind_runs_in_parts(architecture, change):
+    """Where it is not known as one operation, or where its parts one by one are faster."""
+    model = classifier(architecture, dropout=0.0 if change == "nothing dropped" else 0.3).train()
+    assert make_packable(model)
+    for name, module in model.named_modules():
+        if change == "frozen" and name.endswith(
+            "0.attention.out_lin" if architecture == "distilbert" else "0.attention.output.dense"
+        ):
+            module.requires_grad_(False)
+        if change == "activation" and isinstance(module, GELUActivation):
+            module.act = F.silu
+    economize(model)
+    batch = make_batch(encoded_of([6, 2]), range(2), "cpu", packed=change != "padded")
+    layers = operations_behind(model(**batch.inputs).logits.sum()).count("_LayerBackward")
+    assert layers == (1 if change == "frozen" else 0)
+
+
+def operations_behind(tensor):
+    """The names of all operations of autograd's graph, each as often as it is there."""
+    found, names = {tensor.grad_fn}, []
+    queue = [tensor.grad_fn]
+    while queue:
+        node = queue.pop()
+        names.append(node.name())
+        new = {following for following, _ in node.next_functions if following is not None} - found
+        found |= new
+        queue += new
+    return names
 
 
 LAYERS = {"bert": "encoder.layer", "distilbert": "transformer.layer"}
