@@ -89,6 +89,8 @@ def backward(
 
 
 class _Attention(torch.autograd.Function):
+    """The two functions above for autograd."""
+
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
         out, kept, ctx.scale = forward(query, key, value, *others)

@@ -46,7 +46,7 @@ class LayerNorm(nn.LayerNorm):
     def backward_sum(
         self, gradient: Tensor, kept: Sequence[Tensor], scale: float, type_of_added: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """What flows back into the sum, in its type, and from there into ``added``; may be one tensor."""
+        """What flows into the sum, in its type, and into ``added``; both may be one tensor, so write to either when done with both."""
         total, mean, inverse, mask = kept
         parameters = self.weight, self.bias
         trained = [p is not None and p.requires_grad for p in parameters]
@@ -178,7 +178,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def add_product(into: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """What x · weight gives, (N, in) and (in, out), added to ``into`` in place, whose type may have more digits."""
+    """Add x · weight, (N, in) and (in, out), in place to ``into``, which may be of a wider type."""
     if into.dtype != x.dtype or (x.dtype == torch.float32 and _asks_onednn()):
         return into.add_(product(x, weight.t()))
     return into.addmm_(x, weight)
@@ -303,7 +303,7 @@ class _Projection(torch.autograd.Function):
             if layer.weight.requires_grad:
                 layer.add_gradient(x, gradient)
             if ctx.needs_input_grad[0]:
-                into = product(gradient, weight.t()) if into is None else into.addmm_(gradient, weight)
+                into = product(gradient, weight.t()) if into is None else add_product(into, gradient, weight)
         return into, None, None, None
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, TypeGuard
 
 import torch
@@ -79,9 +80,15 @@ class Parts:
         return self.query, self.key, self.value, self.mix, self.widen, self.narrow
 
     def are_plain(self) -> bool:
-        """Whether an adapter has replaced none, all linear layers train, and the derivative of the activation is known here."""
+        """
+        Whether an adapter has replaced none, all linear layers train, and the derivative of the activation is known here.
+
+        Hooks on the modules do not run then.
+        """
         return (
             all(type(layer) is kernels.Linear and layer.weight.requires_grad for layer in self.linear)
+            and type(self.mix_dropout) in (Dropout, NoneType)
+            and type(self.narrow_dropout) is Dropout
             and type(self.mix_norm) is type(self.narrow_norm) is kernels.LayerNorm
             and type(self.activation) is GELUActivation
             and self.activation.act is F.gelu
@@ -118,7 +125,7 @@ class PackedBertLayer(BertLayer):  # type: ignore[misc]
             narrow_dropout=out.dropout,
             narrow_norm=out.LayerNorm,
         )
-        return _encode(hidden_states[0], parts, spans, self.firsts_alone)[None]
+        return _encode(hidden_states.view(-1, hidden_states.shape[-1]), parts, spans, self.firsts_alone)[None]
 
 
 class PackedDistilBertLayer(TransformerBlock):  # type: ignore[misc]
@@ -146,7 +153,7 @@ class PackedDistilBertLayer(TransformerBlock):  # type: ignore[misc]
             narrow_dropout=feed.dropout,
             narrow_norm=self.output_layer_norm,
         )
-        return _encode(hidden_states[0], parts, spans, self.firsts_alone)[None]
+        return _encode(hidden_states.view(-1, hidden_states.shape[-1]), parts, spans, self.firsts_alone)[None]
 
 
 LAYERS = {"bert": PackedBertLayer, "distilbert": PackedDistilBertLayer}
@@ -174,11 +181,7 @@ def _encode(tokens: Tensor, parts: Parts, spans: Spans | RowSpans, firsts_alone:
 
 
 class _Layer(torch.autograd.Function):
-    """
-    A plain layer in training as one operation for autograd.
-
-    Of some 200 tokens, what autograd does around an operation takes a CPU as long as many of them.
-    """
+    """A plain layer in training as one operation for autograd."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, parts: Parts, spans: Spans, firsts_alone: bool) -> Tensor:
@@ -212,30 +215,29 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         all_rows, rows, attended, mixed_rows, wide, active, *kept = ctx.saved_tensors
-        (query, key, value, mix, widen, narrow), kept = kept[:6], kept[6:]
+        (to_query, to_key, to_value, to_mixed, to_wide, to_narrow), kept = kept[:6], kept[6:]
         kept_mix, kept_narrow, kept_attention = kept[:4], kept[4:8], kept[8:]
         scale_attention, scale_mix, scale_narrow = ctx.scales
         parts, dtype = ctx.parts, rows.dtype
 
-        # What flows into a sum and into what is added there can be one tensor: the first is written to once the other is used up.
         into_mixed, gradient = parts.narrow_norm.backward_sum(gradient, kept_narrow, scale_narrow, dtype)
         parts.narrow.add_gradient(active, gradient)
-        gradient = torch.ops.aten.gelu_backward(product(gradient, narrow.t()), wide)
+        gradient = torch.ops.aten.gelu_backward(product(gradient, to_narrow.t()), wide)
         parts.widen.add_gradient(mixed_rows, gradient)
-        add_product(into_mixed, gradient, widen)
+        add_product(into_mixed, gradient, to_wide)
 
         into_x, gradient = parts.mix_norm.backward_sum(into_mixed, kept_mix, scale_mix, dtype)
         parts.mix.add_gradient(attended, gradient)
-        of_query, of_key, of_value = attention.backward(product(gradient, mix.t()), kept_attention, scale_attention)
-        parts.query.add_gradient(rows, of_query)
-        parts.key.add_gradient(all_rows, of_key)
-        parts.value.add_gradient(all_rows, of_value)
-        add_product(into_x, of_query, query)
+        query, key, value = attention.backward(product(gradient, to_mixed.t()), kept_attention, scale_attention)
+        parts.query.add_gradient(rows, query)
+        parts.key.add_gradient(all_rows, key)
+        parts.value.add_gradient(all_rows, value)
+        add_product(into_x, query, to_query)
         if ctx.starts is None:
-            into = add_product(into_x, of_key, key)
+            into = add_product(into_x, key, to_key)
         else:
-            into = product(of_key, key.t()).to(into_x.dtype).index_add_(0, ctx.starts, into_x)
-        return add_product(into, of_value, value).to(ctx.dtype), None, None, None
+            into = product(key, to_key.t()).to(into_x.dtype).index_add_(0, ctx.starts, into_x)
+        return add_product(into, value, to_value).to(ctx.dtype), None, None, None
 
 
 def _drops(dropout: Any) -> TypeGuard[Dropout]:
