@@ -46,7 +46,7 @@ class LayerNorm(nn.LayerNorm):
     def backward_sum(
         self, gradient: Tensor, kept: Sequence[Tensor], scale: float, type_of_added: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """What flows into the sum, in its type, and into ``added``; both may be one tensor, so write to either when done with both."""
+        """What flows into the sum, in its type, and into ``added``; perhaps one tensor for both, to write to in the end."""
         total, mean, inverse, mask = kept
         parameters = self.weight, self.bias
         trained = [p is not None and p.requires_grad for p in parameters]
