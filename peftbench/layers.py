@@ -15,7 +15,7 @@ from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 
 from peftbench import attention, kernels
 from peftbench.dropout import Dropout
-from peftbench.kernels import add_product, product
+from peftbench.kernels import add_product, gelu_backward, product
 from peftbench.packing import RowSpans, Spans
 
 ACROSS_TOKENS = {"LILY"}
@@ -222,7 +222,7 @@ class _Layer(torch.autograd.Function):
 
         into_mixed, gradient = parts.narrow_norm.backward_sum(gradient, kept_narrow, scale_narrow, dtype)
         parts.narrow.add_gradient(active, gradient)
-        gradient = torch.ops.aten.gelu_backward(product(gradient, to_narrow.t()), wide)
+        gradient = gelu_backward(product(gradient, to_narrow.t()), wide)
         parts.widen.add_gradient(mixed_rows, gradient)
         add_product(into_mixed, gradient, to_wide)
 

@@ -11,11 +11,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from peftbench.data import Split
 from peftbench.device import Device, DoesNotFit, is_out_of_memory
+
+Integers = NDArray[np.int64]
+"""Indices as they are made; numpy's calls cost a fraction of torch's on so few numbers."""
 
 ROW_STEP, ATTENTION_STEP = 8, 8
 """Packed rows have a multiple of the one as tokens, and the rows that attention runs over a multiple of the other as cells."""
@@ -77,10 +82,10 @@ class Cells:
         bias: What is added to attention's scores so that an item attends to nothing but its own sentence, shape (R, 1, C, keys).
     """
 
-    def __init__(self, item_of_cell: Tensor, cell_of_item: Tensor, bias: Tensor, device: str) -> None:
-        """Shapes (R, C), where a cell that is not used names any item, and (N,); all on the CPU, the results on the device."""
+    def __init__(self, item_of_cell: Integers, cell_of_item: Integers, bias: NDArray[np.float32], device: str) -> None:
+        """Shapes (R, C), where a cell that is not used names any item, (N,), and the bias's; they are put on the device."""
         self._item_of_cell, self._cell_of_item, self.bias = (
-            x.to(device, non_blocking=True) for x in (item_of_cell, cell_of_item, bias)
+            torch.from_numpy(x).to(device, non_blocking=True) for x in (item_of_cell, cell_of_item, bias)
         )
         self._bias_in = {self.bias.dtype: self.bias}
         self._indices: dict[int, tuple[Tensor, Tensor]] = {}
@@ -103,12 +108,17 @@ class Cells:
         return self._bias_in[dtype]
 
     def indices(self, heads: int) -> tuple[Tensor, Tensor]:
-        """The row of (N · H, D) that each cell of (R · H · C, D) takes, and the cell of each row: shapes (R · H · C,), (N · H,)."""
+        """
+        The row of (N · H, D) that each cell of (R · H · C, D) takes, and the cell of each row: shapes (R · H · C,), (N · H,).
+
+        On a CPU alone, as what asks for it.
+        """
         if heads not in self._indices:
-            head, width = torch.arange(heads, device=self.bias.device), self._item_of_cell.shape[1]
-            items = self._item_of_cell[:, None] * heads + head[:, None]  # (R, H, C)
-            row, column = self._cell_of_item[:, None] // width, self._cell_of_item[:, None] % width
-            self._indices[heads] = items.flatten(), ((row * heads + head) * width + column).flatten()
+            head, width = np.arange(heads), self._item_of_cell.shape[1]
+            items = self._item_of_cell.numpy()[:, None] * heads + head[:, None]  # (R, H, C)
+            row, column = divmod(self._cell_of_item.numpy()[:, None], width)
+            cells = (row * heads + head) * width + column  # (N, H)
+            self._indices[heads] = torch.from_numpy(items.ravel()), torch.from_numpy(cells.ravel())
         return self._indices[heads]
 
 
@@ -132,26 +142,28 @@ class Spans:
         self.filling = -sum(lengths) % row_step
         room = _round_up(max(lengths), ATTENTION_STEP)
         sizes = [*lengths, *(min(room, self.filling - start) for start in range(0, self.filling, room))]
-        row, column, order = torch.tensor(_share_rows(sizes, room)).unbind(1)  # of each sentence
-        rows, opens = int(row.max()) + 1, column == 0
+        row, column, order = np.array(_share_rows(sizes, room)).T  # of each sentence
+        rows, opens = row.max() + 1, column == 0
         start, sentence, position = _end_to_end(sizes)
 
         cell = (row * room + column)[sentence] + position
-        opener = torch.empty(rows, dtype=torch.long).index_copy_(0, row[opens], start[opens])  # the token in a row's first cell
-        token = opener.repeat_interleave(room).index_copy_(0, cell, torch.arange(len(cell))).view(rows, room)
-        unused = torch.ones(rows * room, dtype=torch.bool).index_fill_(0, cell, False).view(rows, 1, room)
-        apart = sentence[token][:, :, None] != sentence[token][:, None]  # (R, room, room)
-        bias = torch.zeros(apart.shape).masked_fill_(apart | unused, -math.inf)[:, None]
+        token = np.empty((rows, room), dtype=np.int64)
+        token[row[opens]] = start[opens, None]  # an unused cell names the token in its row's first
+        token.flat[cell] = np.arange(len(cell))
+        of_cell = np.full((rows, room), -1)  # the sentence
+        of_cell.flat[cell] = sentence
+        together = sentence[token][:, :, None] == of_cell[:, None]  # (R, room, room)
+        bias = np.where(together, np.float32(0), np.float32(-np.inf))
+
+        row, column, order = row[: len(lengths)], column[: len(lengths)], order[: len(lengths)]
+        most = order.max() + 1
+        first, columns = np.zeros((2, rows, most), dtype=np.int64)
+        first[row, order], columns[row, order] = np.arange(len(row)), column
 
         # All of it is known from the lengths alone: a device is given the results and never asked for one.
-        self.starts, self.positions = (x.to(device, non_blocking=True) for x in (start[: len(lengths)], position))
-        self.tokens = Cells(token, cell, bias, device)
-        row, column, order = row[: len(lengths)], column[: len(lengths)], order[: len(lengths)]
-        most = int(order.max()) + 1
-        slot = row * most + order
-        first = torch.zeros(rows * most, dtype=torch.long).index_copy_(0, slot, torch.arange(len(slot))).view(rows, most)
-        columns = torch.zeros(rows * most, dtype=torch.long).index_copy_(0, slot, column).view(rows, most)
-        self.firsts = Cells(first, slot, bias[torch.arange(rows)[:, None], :, columns].transpose(1, 2), device)
+        self.starts, self.positions = (torch.from_numpy(x).to(device, non_blocking=True) for x in (start[: len(lengths)], position))
+        self.tokens = Cells(token, cell, bias[:, None], device)
+        self.firsts = Cells(first, row * most + order, bias[np.arange(rows)[:, None], columns][:, None], device)
 
 
 class WholeRow:
@@ -188,12 +200,12 @@ class RowSpans:
         self.firsts = WholeRow(sentence[starts][:, None] != sentence)
 
 
-def _end_to_end(sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _end_to_end(sizes: Sequence[int]) -> tuple[Integers, Integers, Integers]:
     """Where each sentence of a row starts, shape (B,), and each token's sentence and place in it, shapes (T,)."""
-    size = torch.tensor(sizes)
-    start = size.cumsum(0) - size
-    sentence = torch.arange(len(sizes)).repeat_interleave(size)
-    return start, sentence, torch.arange(len(sentence)) - start[sentence]
+    size = np.array(sizes)
+    start = size.cumsum() - size
+    sentence = np.arange(len(sizes)).repeat(size)
+    return start, sentence, np.arange(len(sentence)) - start[sentence]
 
 
 def _share_rows(sizes: Sequence[int], room: int) -> list[tuple[int, int, int]]:
@@ -247,7 +259,8 @@ class Row:
         position[text:] = 0  # the filling may be longer than a model has positions
         index = torch.tensor(rows)
         ids = torch.cat([*tokens, tokens[0][:1].expand(filling)])
-        self.numbers = torch.cat([ids, position, sentence, start[: len(rows)], encoded.labels[index], index])
+        places = torch.from_numpy(np.concatenate([position, sentence, start[: len(rows)]]))
+        self.numbers = torch.cat([ids, places, encoded.labels[index], index])
 
     def batch(self, numbers: Tensor) -> Batch:
         """The batch over a copy of the numbers, which decides the device."""

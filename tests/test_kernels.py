@@ -12,7 +12,17 @@ from torch.nn import functional as F
 
 from peftbench import kernels
 from peftbench.dropout import Dropout
-from peftbench.kernels import LayerNorm, Linear, RowEmbedding, cast_frozen, economize, economize_words, only_words, project
+from peftbench.kernels import (
+    LayerNorm,
+    Linear,
+    RowEmbedding,
+    cast_frozen,
+    economize,
+    economize_words,
+    gelu_backward,
+    only_words,
+    project,
+)
 from peftbench.models import prepare
 from peftbench.packing import make_batch
 from peftbench.phases import Phase
@@ -458,3 +468,17 @@ def test_frozen_layers_whose_adapter_reads_their_weights_are_left(peft, cast):
     attention = model.get_base_model().bert.encoder.layer[0].attention.self
     types = [layer.weight.dtype for layer in (attention.query.base_layer, attention.key)]
     assert [torch.bfloat16 if cast else torch.float32, torch.bfloat16] == types
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_derivative_of_gelu_is_autograd_s_in_fp64_and_leaves_torch_as_it_is(monkeypatch, dtype, error, enabled):
+    """Of both libraries that may compute it."""
+    x, gradient = torch.randn(2, 40, 96, dtype=dtype)
+    exact = x.double().requires_grad_()
+    F.gelu(exact).backward(gradient.double())
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
+    into = gelu_backward(gradient, x)
+    assert torch.backends.mkldnn.enabled is enabled
+    assert into.dtype == dtype
+    torch.testing.assert_close(into.double(), exact.grad, rtol=error, atol=error)

@@ -162,6 +162,52 @@ def test_twenty_steps_are_those_of_a_plain_loop(clip_norm, weight_decay):
     assert model.training
 
 
+def test_what_was_learned_long_ago_leaves_no_denormal_numbers(monkeypatch):
+    """A word of the first step alone: the weights of torch's own AdamW to the bit, whose average of gradients ends up denormal."""
+    words, steps = nn.Embedding(2, 64), 1200
+    with torch.no_grad():
+        words.weight.uniform_(0.5, 1.5)
+    plain, optimizers = copy.deepcopy(words), []
+    monkeypatch.setattr(torch.optim.AdamW, "__init__", noting(optimizers, torch.optim.AdamW.__init__))
+    batches = [
+        Batch(rows=torch.arange(1), labels=torch.zeros(1), inputs={"input": torch.tensor([min(i, 1)])}) for i in range(steps)
+    ]
+
+    def loss_of(module, batch):
+        return module(**batch.inputs).square().mean()
+
+    fit_batches(
+        words,
+        lambda batch: loss_of(words, batch),
+        batches,
+        [{"params": [words.weight], "lr": 1e-4}],
+        **{**DEFAULTS, "clip_norm": 1e9},
+    )
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+    for step, batch in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = 1e-4 * (1 - step / steps)
+        optimizer.zero_grad(set_to_none=False)
+        loss_of(plain, batch).backward()
+        optimizer.step()
+
+    def denormal(optimizer):
+        (state,) = optimizer.state.values()
+        return sum(int(((x != 0) & (x.abs() < torch.finfo(x.dtype).tiny)).sum()) for x in (state["exp_avg"], state["exp_avg_sq"]))
+
+    assert torch.equal(words.weight, plain.weight)
+    assert [denormal(optimizer) for optimizer in optimizers] == [0, 64]
+
+
+def noting(calls, method):
+    """The method, which puts the object that it is called on into a list."""
+
+    def noted(self, *args, **kwargs):
+        calls.append(self)
+        method(self, *args, **kwargs)
+
+    return noted
+
+
 class OrderedTrainer(Trainer):
     """transformers' Trainer over its rows as they lie."""
 
