@@ -19,12 +19,25 @@ class Estimate:
 
     Attributes:
         ci95: The 95% interval of the value.
-        p: Of a value at least as far from zero, in either direction, where zero is the truth.
+        t: The value in standard errors; infinite where there is no error.
+        freedom: Degrees of freedom of ``t``.
+        exact_p: Where a better test than Student's tells it.
     """
 
     value: float
     ci95: tuple[float, float]
-    p: float
+    t: float
+    freedom: float
+    exact_p: float | None = None
+
+    @property
+    def p(self) -> float:
+        """Of a value at least as far from zero, in either direction, where zero is the truth."""
+        return t_p(self.t, self.freedom) if self.exact_p is None else self.exact_p
+
+    def shows(self, level: float) -> bool:
+        """Whether p is below a level of at most 5%; mostly without computing it."""
+        return (self.exact_p is not None or abs(self.t) > NORMAL_LIMIT) and self.p < level  # Student's t is never narrower
 
 
 def wilson_interval(hits: float, n: float, *, z: float = NORMAL_LIMIT) -> tuple[float, float]:
@@ -35,7 +48,7 @@ def wilson_interval(hits: float, n: float, *, z: float = NORMAL_LIMIT) -> tuple[
     return max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))  # it has the share in spite of rounding
 
 
-def estimate(value: float, sources: Sequence[tuple[float, float]], *, p: float | None = None) -> Estimate:
+def estimate(value: float, sources: Sequence[tuple[float, float]], *, exact_p: float | None = None) -> Estimate:
     """
     A value with its 95% interval and the two-sided p of its being 0.
 
@@ -44,14 +57,14 @@ def estimate(value: float, sources: Sequence[tuple[float, float]], *, p: float |
     Args:
         value: Such as a difference of means.
         sources: What the variance of the value is the sum of, each with its degrees of freedom.
-        p: Where a better test than Student's tells it.
+        exact_p: Where a better test than Student's tells it.
     """
     variance, freedom = pooled(sources)
     if variance <= 0:
-        return Estimate(value=value, ci95=(value, value), p=float(not value) if p is None else p)
+        return Estimate(value=value, ci95=(value, value), t=math.inf if value else 0.0, freedom=freedom, exact_p=exact_p)
     error = math.sqrt(variance)
     half = t_limit(freedom) * error
-    return Estimate(value=value, ci95=(value - half, value + half), p=t_p(value / error, freedom) if p is None else p)
+    return Estimate(value=value, ci95=(value - half, value + half), t=value / error, freedom=freedom, exact_p=exact_p)
 
 
 def pooled(sources: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -212,5 +212,5 @@ def _shift(metric: Metric, level: _Level, sample: Sample, values: Sequence[float
         return None
     if found is not None:
         difference = found.value
-    certain = abs(difference) > metric.relative * abs(level.mean) if found is None else found.p < LEVEL
+    certain = abs(difference) > metric.relative * abs(level.mean) if found is None else found.shows(LEVEL)
     return ("better" if metric.gain(difference) > 0 else "worse") if certain else None

@@ -124,11 +124,12 @@ def paired_difference(name: str, base: Sequence[Score], head: Sequence[Score]) -
     if seeds == 1 and name == "accuracy":
         before, after = base[0].errors, head[0].errors
         exact = mcnemar_exact((after & ~before).bit_count(), (before & ~after).bit_count())
-    found = estimate(statistics.fmean(differences), sources, p=exact)
+    found = estimate(statistics.fmean(differences), sources, exact_p=exact)
     low, high = found.ci95
     if exact is not None and exact >= SHOWN:
         low, high = min(low, 0.0), max(high, 0.0)
-    return Estimate(value=found.value, ci95=(max(-1.0, low), min(1.0, high)), p=found.p)
+    within = max(-1.0, low), min(1.0, high)
+    return Estimate(value=found.value, ci95=within, t=found.t, freedom=found.freedom, exact_p=exact)
 
 
 def ratio_difference(base: Sequence[float], head: Sequence[float]) -> Estimate | None:
@@ -151,4 +152,4 @@ def ratio_difference(base: Sequence[float], head: Sequence[float]) -> Estimate |
     ratio = estimate(statistics.fmean(logs[1]) - statistics.fmean(logs[0]), sources)
     mean = statistics.fmean(base)
     difference, low, high = (mean * math.expm1(min(one, 100.0)) for one in (ratio.value, *ratio.ci95))  # beyond, it overflows
-    return Estimate(value=difference, ci95=(low, high), p=ratio.p)
+    return Estimate(value=difference, ci95=(low, high), t=ratio.t, freedom=ratio.freedom)

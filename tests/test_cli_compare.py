@@ -364,7 +364,7 @@ def processor_seconds(command, folder):
     [
         (["compare", "HEAD~1000"], 3),
         (["compare", "outputs", "latest"], 3),
-        *((["history", metric], 3.3 if metric == "f1" else 3) for metric in METRICS),
+        *((["history", metric], 3) for metric in METRICS),
         (["report", "--format", "html", "--to", "report.html"], 7),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

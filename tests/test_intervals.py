@@ -85,3 +85,10 @@ def test_an_estimate_without_variance_is_certain(value, p):
 def test_a_source_that_is_nothing_needs_no_degrees_of_freedom():
     """The variance over one example is none, and so is what is left to tell it by."""
     assert estimate(0.5, [(0.1, 1.0)]) == estimate(0.5, [(0.0, 0.0), (0.1, 1.0)])
+
+
+@given(value=st.floats(-4, 4), freedom=st.floats(1, 1e6), exact_p=st.none() | st.floats(0, 1), level=st.sampled_from([0.01, 0.05]))
+def test_what_an_estimate_shows_is_what_its_p_says(value, freedom, exact_p, level):
+    """Of Student's test and of a better one, at any level up to 5%."""
+    found = estimate(value, [(1.0, freedom)], exact_p=exact_p)
+    assert found.shows(level) == (found.p < level)
