@@ -142,7 +142,7 @@ class Spans:
         self.filling = -sum(lengths) % row_step
         room = _round_up(max(lengths), ATTENTION_STEP)
         sizes = [*lengths, *(min(room, self.filling - start) for start in range(0, self.filling, room))]
-        row, column, order = np.array(_share_rows(sizes, room)).T  # of each sentence
+        row, column, order = np.array(_share_rows(sizes, room), dtype=np.int64).T  # of each sentence
         rows, opens = row.max() + 1, column == 0
         start, sentence, position = _end_to_end(sizes)
 
@@ -202,7 +202,7 @@ class RowSpans:
 
 def _end_to_end(sizes: Sequence[int]) -> tuple[Integers, Integers, Integers]:
     """Where each sentence of a row starts, shape (B,), and each token's sentence and place in it, shapes (T,)."""
-    size = np.array(sizes)
+    size = np.array(sizes, dtype=np.int64)
     start = size.cumsum() - size
     sentence = np.arange(len(sizes)).repeat(size)
     return start, sentence, np.arange(len(sentence)) - start[sentence]

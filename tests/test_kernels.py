@@ -471,9 +471,11 @@ def test_frozen_layers_whose_adapter_reads_their_weights_are_left(peft, cast):
 
 
 @pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("avx512", [True, False])
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
-def test_derivative_of_gelu_is_autograd_s_in_fp64_and_leaves_torch_as_it_is(monkeypatch, dtype, error, enabled):
+def test_derivative_of_gelu_is_autograd_s_in_fp64_and_leaves_torch_as_it_is(monkeypatch, dtype, error, avx512, enabled):
     """Of both libraries that may compute it."""
+    monkeypatch.setattr(kernels, "_has_avx512", lambda: avx512)
     x, gradient = torch.randn(2, 40, 96, dtype=dtype)
     exact = x.double().requires_grad_()
     F.gelu(exact).backward(gradient.double())
