@@ -19,7 +19,7 @@ class Estimate:
 
     Attributes:
         ci95: The 95% interval of the value.
-        t: The value in standard errors; infinite where there is no error.
+        t: What is tested, the value or the logarithm of a ratio, in standard errors; infinite where there is no error.
         freedom: Degrees of freedom of ``t``.
         exact_p: Where a better test than Student's tells it.
     """
@@ -32,7 +32,7 @@ class Estimate:
 
     @property
     def p(self) -> float:
-        """Of a value at least as far from zero, in either direction, where zero is the truth."""
+        """The probability of a value at least as far from zero, in either direction, where zero is the truth."""
         return t_p(self.t, self.freedom) if self.exact_p is None else self.exact_p
 
     def shows(self, level: float) -> bool:
@@ -61,7 +61,9 @@ def estimate(value: float, sources: Sequence[tuple[float, float]], *, exact_p: f
     """
     variance, freedom = pooled(sources)
     if variance <= 0:
-        return Estimate(value=value, ci95=(value, value), t=math.inf if value else 0.0, freedom=freedom, exact_p=exact_p)
+        return Estimate(
+            value=value, ci95=(value, value), t=math.copysign(math.inf, value) if value else 0.0, freedom=freedom, exact_p=exact_p
+        )
     error = math.sqrt(variance)
     half = t_limit(freedom) * error
     return Estimate(value=value, ci95=(value - half, value + half), t=value / error, freedom=freedom, exact_p=exact_p)

@@ -179,18 +179,17 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def gelu_backward(gradient: Tensor, x: Tensor) -> Tensor:
     """
-    What flows back through `torch.nn.functional.gelu`.
+    What flows back from (N, width) through `torch.nn.functional.gelu`, for inputs of the same shape.
 
-    torch would ask oneDNN. In fp32 with AVX-512, for 208 rows of 1,536 that the processor's cache did not hold, that took 270 µs,
-    and torch itself 180. With AVX2 alone, and in bf16, oneDNN is the quicker one.
+    torch leaves it to oneDNN where both are contiguous. In fp32 with AVX-512 (an Intel Xeon, two threads, 208 rows of 1,536 that
+    its cache did not hold) oneDNN took 270 µs and torch itself 180. With AVX2 alone, and in bf16, oneDNN is the quicker one.
     """
-    enabled = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = enabled and not (x.dtype == torch.float32 and _has_avx512())  # type: ignore[assignment]
-    try:
-        into: Tensor = torch.ops.aten.gelu_backward(gradient, x)
-        return into
-    finally:
-        torch.backends.mkldnn.enabled = enabled
+    into: Tensor
+    if x.dtype == torch.float32 and _has_avx512():
+        into = torch.ops.aten.gelu_backward(gradient.t(), x.t()).t()
+    else:
+        into = torch.ops.aten.gelu_backward(gradient, x)
+    return into
 
 
 def add_product(into: Tensor, x: Tensor, weight: Tensor) -> Tensor:

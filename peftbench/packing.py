@@ -111,7 +111,7 @@ class Cells:
         """
         The row of (N · H, D) that each cell of (R · H · C, D) takes, and the cell of each row: shapes (R · H · C,), (N · H,).
 
-        On a CPU alone, as what asks for it.
+        For a CPU only, as `peftbench.attention`, its only caller, is.
         """
         if heads not in self._indices:
             head, width = np.arange(heads), self._item_of_cell.shape[1]

@@ -24,7 +24,7 @@ SWEEP_STEPS, FAINT = 100, 1e-30
 Every so many steps on a CPU, what AdamW's moving average of gradients holds below this becomes 0.
 
 A word that no longer occurs would leave denormal numbers there, some 800 steps on and for good, which a processor is slow with: on
-SST-2 AdamW took twice its time after 2,500 steps. Nothing else changes, as so small an average moves no parameter.
+SST-2 AdamW took twice its time after 2,500 steps. So small an average moves a parameter by less than 1e-22 of the learning rate.
 """
 
 
