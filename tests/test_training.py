@@ -162,6 +162,16 @@ def test_twenty_steps_are_those_of_a_plain_loop(clip_norm, weight_decay):
     assert model.training
 
 
+@pytest.fixture
+def one_thread():
+    """Thousands of operations on a few numbers wait for a second thread, where another process has it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_what_was_learned_long_ago_leaves_no_denormal_numbers(monkeypatch):
     """A word of the first step alone: no average becomes denormal, as torch's own AdamW's does; the weights are its to the bit."""
     words, steps = nn.Embedding(2, 64), 1200
