@@ -128,12 +128,12 @@ class Linear(nn.Linear):
         """Accumulate what flows back from (N, out) for inputs of (N, in)."""
         weight, bias = self.weight, self.bias
         into = weight.grad
+        if bias is not None:  # first, while the gradient is still in the processor's cache
+            _accumulate(bias, gradient.sum(0))
         if into is not None and x.dtype == into.dtype:
             into.addmm_(gradient.t(), x, beta=0 if supersede(weight) else 1)
         else:
             _accumulate(weight, torch.mm(gradient.t(), x))
-        if bias is not None:
-            _accumulate(bias, gradient.sum(0))
 
     def parameters_for_use(self) -> list[Tensor]:
         """Weight and bias, if there is one, in the type that they are multiplied in."""
