@@ -21,7 +21,7 @@ class Masks:
 
     def __init__(self) -> None:
         seed = int(torch.empty((), dtype=torch.int64).random_().item())
-        self._bit_generator = np.random.SFC64(seed)
+        self._generator = np.random.Generator(np.random.SFC64(seed))
         self._drawn: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def take(self, n: int, zeros: int, dtype: torch.dtype) -> Tensor:
@@ -35,10 +35,10 @@ class Masks:
         return taken
 
     def _draw(self, n: int, zeros: int, dtype: torch.dtype) -> Tensor:
-        numbers = self._bit_generator.random_raw((n + 3) // 4)
+        numbers = self._generator.integers(-(2**63), 2**63 - 1, size=(n + 3) // 4, dtype=np.int64, endpoint=True)
         most = zeros - _VALUES // 2 - 1  # of a draw that gives 0
         with torch.inference_mode(False):  # what is left over may be used in training later
-            return torch.from_numpy(numbers.view(np.int16))[:n].gt_(most).to(dtype)
+            return torch.from_numpy(numbers).view(torch.int16)[:n].gt_(most).to(dtype)
 
 
 class Dropout(nn.Dropout):
