@@ -7,7 +7,6 @@ tokens what autograd does around an operation takes as long as many of them do. 
 by themselves, which autograd's own functions and hooks on them do not see.
 """
 
-import ctypes
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -24,8 +23,6 @@ from peftbench.parameters import supersede
 
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 """None where torch is built without oneDNN."""
-
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 
 
 class LayerNorm(nn.LayerNorm):
@@ -197,21 +194,6 @@ def add_product(into: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     if into.dtype != x.dtype or (x.dtype == torch.float32 and _asks_onednn()):
         return into.add_(product(x, weight.t()))
     return into.addmm_(x, weight)
-
-
-@functools.cache
-def retain_memory() -> None:
-    """
-    Have glibc keep what a step has freed for the next one, where it would hand it back to the system and fault it in again.
-
-    Holds for the whole process; does nothing where the C library is another one.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    for parameter, size in ((_M_TRIM_THRESHOLD, 2**31 - 1), (_M_MMAP_THRESHOLD, 2**25), (_M_TOP_PAD, 2**26)):
-        mallopt(parameter, size)
 
 
 def economize(model: nn.Module) -> None:

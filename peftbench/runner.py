@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from peftbench import heap
 from peftbench.data import Split, draw
 from peftbench.distill import TeacherLogits, read_subset, whole_blocks
 from peftbench.evaluation import METRICS_VERSION, latency_ms, score
@@ -73,6 +74,7 @@ def _measure(phase: Phase, seed: int, bench: Workbench) -> Record:
     weights = bench.teacher.weights if phase.role == "teacher" else bench.weights(scale.source_of(phase.role))
 
     bench.device.release_memory()
+    heap.release()  # what cases before it have left there, which would count as in use
     memory, wait = PeakMemory(bench.device), ProcessorWait()
     memory.restart()
     seed_everything(seed)

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peftbench import heap
 from peftbench.assets import REVIEWS, Asset, asset_path, say
 from peftbench.data import Split, Splits, draw, load_splits
 from peftbench.device import Device, DoesNotFit, is_out_of_memory
 from peftbench.distill import CODE_VERSION, TeacherKey, TeacherLogits, cached_logits, kd_loss, publish_subset, whole_blocks
 from peftbench.intervals import wilson_interval
-from peftbench.kernels import can_be_captured, cast_frozen, economize, economize_words, only_words, retain_memory
+from peftbench.kernels import can_be_captured, cast_frozen, economize, economize_words, only_words
 from peftbench.layers import make_packable
 from peftbench.measure import describe_machine, usable_processors
 from peftbench.memory import examples_at_once
@@ -224,7 +225,7 @@ class Workbench:
         """Bring a model to the device, ready to run there; also says whether it takes packed rows."""
         packed = make_packable(model)
         if self.device.kind == "cpu":
-            retain_memory()
+            heap.retain()
             economize(model)
         else:
             economize_words(model)

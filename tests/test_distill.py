@@ -34,7 +34,7 @@ KEY = TeacherKey(weights="w", tokenizer="t", max_length=96, precision="fp32", de
 IN_THE_KEY = {"assets", "data", "hub", "phases", "sealed", "records", "store"}
 """Modules that the workbench needs for what is in a cache key by itself, such as weights, texts and recipe, or for the disk."""
 
-MEASURING = {"errors", "intervals", "measure"}
+MEASURING = {"errors", "heap", "intervals", "measure"}
 
 logit_pairs = st.tuples(st.integers(1, 6), st.integers(2, 4)).flatmap(
     lambda shape: st.tuples(*[hnp.arrays("float64", shape, elements=st.floats(-10, 10))] * 2)
