@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("default")]
 EXAMPLES, EXAMPLES_ON_GPU, TINY_EXAMPLES, BATCH = 256, 1024, 32, 16
 """Sentences that each contender learns from. On a GPU 256 are over before many steps are CUDA graphs."""
 ROUNDS = 5
+"""Of which the first is a cold one, with memory that was not touched before."""
 AHEAD = 1.4
 """How many times as fast as a tuned Trainer the loop must be at least; on GPUs it was three to seven times."""
 CONTENDERS = {

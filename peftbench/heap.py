@@ -3,9 +3,13 @@
 import ctypes
 import functools
 import mmap
+from pathlib import Path
 
 RESERVE = 2**31
-"""Bytes of addresses that the heap is given at once. Nothing is taken from the system before it is used."""
+"""Bytes of addresses that the heap is given at once, to have them in huge pages. Memory is taken when it is used."""
+
+MOST_HUGE = 2**21
+"""Bytes that a huge page may have; some Arm systems have pages of 512 MiB, of which a small tensor would take a whole one."""
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4  # of glibc's malloc.h
 _NEVER, _DEFAULT_MMAP_MAX = -1, 65536
@@ -14,11 +18,13 @@ _NEVER, _DEFAULT_MMAP_MAX = -1, 65536
 @functools.cache
 def retain() -> None:
     """
-    Have the heap keep what a step has freed for the next one, in huge pages where the system has some on request.
+    Have the heap keep what a step has freed for the next one, in huge pages where the system has some on request alone.
 
-    Otherwise it would be handed back and faulted in again, and a processor would look up where each 4 KiB of it lie.
+    Otherwise it would be handed back and faulted in again, and a processor would look up where each 4 KiB of it lies. Tensors of
+    any size are kept, up to `RESERVE` in all, until `release`; without huge pages on request those below 32 MiB.
 
-    Holds for the whole process; does nothing where the C library is another one.
+    Holds for the whole process; does nothing where the C library is another one. To be called from the main thread, since other
+    threads take their memory elsewhere.
     """
     if (libc := _glibc()) is None:
         return
@@ -28,20 +34,41 @@ def retain() -> None:
 
 
 def release() -> None:
-    """Hand back to the system what the heap has kept and nothing uses any more."""
-    libc = _glibc()
-    if libc is not None and retain.cache_info().currsize:
-        libc.malloc_trim(0)
+    """Hand back to the system what the heap has kept and nothing uses any more; it goes on keeping what is freed later."""
+    if (libc := _glibc()) is None:
+        return
+    libc.malloc_trim(0)
+    if retain.cache_info().currsize:
         _reserve(libc)
 
 
 def _reserve(libc: ctypes.CDLL) -> None:
-    """Lengthen the heap by new addresses that ask for huge pages."""
+    """Lengthen the heap by new addresses that ask for huge pages; not at all where that would be in vain."""
+    if not offers_huge_pages():
+        return
+    try:  # a refusal within malloc would move this thread to another heap for good
+        mmap.mmap(-1, RESERVE + 2**27, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except OSError:
+        return
     libc.mallopt(_M_MMAP_MAX, 0)  # from the heap alone
     end = libc.sbrk(0)
-    libc.free(libc.malloc(RESERVE))  # None where so much is not to be had, which changes nothing
+    libc.free(libc.malloc(RESERVE))
     libc.mallopt(_M_MMAP_MAX, _DEFAULT_MMAP_MAX)
-    libc.madvise(end, libc.sbrk(0) - end, mmap.MADV_HUGEPAGE)  # advice, which a system without huge pages refuses
+    libc.madvise(end, libc.sbrk(0) - end, mmap.MADV_HUGEPAGE)
+
+
+def offers_huge_pages(settings: Path = Path("/sys/kernel/mm/transparent_hugepage")) -> bool:
+    """
+    Whether the system has huge pages of a moderate size, for memory that asks for them alone.
+
+    Args:
+        settings: Where Linux tells it.
+    """
+    try:
+        on_request = "[madvise]" in (settings / "enabled").read_text()
+        return on_request and int((settings / "hpage_pmd_size").read_text()) <= MOST_HUGE
+    except (OSError, ValueError):
+        return False
 
 
 @functools.cache

@@ -3,78 +3,109 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from peftbench import heap
 
 PROBE = """
-import ctypes, json
+import json
 from pathlib import Path
 import torch
-from peftbench.heap import release, retain
+from peftbench import heap
 
 def resident():
     return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) // 1024
 
-def huge():
-    maps = Path("/proc/self/smaps").read_text().split("[heap]")[1:]
-    return sum(int(part.split("AnonHugePages:")[1].split()[0]) for part in maps) // 1024
+def heap_maps():
+    lines, maps = Path("/proc/self/smaps").read_text().splitlines(), []
+    for line in lines:
+        if "-" in line.split()[0] and ":" not in line.split()[0]:
+            inside = line.endswith("[heap]")
+            if inside:
+                maps.append([*(int(end, 16) for end in line.split()[0].split("-")), False])
+        elif inside and line.startswith("VmFlags:"):
+            maps[-1][2] = "hg" in line.split()
+    return maps
 
-if RETAIN:
-    retain()
-    retain()
+def asks_for_huge_pages():
+    return sum(end - start for start, end, huge in heap_maps() if huge)
+
+before = asks_for_huge_pages()
+heap.retain()
+heap.retain()
 start = resident()
-many = [torch.ones(2**18) for _ in range(200)]  # 1 MiB each
+many = [torch.ones(2**18) for _ in range(400)]  # 1 MiB each
+huge = [sum(start <= x.data_ptr() < end for start, end, huge in heap_maps() if huge) for x in many]
 held = resident()
-pages = huge()
 del many
 kept = resident()
-release()
+asked = asks_for_huge_pages()
+heap.release()
 released = resident()
-again = [torch.ones(2**18) for _ in range(200)]
-print(json.dumps({"start": start, "held": held, "huge": pages, "kept": kept, "released": released, "huge_again": huge()}))
+asked_again = asks_for_huge_pages()
+beyond = torch.empty(heap.RESERVE + 2**28, dtype=torch.uint8)  # whose pages nobody touches
+outside = not any(start <= beyond.data_ptr() < end for start, end, _ in heap_maps())
+print(json.dumps(dict(start=start, held=held, kept=kept, released=released, before=before, asked=asked,
+    asked_again=asked_again, huge=sum(huge), outside=outside)))
 """
 
-needs_glibc = pytest.mark.skipif(sys.platform != "linux" or not hasattr(heap.ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+needs_glibc = pytest.mark.skipif(sys.platform != "linux" or heap._glibc() is None, reason="needs glibc")
 
 
-def probe(*, retain):
-    """MiB of a new process."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE.replace("RETAIN", str(retain))], capture_output=True, text=True, check=True, timeout=120
-    )
+@pytest.fixture(scope="module")
+def found():
+    """What a new process found of itself: MiB that were resident; bytes of the heap that ask for huge pages."""
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True, timeout=120)
     return json.loads(done.stdout)
 
 
 @needs_glibc
-def test_what_a_step_frees_is_kept_until_it_is_handed_back():
-    found = probe(retain=True)
-    assert found["held"] - found["start"] >= 195
-    assert found["kept"] >= found["held"] - 5
-    assert found["released"] <= found["start"] + 5
+def test_what_a_step_frees_is_kept_until_it_is_handed_back(found):
+    assert found["held"] - found["start"] >= 380
+    assert found["kept"] >= found["held"] - 20
+    assert found["released"] <= found["start"] + 20
     assert found["start"] < 1000, "the reserve is addresses, not memory"
+    assert found["outside"], "what the reserve has no room for is a mapping of its own, handed back when it is freed"
 
 
 @needs_glibc
-def test_the_heap_is_of_huge_pages():
-    """Where the system has some on request alone, only those that asked have them."""
-    try:
-        mode = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
-    except OSError:
-        pytest.skip("this kernel has no transparent huge pages")
-    if "[madvise]" not in mode:
-        pytest.skip(f"huge pages are not on request here: {mode.strip()}")
-    found = probe(retain=True)
-    assert found["huge"] >= 150
-    assert found["huge_again"] >= 150
-    assert probe(retain=False)["huge"] <= 10
+@pytest.mark.skipif(not heap.offers_huge_pages(), reason="no huge pages on request here")
+def test_the_heap_asks_for_huge_pages(found):
+    assert found["before"] == 0
+    assert found["asked"] >= heap.RESERVE
+    assert found["huge"] >= 380
+    assert found["asked_again"] >= heap.RESERVE
 
 
-def test_other_c_libraries_are_left_alone(monkeypatch):
-    class Library:
-        """One that knows none of glibc's functions."""
+@pytest.mark.parametrize(
+    ("enabled", "size", "offers"),
+    [
+        ("always [madvise] never", 2**21, True),
+        ("[always] madvise never", 2**21, False),  # which has them without being asked
+        ("always madvise [never]", 2**21, False),
+        ("always [madvise] never", 2**29, False),
+    ],
+)
+def test_huge_pages_are_asked_for_where_that_helps(enabled, size, offers, tmp_path):
+    (tmp_path / "enabled").write_text(enabled)
+    (tmp_path / "hpage_pmd_size").write_text(f"{size}\n")
+    assert heap.offers_huge_pages(tmp_path) is offers
 
-    monkeypatch.setattr(heap.ctypes, "CDLL", lambda _: Library())
+
+def test_a_kernel_without_huge_pages_offers_none(tmp_path):
+    assert not heap.offers_huge_pages(tmp_path)
+
+
+@pytest.mark.parametrize("error", [OSError, TypeError, AttributeError])
+def test_other_c_libraries_are_left_alone(error, monkeypatch):
+    """musl's lacks some functions; on Windows there is no such thing to ask."""
+
+    def no_library(_):
+        raise error
+
+    monkeypatch.setattr(heap.ctypes, "CDLL", no_library)
     assert heap._glibc.__wrapped__() is None
+    monkeypatch.setattr(heap, "_glibc", lambda: None)
+    heap.retain.__wrapped__()
+    heap.release()

@@ -23,7 +23,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from peftbench import runner, workbench
+from peftbench import heap, runner, workbench
 from peftbench.data import DataError, draw, read_glue_folder
 from peftbench.distill import read_subset
 from peftbench.models import ModelError, artifact_bytes, load_classifier, load_tokenizer, locate, prepare, save_classifier
@@ -82,6 +82,10 @@ def settings_in(folder, data, **changes):
 def outcome(record):
     """What the seed decides, without the times and the memory of the machine."""
     return record.dev, record.test, record.learning_curve, record.predictions, record.fingerprint
+
+
+def resident_bytes():
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0])
 
 
 def files_of(folder):
@@ -252,6 +256,19 @@ def test_a_case_leaves_the_number_of_threads_as_it_was(fresh):
         assert (2, 1) == (torch.get_num_threads(), record.machine["threads"])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(heap._glibc() is None, reason="needs glibc")
+def test_what_the_cases_before_have_freed_is_not_counted_as_a_cases(fresh):
+    """The heap keeps it from step to step, and hands it back when a case begins."""
+    assert heap.retain.cache_info().currsize == 1
+    heap.release()
+    before = resident_bytes()
+    tensors = [torch.ones(2**18) for _ in range(300)]  # 1 MiB each
+    del tensors
+    assert resident_bytes() >= before + 200 * 2**20
+    record = run_phase(dataclasses.replace(FULL, epochs=1), TINY, 42, fresh[0])
+    assert record.memory_before_bytes <= before + 50 * 2**20
 
 
 def test_phase_is_changed_for_its_scale(fresh):
