@@ -8,11 +8,11 @@ from pathlib import Path
 RESERVE = 2**31
 """Bytes of addresses that the heap is given at once, to have them in huge pages. Memory is taken when it is used."""
 
-MOST_HUGE = 2**21
-"""Bytes that a huge page may have; some Arm systems have pages of 512 MiB, of which a small tensor would take a whole one."""
+LARGEST_PAGE = 2**21
+"""Bytes of a huge page that is worth asking for; some Arm systems have 512 MiB, of which a small tensor would take a whole one."""
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4  # of glibc's malloc.h
-_NEVER, _DEFAULT_MMAP_MAX = -1, 65536
+_NEVER, _DEFAULT_MMAP_MAX, _PADDING = -1, 65536, 2**26
 
 
 @functools.cache
@@ -28,7 +28,7 @@ def retain() -> None:
     """
     if (libc := _glibc()) is None:
         return
-    for parameter, value in ((_M_TRIM_THRESHOLD, _NEVER), (_M_MMAP_THRESHOLD, 2**25), (_M_TOP_PAD, 2**26)):
+    for parameter, value in ((_M_TRIM_THRESHOLD, _NEVER), (_M_MMAP_THRESHOLD, 2**25), (_M_TOP_PAD, _PADDING)):
         libc.mallopt(parameter, value)
     _reserve(libc)
 
@@ -46,8 +46,8 @@ def _reserve(libc: ctypes.CDLL) -> None:
     """Lengthen the heap by new addresses that ask for huge pages; not at all where that would be in vain."""
     if not offers_huge_pages():
         return
-    try:  # a refusal within malloc would move this thread to another heap for good
-        mmap.mmap(-1, RESERVE + 2**27, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    try:  # with room for malloc's padding; a refusal within malloc would move this thread to another heap for good
+        mmap.mmap(-1, RESERVE + 2 * _PADDING, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
     except OSError:
         return
     libc.mallopt(_M_MMAP_MAX, 0)  # from the heap alone
@@ -66,7 +66,7 @@ def offers_huge_pages(settings: Path = Path("/sys/kernel/mm/transparent_hugepage
     """
     try:
         on_request = "[madvise]" in (settings / "enabled").read_text()
-        return on_request and int((settings / "hpage_pmd_size").read_text()) <= MOST_HUGE
+        return on_request and int((settings / "hpage_pmd_size").read_text()) <= LARGEST_PAGE
     except (OSError, ValueError):
         return False
 
